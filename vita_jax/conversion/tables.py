@@ -1,0 +1,273 @@
+"""Declarative weight tables: one line per tensor of a published checkpoint, read in both directions, bit exact.
+
+A `Rule` says how one torch tensor becomes one leaf of the parameter tree: reshape to `split`, transpose by `permute`,
+reshape to `shape`. Nothing else can be said, so every rule inverts. A torch name with `{i}` stands for one tensor per
+layer; the layers are stacked on a leading axis of the leaf. Tensors are fetched one at a time (`tensors` may be a
+lazy mapping, see `torch_files.py`) and leaves are yielded one at a time, so a large model never needs a second copy
+of itself.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from vita_jax.errors import UserError
+
+LAYER = "{i}"
+MAX_NAMES_IN_MESSAGE = 8
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one torch tensor, or one per layer, maps to one parameter.
+
+    Attributes:
+      torch: name in the checkpoint; `{i}` is the layer index.
+      path: path in the parameter tree, parts joined by "/".
+      torch_shape: shape of the torch tensor.
+      split: shape it is viewed as before the transposition; default `torch_shape`.
+      permute: axes of the transposition; default none.
+      shape: shape of the parameter, without the layer axis; default the transposed `split`.
+      layers: number of stacked layers; None where `torch` has no `{i}`.
+    """
+
+    torch: str
+    path: str
+    torch_shape: tuple[int, ...]
+    split: tuple[int, ...] | None = None
+    permute: tuple[int, ...] | None = None
+    shape: tuple[int, ...] | None = None
+    layers: int | None = None
+
+    def __post_init__(self) -> None:
+        if (LAYER in self.torch) != (self.layers is not None):
+            raise ValueError(f"rule {self.torch!r}: `layers` goes together with {LAYER} in the name")
+        sizes = {math.prod(s) for s in (self.torch_shape, self.split, self.shape) if s is not None}
+        if len(sizes) != 1:
+            shapes = f"{self.torch_shape}, {self.split}, {self.shape}"
+            raise ValueError(f"rule {self.torch!r}: the shapes {shapes} differ in size")
+
+    @property
+    def names(self) -> list[str]:
+        """Torch names, one per layer."""
+        if self.layers is None:
+            return [self.torch]
+        return [self.torch.replace(LAYER, str(i)) for i in range(self.layers)]
+
+    @property
+    def _split(self) -> tuple[int, ...]:
+        return self.torch_shape if self.split is None else self.split
+
+    @property
+    def _permute(self) -> tuple[int, ...]:
+        return tuple(range(len(self._split))) if self.permute is None else self.permute
+
+    @property
+    def param_shape(self) -> tuple[int, ...]:
+        """Shape of the parameter, without the layer axis."""
+        return tuple(self._split[axis] for axis in self._permute) if self.shape is None else self.shape
+
+    def to_param(self, name: str, tensor: np.ndarray) -> np.ndarray:
+        """Torch layout -> parameter layout, of one layer."""
+        if tensor.shape != self.torch_shape:
+            raise UserError(
+                f"tensor {name}: shape {tensor.shape}, expected {self.torch_shape}; the checkpoint is of another size"
+            )
+        return tensor.reshape(self._split).transpose(self._permute).reshape(self.param_shape)
+
+    def to_torch(self, param: np.ndarray) -> np.ndarray:
+        """Parameter layout -> torch layout, of one layer."""
+        transposed = param.reshape(tuple(self._split[axis] for axis in self._permute))
+        return np.ascontiguousarray(transposed.transpose(np.argsort(self._permute))).reshape(self.torch_shape)
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rules of one model. `ignore` are regular expressions for torch names that have no parameter here."""
+
+    rules: tuple[Rule, ...]
+    ignore: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for what, values in (("torch name", [r.torch for r in self.rules]), ("path", [r.path for r in self.rules])):
+            twice = sorted({value for value in values if values.count(value) > 1})
+            if twice:
+                raise ValueError(f"{what} given twice in a weight table: {', '.join(twice)}")
+
+    def __add__(self, other: Table) -> Table:
+        return Table(self.rules + other.rules, self.ignore + other.ignore)
+
+    def prefixed(self, *, torch: str = "", path: str = "") -> Table:
+        """The same table with `torch` put before every torch name and `path` ("vision/", say) before every path."""
+        rules = tuple(replace(rule, torch=torch + rule.torch, path=path + rule.path) for rule in self.rules)
+        return Table(rules, tuple(f"{re.escape(torch)}(?:{pattern})" for pattern in self.ignore))
+
+    @property
+    def torch_names(self) -> list[str]:
+        return [name for rule in self.rules for name in rule.names]
+
+
+def linear(
+    torch: str,
+    path: str,
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    *,
+    bias: bool = True,
+    layers: int | None = None,
+) -> tuple[Rule, ...]:
+    """`torch.nn.Linear` (weight (out, in), bias (out)) -> `kernel (*inputs *outputs)`, `bias (*outputs)`."""
+    first_input = len(outputs)
+    kernel = Rule(
+        torch=f"{torch}.weight",
+        path=f"{path}/kernel",
+        torch_shape=(math.prod(outputs), math.prod(inputs)),
+        split=(*outputs, *inputs),
+        permute=(*range(first_input, first_input + len(inputs)), *range(first_input)),
+        layers=layers,
+    )
+    if not bias:
+        return (kernel,)
+    return (kernel, copy(f"{torch}.bias", f"{path}/bias", outputs, (math.prod(outputs),), layers=layers))
+
+
+def conv2d(torch: str, path: str, shape: tuple[int, int, int, int], *, bias: bool = True) -> tuple[Rule, ...]:
+    """`torch.nn.Conv2d` weight (out, in/groups, kh, kw) -> `kernel (kh kw in/groups out)`; `shape` is torch's."""
+    kernel = Rule(f"{torch}.weight", f"{path}/kernel", shape, permute=(2, 3, 1, 0))
+    return (kernel, copy(f"{torch}.bias", f"{path}/bias", shape[:1])) if bias else (kernel,)
+
+
+def linear_1x1(torch: str, path: str, inputs: int, outputs: int, *, bias: bool = True) -> tuple[Rule, ...]:
+    """A 1x1 `torch.nn.Conv2d` (weight (out, in, 1, 1)) used as a linear layer -> `kernel (in out)`, `bias (out)`."""
+    kernel = Rule(f"{torch}.weight", f"{path}/kernel", (outputs, inputs, 1, 1), split=(outputs, inputs), permute=(1, 0))
+    return (kernel, copy(f"{torch}.bias", f"{path}/bias", (outputs,))) if bias else (kernel,)
+
+
+def norm(torch: str, path: str, size: int, *, bias: bool = True, layers: int | None = None) -> tuple[Rule, ...]:
+    """Layer norm or RMS norm: `weight` -> `scale`, `bias` -> `bias`."""
+    scale = copy(f"{torch}.weight", f"{path}/scale", (size,), layers=layers)
+    return (scale, copy(f"{torch}.bias", f"{path}/bias", (size,), layers=layers)) if bias else (scale,)
+
+
+def copy(
+    torch: str,
+    path: str,
+    shape: tuple[int, ...],
+    torch_shape: tuple[int, ...] | None = None,
+    *,
+    layers: int | None = None,
+) -> Rule:
+    """The tensor as it is; `shape` is the parameter's where it differs from torch's."""
+    if torch_shape is None:
+        return Rule(torch, path, shape, layers=layers)
+    return Rule(torch, path, torch_shape, shape=shape, layers=layers)
+
+
+def iter_import(table: Table, tensors: Mapping[str, np.ndarray], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (path, parameter), fetching one tensor at a time; stacked layers have a leading axis (l ...).
+
+    Args:
+      table: the rules.
+      tensors: torch name -> array; only names that start with `prefix` are looked at.
+      prefix: stands before every torch name of the table.
+
+    Raises:
+      UserError: names that the table needs and `tensors` lacks, names that no rule uses, or a tensor of another shape.
+    """
+    expected = {prefix + name for name in table.torch_names}
+    missing = sorted(expected - set(tensors))
+    ignored = re.compile("|".join(f"(?:{pattern})" for pattern in table.ignore) or r"(?!)")
+    unused = sorted(
+        name
+        for name in tensors
+        if name.startswith(prefix) and name not in expected and not ignored.fullmatch(name[len(prefix) :])
+    )
+    _raise_unmatched(missing, unused, "tensors")
+    for rule in table.rules:
+        names = [prefix + name for name in rule.names]
+        if rule.layers is None:
+            yield rule.path, np.ascontiguousarray(rule.to_param(names[0], tensors[names[0]]))
+            continue
+        stacked: np.ndarray | None = None
+        for i, name in enumerate(names):
+            tensor = tensors[name]
+            if stacked is None:
+                stacked = np.empty((rule.layers, *rule.param_shape), tensor.dtype)
+            if tensor.dtype != stacked.dtype:
+                raise UserError(f"tensor {name}: dtype {tensor.dtype}, but layer 0 has {stacked.dtype}")
+            stacked[i] = rule.to_param(name, tensor)
+        if stacked is not None:
+            yield rule.path, stacked
+
+
+def import_params(table: Table, tensors: Mapping[str, np.ndarray], prefix: str = "") -> dict[str, Any]:
+    """The parameter tree, nested dicts, of `iter_import`; same arguments and errors."""
+    return unflatten(iter_import(table, tensors, prefix))
+
+
+def iter_export(table: Table, params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (torch name, array), one tensor at a time; the inverse of `iter_import`.
+
+    Args:
+      table: the rules.
+      params: nested dicts of arrays (numpy or jax).
+      prefix: put before every torch name.
+
+    Raises:
+      UserError: parameters that the table needs and `params` lacks, that no rule uses, or of another shape.
+    """
+    leaves = flatten(params)
+    paths = {rule.path for rule in table.rules}
+    _raise_unmatched(sorted(paths - set(leaves)), sorted(set(leaves) - paths), "parameters")
+    for rule in table.rules:
+        leaf = leaves[rule.path]
+        want = rule.param_shape if rule.layers is None else (rule.layers, *rule.param_shape)
+        if tuple(leaf.shape) != want:
+            raise UserError(f"parameter {rule.path}: shape {tuple(leaf.shape)}, expected {want}")
+        for i, name in enumerate(rule.names):
+            yield prefix + name, rule.to_torch(np.asarray(leaf if rule.layers is None else leaf[i]))
+
+
+def export_params(table: Table, params: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
+    """All tensors of `iter_export` in one dict; same arguments and errors."""
+    return dict(iter_export(table, params, prefix))
+
+
+def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested dicts -> one dict with paths joined by "/"."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            leaves.update(flatten(value, f"{path}{key}/"))
+        else:
+            leaves[path + key] = value
+    return leaves
+
+
+def unflatten(leaves: Iterator[tuple[str, Any]]) -> dict[str, Any]:
+    """(path, leaf) pairs -> nested dicts."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves:
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def _raise_unmatched(missing: list[str], unused: list[str], what: str) -> None:
+    problems = [
+        f"{len(names)} {what} {verb}: {', '.join(names[:MAX_NAMES_IN_MESSAGE])}"
+        + (", ..." if len(names) > MAX_NAMES_IN_MESSAGE else "")
+        for names, verb in ((missing, "missing"), (unused, "that nothing uses"))
+        if names
+    ]
+    if problems:
+        raise UserError(f"the weights do not fit this model's table: {'; '.join(problems)}")

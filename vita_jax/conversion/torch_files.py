@@ -1,0 +1,160 @@
+"""Reading and writing the safetensors files of published checkpoints: one file, or shards with an index.
+
+The layout of a folder is the usual one: `model.safetensors`, or `model-00001-of-00003.safetensors` and so on with
+`model.safetensors.index.json`, whose `weight_map` gives the file of every tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from vita_jax.errors import UserError
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+
+class TensorFiles(Mapping[str, np.ndarray]):
+    """A checkpoint on disk as a mapping from torch name to array. Every look-up reads that one tensor.
+
+    Args:
+      path: a safetensors file, an index file, or a folder with either of them.
+
+    Raises:
+      UserError: nothing there, a file that is truncated or not safetensors, or an index that does not match its shards.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        self._files: dict[Path, Any] = {}
+        self._location: dict[str, Path] = {}
+        index = path / INDEX_NAME if path.is_dir() else path
+        if index.suffix == ".json" and index.is_file():
+            self._read_index(index)
+        elif path.is_file() or (path / SINGLE_NAME).is_file():
+            self._open(path if path.is_file() else path / SINGLE_NAME)
+        else:
+            raise UserError(f"{path}: no {SINGLE_NAME}, no {INDEX_NAME} and not a safetensors file")
+
+    def _open(self, file: Path) -> None:
+        self._files[file] = _open_safetensors(file)
+        self._location.update(dict.fromkeys(self._files[file].keys(), file))
+
+    def _read_index(self, index: Path) -> None:
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            listed = {str(name): index.parent / file for name, file in weight_map.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: not an index of safetensors shards ({error!r})") from error
+        for file in sorted(set(listed.values())):
+            if not file.is_file():
+                raise UserError(f"{index}: names the shard {file.name}, which is not there; the download is incomplete")
+            self._open(file)
+        wrong = sorted(name for name, file in listed.items() if self._location.get(name) != file)
+        unlisted = sorted(set(self._location) - set(listed))
+        if wrong or unlisted:
+            raise UserError(f"{index}: does not match its shards, first at tensor {(wrong + unlisted)[0]!r}")
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        file = self._location[name]
+        try:
+            return self._files[file].get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"{file}: tensor {name!r} cannot be read: {error}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._location)
+
+    def __len__(self) -> int:
+        return len(self._location)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._location
+
+
+def _open_safetensors(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="np")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a complete safetensors file ({error}); copy or download it again") from error
+
+
+def write_tensors(
+    folder: str | Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Writes tensors as they come, holding at most one shard in memory.
+
+    Args:
+      folder: created if needed; files of an earlier checkpoint in it are an error.
+      tensors: (torch name, array) pairs.
+      max_shard_bytes: a shard is written before it would grow beyond this; a single larger tensor gets its own shard.
+      metadata: strings for the header of every file; `format: pt` is added, as readers of these files expect.
+
+    Returns:
+      The files written; more than one come with an index.
+
+    Raises:
+      UserError: the folder already holds a checkpoint, a name comes twice, or there is no tensor at all.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    existing = sorted(path.name for path in folder.glob("*.safetensors*"))
+    if existing:
+        raise UserError(f"{folder} already holds {existing[0]}; choose an empty folder")
+    header = {"format": "pt", **(metadata or {})}
+    shards: list[list[str]] = []
+    total_bytes = 0
+    for shard in _shards(tensors, max_shard_bytes):
+        seen = next((name for name in shard for names in shards if name in names), None)
+        if seen is not None:
+            raise UserError(f"tensor {seen!r} was given twice")
+        save_file(shard, _temporary(folder, len(shards)), metadata=header)
+        shards.append(list(shard))
+        total_bytes += sum(array.nbytes for array in shard.values())
+    if not shards:
+        raise UserError(f"{folder}: no tensor to write")
+    files = _final_names(folder, len(shards))
+    for i, file in enumerate(files):
+        _temporary(folder, i).rename(file)
+    if len(files) > 1:
+        weight_map = {name: file.name for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return files
+
+
+def _shards(tensors: Iterable[tuple[str, np.ndarray]], max_bytes: int) -> Iterator[dict[str, np.ndarray]]:
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for name, array in tensors:
+        if shard and size + array.nbytes > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        if name in shard:
+            raise UserError(f"tensor {name!r} was given twice")
+        shard[name] = np.ascontiguousarray(array)  # save_file writes the buffer as it lies in memory
+        size += array.nbytes
+    if shard:
+        yield shard
+
+
+def _temporary(folder: Path, i: int) -> Path:
+    return folder / f".shard-{i:05d}.part"
+
+
+def _final_names(folder: Path, count: int) -> list[Path]:
+    if count == 1:
+        return [folder / SINGLE_NAME]
+    return [folder / f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]

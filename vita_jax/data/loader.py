@@ -1,0 +1,408 @@
+"""From folders of records to batches: Grain, deterministic, resumable.
+
+source(s) -> seeded subset -> shuffle (anew every epoch) -> repeat -> shard -> example (threads) -> leave out bad
+records -> pack -> batch -> number segments and features -> prefetch. The state of a loader is a small JSON-able dict; a
+loader given the state of another one continues with exactly the batches that one would have made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import grain
+import numpy as np
+
+from vita_jax.data import packing
+from vita_jax.data.examples import (
+    Example,
+    ExampleContext,
+    Limits,
+    cell_naming_example,
+    training_example,
+)
+from vita_jax.data.records import Manifest, RecordError, decode_record, load_manifest
+from vita_jax.data.splice import IGNORE_LABEL
+from vita_jax.data.tokenizer import Tokenizer
+from vita_jax.errors import UserError
+
+Objective = Literal["language_modeling", "cell_naming"]
+
+# The share of bad records is taken of at least this many, so that a few bad ones at the start do not stop a long run.
+BUDGET_RECORDS = 1000
+# Decoded examples waiting per thread. They hold whole pictures, so few.
+WAITING_PER_THREAD = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One folder of records in a mixture.
+
+    Attributes:
+      path: a folder written by `data_pipelines.build`.
+      ratio: share of its records that is used at all, a seeded choice (the original's `data_ratio`).
+      weight: None for every source = all records of all sources, shuffled together. A number for every source = that
+        share of the examples comes from this one, whatever its size; small sources then repeat more often.
+      split_rounds: see `examples.training_example`.
+    """
+
+    path: str
+    ratio: float = 1.0
+    weight: float | None = None
+    split_rounds: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise UserError(f"source {self.path}: ratio is {self.ratio}; it must be above 0 and at most 1")
+        if self.weight is not None and not self.weight > 0:
+            raise UserError(f"source {self.path}: weight is {self.weight}; it must be positive, or none")
+
+
+@dataclasses.dataclass
+class RecordCounts:
+    """What came out of the records read so far (those of prefetched batches included).
+
+    Attributes:
+      seen, bad: records read, and how many of them could not be used.
+      reasons: bad records by category.
+      first: the first message of each category.
+    """
+
+    seen: int = 0
+    bad: int = 0
+    reasons: dict[str, int] = dataclasses.field(default_factory=dict)
+    first: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A copy that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    def assign(self, values: Mapping[str, Any]) -> None:
+        """Takes the values of `to_dict`."""
+        for field in dataclasses.fields(self):
+            value = values[field.name]
+            setattr(self, field.name, dict(value) if isinstance(value, Mapping) else value)
+
+
+@dataclasses.dataclass(frozen=True)
+class _BadRecord:
+    message: str
+    category: str
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+class RecordSource:
+    """Random access to the stored records of one folder; elements are (source number, bytes)."""
+
+    def __init__(self, config: SourceConfig, number: int, seed: int) -> None:
+        folder = Path(config.path)
+        self.manifest: Manifest = load_manifest(folder)
+        for shard in self.manifest.shards:
+            path = folder / shard.name
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard.bytes:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise UserError(f"{path} {found}; the manifest says {shard.bytes} bytes, build the data again")
+        self._records = grain.sources.ArrayRecordDataSource([str(folder / s.name) for s in self.manifest.shards])
+        self._number = number
+        self._chosen = None
+        if config.ratio < 1:
+            count = max(1, int(len(self._records) * config.ratio))
+            order = np.random.default_rng([seed, number]).permutation(len(self._records))
+            self._chosen = np.sort(order[:count])
+
+    def __len__(self) -> int:
+        return len(self._records) if self._chosen is None else len(self._chosen)
+
+    def __getitem__(self, index: int) -> tuple[int, bytes]:
+        at = index if self._chosen is None else int(self._chosen[index])
+        return self._number, self._records[at]
+
+    def __repr__(self) -> str:
+        return f"RecordSource({self._number}, {len(self)} records)"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Build:
+    """(source number, bytes) -> arrays ready for packing, or a _BadRecord."""
+
+    sources: tuple[SourceConfig, ...]
+    context: ExampleContext
+    limits: Limits
+    objective: Objective
+
+    def __call__(self, element: tuple[int, bytes]) -> Example | _BadRecord:
+        number, data = element
+        source = self.sources[number]
+        try:
+            record = decode_record(data)
+            if self.objective == "cell_naming":
+                return packing.to_cells(cell_naming_example(record, self.context, limits=self.limits))
+            example = training_example(record, self.context, split_rounds=source.split_rounds, limits=self.limits)
+            return packing.to_columns(example)
+        except RecordError as error:
+            return _BadRecord(f"{source.path}: {error}", error.category)
+        except UserError as error:
+            return _BadRecord(f"{source.path}: {error}", "unusable")
+
+
+# ---- bad records ----------------------------------------------------------------------------------------------------
+
+
+class _GoodRecords(grain.IterDataset):
+    """Drops bad records and counts them; fails when there are too many."""
+
+    def __init__(self, parent: grain.IterDataset, counts: RecordCounts, max_fraction: float, at_least: int) -> None:
+        super().__init__(parent)
+        self._counts, self._max_fraction, self._at_least = counts, max_fraction, at_least
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _GoodRecordsIterator(iter(self._parent), self._counts, self._max_fraction, self._at_least)
+
+
+class _GoodRecordsIterator(grain.DatasetIterator):
+    """The counts are part of the state, so that they are those of an uninterrupted run after a restart."""
+
+    def __init__(self, parent: grain.DatasetIterator, counts: RecordCounts, max_fraction: float, at_least: int) -> None:
+        super().__init__(parent)
+        self._counts, self._max_fraction, self._at_least = counts, max_fraction, at_least
+
+    def __next__(self) -> Example:
+        counts = self._counts
+        while True:
+            element = next(self._parent)
+            counts.seen += 1
+            if not isinstance(element, _BadRecord):
+                return element
+            counts.bad += 1
+            counts.reasons[element.category] = counts.reasons.get(element.category, 0) + 1
+            counts.first.setdefault(element.category, element.message)
+            if counts.bad > self._max_fraction * max(counts.seen, self._at_least):
+                raise UserError(self._over_budget())
+
+    def _over_budget(self) -> str:
+        counts = self._counts
+        reasons = ", ".join(f"{reason}: {n}" for reason, n in sorted(counts.reasons.items()))
+        worst = max(counts.reasons, key=lambda reason: counts.reasons[reason])
+        return (
+            f"{counts.bad} of the first {counts.seen} records cannot be used ({reasons}), more than max_bad_fraction "
+            f"{self._max_fraction:g} allows; for example {counts.first[worst]}"
+        )
+
+    def get_state(self) -> dict[str, Any]:
+        return {"parent": self._parent.get_state(), "counts": self._counts.to_dict()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state["parent"])
+        self._counts.assign(state["counts"])
+
+
+# ---- the loader -----------------------------------------------------------------------------------------------------
+
+
+class Loader(grain.DatasetIterator):
+    """Yields batches; made by `make_loader`.
+
+    `get_state()` belongs to the last batch that was handed out, `set_state()` continues after it. `close()` ends the
+    threads. `counts` says how many records were read and how many of them were bad.
+    """
+
+    def __init__(self, batches: grain.IterDataset, counts: RecordCounts) -> None:
+        super().__init__(iter(batches))
+        self.counts = counts
+        self._is_fresh = True
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        try:
+            batch = next(self._parent)
+        except StopIteration:
+            if self._is_fresh:
+                raise UserError(
+                    f"{self.counts.seen} records do not fill one batch; lower batch_size, or let num_epochs be none"
+                ) from None
+            raise
+        self._is_fresh = False
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        return self._parent.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state)
+        self._is_fresh = False
+
+
+def _record_stream(
+    sources: Sequence[SourceConfig], *, seed: int, shuffle: bool, num_epochs: int | None
+) -> tuple[grain.MapDataset, int]:
+    """The stream of (source number, bytes), and how many records one epoch has (the sum over sources)."""
+    weights = [source.weight for source in sources]
+    if any(w is None for w in weights) and any(w is not None for w in weights):
+        raise UserError(f"sources have weights {weights}; give a weight to every source or to none")
+    opened = [RecordSource(source, number, seed) for number, source in enumerate(sources)]
+    total = sum(len(source) for source in opened)
+    datasets = [grain.MapDataset.source(source) for source in opened]
+    # Independent numbers: Grain adds the epoch to the seed, so neighbouring seeds would share shuffles.
+    seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(len(datasets) + 1)]
+    if weights[0] is None:
+        joined = datasets[0] if len(datasets) == 1 else grain.MapDataset.concatenate(datasets)
+        joined = joined.shuffle(seed=seeds[-1]) if shuffle else joined
+        return joined.repeat(num_epochs), total
+    if num_epochs is not None:
+        raise UserError("sources with weights have no epochs; leave num_epochs at none, or leave the weights out")
+    shuffled = [d.shuffle(seed=s) if shuffle else d for d, s in zip(datasets, seeds[:-1], strict=True)]
+    return grain.MapDataset.mix([d.repeat(None) for d in shuffled], weights=weights), total
+
+
+def make_loader(
+    sources: Sequence[SourceConfig],
+    context: ExampleContext,
+    *,
+    batch_size: int,
+    row_length: int,
+    row_tiles: int,
+    seed: int,
+    objective: Objective = "language_modeling",
+    num_threads: int = 1,
+    num_epochs: int | None = None,
+    shuffle: bool = True,
+    max_bad_fraction: float = 0.01,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    drop_remainder: bool = True,
+    prefetch_batches: int = 2,
+    packing_bins: int | None = None,
+) -> Loader:
+    """Batches of packed rows.
+
+    Args:
+      sources: at least one; all weighted or none.
+      context: how a record becomes an example.
+      batch_size: b, rows per batch of this shard.
+      row_length, row_tiles: s and t. Records that need more are bad records. row_tiles may be 0 for text.
+      seed: of subset, shuffle and packing; not negative.
+      objective: "language_modeling", or "cell_naming" for `examples.cell_naming_example`.
+      num_threads: that decode and tokenise; 0 = none of their own. The result does not depend on it. More than one pays
+        for large pictures (decoding runs in parallel), not for small ones (Python's work does not).
+      num_epochs: None = forever.
+      shuffle: False keeps the order of the files (rows still come out in a seeded order).
+      max_bad_fraction: of the records, at least BUDGET_RECORDS of them or one epoch.
+      shard_index, shard_count: this host's part of the records.
+      drop_remainder: False fills an incomplete last batch with rows of padding.
+      prefetch_batches: finished batches held ready by a background thread; 0 = none.
+      packing_bins: rows open at the same time, default max(batch_size, 8).
+
+    Returns:
+      A Loader of dicts: tokens, labels, positions, segment_ids, feature_index (b s) int32, tiles (b t S S 3) uint8; or
+      for cell naming tiles and cell_names (b t*k m) int32.
+
+    Raises:
+      UserError: a value out of range, a missing or damaged source; from the iterator: too many bad records.
+    """
+    _check_numbers(sources, batch_size, row_length, row_tiles, seed, num_epochs, max_bad_fraction)
+    if objective not in ("language_modeling", "cell_naming"):
+        raise UserError(f"objective {objective!r} is unknown; use 'language_modeling' or 'cell_naming'")
+    if not 0 <= shard_index < shard_count:
+        raise UserError(f"shard {shard_index} of {shard_count} does not exist; indices go from 0 to shard_count - 1")
+    records, total = _record_stream(sources, seed=seed, shuffle=shuffle, num_epochs=num_epochs)
+    if shard_count > 1:
+        if total < shard_count:
+            raise UserError(f"{total} records cannot be shared by {shard_count} hosts")
+        records = records[shard_index::shard_count]
+    limits = Limits(row_length, row_tiles)
+    threads = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads * WAITING_PER_THREAD)
+    examples = records.map(_Build(tuple(sources), context, limits, objective)).to_iter_dataset(threads)
+    counts = RecordCounts()
+    examples = _GoodRecords(examples, counts, max_bad_fraction, min(BUDGET_RECORDS, max(total // shard_count, 1)))
+    bins = packing_bins or max(batch_size, 8)
+    finish: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+    if objective == "cell_naming":
+        rows = packing.pack_cells(examples, row_tiles=row_tiles, bins=bins, seed=seed)
+        finish = packing.unpack_cells
+    else:
+        rows = packing.pack(examples, row_length=row_length, row_tiles=row_tiles, bins=bins, seed=seed)
+        finish = functools.partial(packing.unpack_columns, features_per_slot=context.layout.features_per_slot)
+    stack = functools.partial(packing.stack_rows, batch_size=batch_size)
+    batches = rows.batch(batch_size, drop_remainder=drop_remainder, batch_fn=stack).map(finish)
+    if prefetch_batches:
+        batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch_batches)
+    return Loader(batches, counts)
+
+
+def _check_numbers(
+    sources: Sequence[SourceConfig],
+    batch_size: int,
+    row_length: int,
+    row_tiles: int,
+    seed: int,
+    num_epochs: int | None,
+    max_bad_fraction: float,
+) -> None:
+    if not sources:
+        raise UserError("no data sources were given; name at least one folder of records")
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("row_length", row_length, 1),
+        ("row_tiles", row_tiles, 0),
+        ("seed", seed, 0),
+        ("num_epochs", 1 if num_epochs is None else num_epochs, 1),
+    ):
+        if value < least:
+            raise UserError(f"{name} is {value}; it must be at least {least}")
+    if not 0 <= max_bad_fraction <= 1:
+        raise UserError(f"max_bad_fraction is {max_bad_fraction}; it must be between 0 and 1")
+
+
+# ---- looking at a batch ---------------------------------------------------------------------------------------------
+
+
+def format_batch(batch: Mapping[str, np.ndarray], tokenizer: Tokenizer, rows: int = 1) -> str:
+    """The first `rows` rows of a batch as text: shapes, fill, and every segment with its targets in «guillemets».
+
+    A run of feature positions is shown as [n features a..b], with a and b from `feature_index`.
+    """
+    lines = [f"{name}: {array.dtype} {array.shape}" for name, array in batch.items()]
+    if "tokens" not in batch:
+        for row, names in enumerate(batch["cell_names"][:rows]):
+            words = [tokenizer.decode([int(i) for i in ids if i >= 0]) or "-" for ids in names if np.any(ids >= 0)]
+            lines += [f"row {row}: {len(words)} named cells of {len(names)}", "  " + " | ".join(words)]
+        return "\n".join(lines)
+    for row in range(min(rows, len(batch["tokens"]))):
+        segments = batch["segment_ids"][row]
+        lines.append(f"row {row}: {np.mean(segments > 0):.0%} filled, {segments.max()} segments")
+        for segment in range(1, segments.max() + 1):
+            at = np.flatnonzero(segments == segment)
+            text = _segment_text(*(batch[name][row, at] for name in ("tokens", "labels", "feature_index")), tokenizer)
+            lines.append(f"  segment {segment} ({len(at)} positions): {text}")
+    return "\n".join(lines)
+
+
+def _segment_text(tokens: np.ndarray, labels: np.ndarray, features: np.ndarray, tokenizer: Tokenizer) -> str:
+    """One segment, runs of equal kind decoded together."""
+    kinds = np.where(features >= 0, 2, labels != IGNORE_LABEL)
+    parts = []
+    for run in np.split(np.arange(len(tokens)), np.flatnonzero(np.diff(kinds)) + 1):
+        if kinds[run[0]] == 2:
+            parts.append(f"[{len(run)} features {features[run[0]]}..{features[run[-1]]}]")
+            continue
+        text = tokenizer.decode(tokens[run].tolist()).replace("\n", "\\n")
+        parts.append(f"«{text}»" if kinds[run[0]] else text)
+    return "".join(parts)
+
+
+def describe_sources(sources: Sequence[SourceConfig]) -> list[str]:
+    """One line per source: name, records, pictures, videos, ratio or weight. Raises UserError for a missing source."""
+    lines = []
+    for source in sources:
+        counts = load_manifest(source.path).counts
+        share = f"weight {source.weight:g}" if source.weight is not None else f"ratio {source.ratio:g}"
+        name = os.path.basename(os.path.normpath(source.path))
+        detail = ", ".join(f"{counts[kind]} {kind.replace('_', ' ')}" for kind in counts)
+        lines.append(f"{name}: {detail}; {share}" + ("; rounds apart" if source.split_rounds else ""))
+    return lines

@@ -1,0 +1,273 @@
+"""Text generation: pure `prefill` and `decode_step` over an explicit cache, and the loops around them.
+
+`generate` answers a whole batch inside one compiled call (evaluation); `stream` yields one token at a time (chat). Both
+compile once per shape, so the host pads prompts to a few round sizes first: see `pad_to_bucket`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from vita_jax.errors import UserError
+from vita_jax.inference.sampling import GREEDY, Greedy, Sampler
+from vita_jax.models.language.cache import KVCache, last_valid
+from vita_jax.models.language.decoder import Decoder, make_cache
+from vita_jax.models.vita import Vita, VitaInputs
+
+Params = Mapping[str, Any]
+
+# Round sizes of prompts (positions) and of tile slots; past the last one, multiples of it.
+LENGTH_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+TILE_BUCKETS = (0, 1, 2, 4, 8, 13, 16)
+
+
+@struct.dataclass
+class Generated:
+    """What `generate` returns.
+
+    Attributes:
+      tokens: (b n) int32; the stop token and everything after it is `pad_token`.
+      lengths: (b,) int32, tokens before the stop token (n where none came).
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+
+
+def prefill(
+    decoder: Decoder,
+    params: Params,
+    inputs_embeds: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    cache: KVCache,
+) -> tuple[jax.Array, KVCache]:
+    """Feeds a block of positions to running (or new) conversations.
+
+    Args:
+      decoder: the language model.
+      params: its parameters (`params["language"]` of the whole model).
+      inputs_embeds: (b s d).
+      positions, segment_ids: (b s) int32; padding has segment 0 and may be on either side.
+      cache: what came before; `cache.end + s` must not exceed its slots.
+
+    Returns:
+      logits that follow each row's last real position (b v), and the new cache.
+    """
+    variables = {"params": params}
+    hidden, cache = decoder.apply(variables, inputs_embeds, positions, segment_ids, cache)
+    last = jnp.maximum(last_valid(segment_ids), 0)
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+    return decoder.apply(variables, hidden, method="logits")[:, 0], cache
+
+
+def decode_step(decoder: Decoder, params: Params, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    """Feeds one token per row, at the position after its last one.
+
+    Args:
+      tokens: (b,) int32.
+      cache: the conversations so far.
+
+    Returns:
+      logits of the token after (b v), and the new cache.
+    """
+    embeds = decoder.apply({"params": params}, tokens[:, None], method="embed")
+    return prefill(decoder, params, embeds, cache.next_position[:, None], cache.segment[:, None], cache)
+
+
+def generate_from_embeds(
+    decoder: Decoder,
+    params: Params,
+    inputs_embeds: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    max_new_tokens: int,
+    stop_tokens: tuple[int, ...] = (),
+    sampler: Sampler = GREEDY,
+    key: jax.Array | None = None,
+    pad_token: int = 0,
+) -> Generated:
+    """Continues every row until it stops by itself or `max_new_tokens` are out; traceable, meant to run under `jit`.
+
+    The loop ends as soon as the last row has stopped.
+
+    Args:
+      decoder, params: the language model.
+      inputs_embeds: (b s d), positions and segment_ids (b s): the prompts; a row of padding stays empty.
+      max_new_tokens: n, at least 1.
+      stop_tokens: ids that end a row.
+      sampler: how tokens are chosen.
+      key: random key; needed unless the sampler is `Greedy`.
+      pad_token: fills the rest of a row that has stopped.
+    """
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens {max_new_tokens} must be at least 1")
+    if key is None and not isinstance(sampler, Greedy):
+        raise UserError(f"{sampler} draws at random; give a random key")
+    key = jax.random.key(0) if key is None else key
+    batch, length = segment_ids.shape
+    stops = jnp.asarray(stop_tokens or (-1,), jnp.int32)  # -1 equals no token
+    cache = make_cache(decoder.config, batch, length + max_new_tokens, inputs_embeds.dtype)
+    logits, cache = prefill(decoder, params, inputs_embeds, positions, segment_ids, cache)
+
+    def choose(step: jax.Array, logits: jax.Array, done: jax.Array, out: jax.Array) -> tuple:
+        token = sampler(logits, jax.random.fold_in(key, step))
+        done = done | jnp.any(token[:, None] == stops, axis=1)
+        token = jnp.where(done, pad_token, token)
+        return token, done, out.at[:, step].set(token)
+
+    def body(state: tuple) -> tuple:
+        step, token, done, lengths, out, cache = state
+        logits, cache = decode_step(decoder, params, token, cache)
+        token, done, out = choose(step, logits, done, out)
+        return step + 1, token, done, lengths + ~done, out, cache
+
+    empty = ~jnp.any(segment_ids > 0, axis=1)
+    out = jnp.full((batch, max_new_tokens), pad_token, jnp.int32)
+    first = jnp.zeros((), jnp.int32)
+    token, done, out = choose(first, logits, empty, out)
+    state = (first + 1, token, done, (~done).astype(jnp.int32), out, cache)
+    state = jax.lax.while_loop(lambda state: (state[0] < max_new_tokens) & ~jnp.all(state[2]), body, state)
+    return Generated(tokens=state[4], lengths=state[3])
+
+
+@partial(jax.jit, static_argnames=("model", "max_new_tokens", "stop_tokens", "sampler", "pad_token"))
+def generate(
+    model: Vita,
+    params: Params,
+    inputs: VitaInputs,
+    *,
+    max_new_tokens: int,
+    stop_tokens: tuple[int, ...] = (),
+    sampler: Sampler = GREEDY,
+    key: jax.Array | None = None,
+    pad_token: int = 0,
+) -> Generated:
+    """Answers a batch of prompts in one compiled call, compiled once per shape; see `generate_from_embeds`.
+
+    Args:
+      model: the whole model.
+      params: its parameters, {"vision", "projector", "language"}.
+      inputs: b prompts, one segment per row, padded on either side.
+    """
+    embeds = model.apply({"params": params}, inputs, method="embed_inputs")
+    return generate_from_embeds(
+        model.decoder,
+        params["language"],
+        embeds,
+        inputs.positions,
+        inputs.segment_ids,
+        max_new_tokens=max_new_tokens,
+        stop_tokens=stop_tokens,
+        sampler=sampler,
+        key=key,
+        pad_token=pad_token,
+    )
+
+
+@partial(jax.jit, static_argnames=("model", "num_slots", "sampler"))
+def _start(
+    model: Vita, params: Params, inputs: VitaInputs, key: jax.Array, *, num_slots: int, sampler: Sampler
+) -> tuple[jax.Array, KVCache]:
+    embeds = model.apply({"params": params}, inputs, method="embed_inputs")
+    cache = make_cache(model.config.language, embeds.shape[0], num_slots, embeds.dtype)
+    logits, cache = prefill(model.decoder, params["language"], embeds, inputs.positions, inputs.segment_ids, cache)
+    return sampler(logits, key), cache
+
+
+@partial(jax.jit, static_argnames=("decoder", "sampler"), donate_argnames="cache")
+def _next(
+    decoder: Decoder, params: Params, token: jax.Array, cache: KVCache, key: jax.Array, *, sampler: Sampler
+) -> tuple[jax.Array, KVCache]:
+    logits, cache = decode_step(decoder, params, token, cache)
+    return sampler(logits, key), cache
+
+
+def stream(
+    model: Vita,
+    params: Params,
+    inputs: VitaInputs,
+    *,
+    max_new_tokens: int,
+    stop_tokens: tuple[int, ...] = (),
+    sampler: Sampler = GREEDY,
+    key: jax.Array | None = None,
+) -> Iterator[int]:
+    """Yields the answer to one prompt, token by token; the stop token is not yielded.
+
+    The prompt is padded to a bucket and the cache to the next one, so a conversation compiles a handful of times at
+    most.
+
+    Args:
+      model, params: the whole model.
+      inputs: one row (b = 1).
+      max_new_tokens: the longest answer.
+      stop_tokens, sampler, key: as in `generate_from_embeds`.
+
+    Raises:
+      UserError: more than one row, or a random sampler without a key.
+    """
+    if inputs.tokens.shape[0] != 1:
+        raise UserError(f"stream answers one prompt at a time, not {inputs.tokens.shape[0]}; use generate for a batch")
+    if key is None and not isinstance(sampler, Greedy):
+        raise UserError(f"{sampler} draws at random; give a random key")
+    key = jax.random.key(0) if key is None else key
+    inputs = pad_to_bucket(inputs)
+    num_slots = bucket(inputs.tokens.shape[1] + max_new_tokens, LENGTH_BUCKETS)
+    token, cache = _start(model, params, inputs, jax.random.fold_in(key, 0), num_slots=num_slots, sampler=sampler)
+    for step in range(1, max_new_tokens + 1):
+        current = int(token[0])
+        if current in stop_tokens:
+            return
+        if step < max_new_tokens:  # dispatched before the caller gets `current`, so the device works meanwhile
+            token, cache = _next(
+                model.decoder, params["language"], token, cache, jax.random.fold_in(key, step), sampler=sampler
+            )
+        yield current
+
+
+def bucket(size: int, buckets: tuple[int, ...]) -> int:
+    """The smallest bucket that holds `size`; past the last one, the next multiple of it."""
+    for value in buckets:
+        if size <= value:
+            return value
+    return -(-size // buckets[-1]) * buckets[-1]
+
+
+def pad_to_bucket(inputs: VitaInputs) -> VitaInputs:
+    """Pads prompts on the right and adds empty tile slots, up to round sizes; on the host.
+
+    Inputs with `extra_features` keep their number of tile slots, because the indices of those features start after
+    them.
+
+    Args:
+      inputs: (b s) arrays and tiles (b t S S 3).
+
+    Returns:
+      Inputs with numpy arrays that give the same answer.
+    """
+    length = inputs.tokens.shape[1]
+    tiles = np.asarray(inputs.tiles)
+    slots = tiles.shape[1] if inputs.extra_features is not None else bucket(tiles.shape[1], TILE_BUCKETS)
+    right = ((0, 0), (0, bucket(length, LENGTH_BUCKETS) - length))
+
+    def pad(array: jax.Array, value: int) -> np.ndarray:
+        return np.pad(np.asarray(array), right, constant_values=value)
+
+    return replace(
+        inputs,
+        tokens=pad(inputs.tokens, 0),
+        positions=pad(inputs.positions, 0),
+        segment_ids=pad(inputs.segment_ids, 0),
+        feature_index=pad(inputs.feature_index, -1),
+        tiles=np.pad(tiles, ((0, 0), (0, slots - tiles.shape[1]), (0, 0), (0, 0), (0, 0))),
+    )

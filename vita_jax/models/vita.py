@@ -1,0 +1,208 @@
+"""VITA: vision tower, projector and language model joined by one gather (VITA-1.5, arXiv 2501.01957; `vita_arch.py`).
+
+The data side (`vita_jax.data.splice`) has already expanded every placeholder to its exact number of positions and given
+each of them an index into the row's table of features. So the composition is
+
+    features = projector(tower(tiles)), and whatever other source there is, one after the other
+    x        = where(feature_index >= 0, features[feature_index], embedding[tokens])
+    hidden   = decoder(x)
+
+with static shapes, any number of pictures per row, and rows packed with several conversations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import struct
+
+from vita_jax.errors import UserError
+from vita_jax.models.connectors.projectors import Projector, ProjectorConfig
+from vita_jax.models.language.decoder import Decoder, DecoderConfig, qwen2_7b
+from vita_jax.models.vision.frame_pooling import pool_tokens
+from vita_jax.models.vision.internvit import InternViT, InternViTConfig, internvit_300m_448px, vita_tower_features
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class VitaConfig:
+    """The configs of the parts, and what joins them.
+
+    Attributes:
+      vision, projector, language: the parts; their widths must fit each other.
+      image_mean, image_std: per channel, of pixel values in 0..1; applied to uint8 tiles.
+      pooled_grids: sides of pooled copies of every tile's features that the table also holds (slow-fast video pooling
+        is (12, 7)); empty for the released models. `vita_jax.data.splice.FeatureLayout` describes the table.
+    """
+
+    vision: InternViTConfig
+    projector: ProjectorConfig
+    language: DecoderConfig
+    image_mean: tuple[float, float, float] = IMAGENET_MEAN
+    image_std: tuple[float, float, float] = IMAGENET_STD
+    pooled_grids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, got, want in (
+            ("projector.input_size", self.projector.input_size, self.vision.output_size),
+            ("projector.output_size", self.projector.output_size, self.language.hidden_size),
+        ):
+            if got != want:
+                raise UserError(f"{name} is {got}, but the part it joins has width {want}; set it to {want}")
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Positions that one tile takes in the language model; some projectors merge tokens."""
+        tower = jax.ShapeDtypeStruct((1, self.vision.tokens_per_tile, self.vision.output_size), jnp.float32)
+        out, _ = jax.eval_shape(Projector(self.projector).init_with_output, jax.random.key(0), tower)
+        return out.shape[1]
+
+
+def vita_1_5() -> VitaConfig:
+    """VITA-1.5 at full size, its vision and language side."""
+    vision, language = internvit_300m_448px(), qwen2_7b()
+    projector = ProjectorConfig("mlp2x_gelu", input_size=vision.output_size, output_size=language.hidden_size)
+    return VitaConfig(vision, projector, language)
+
+
+@struct.dataclass
+class VitaInputs:
+    """A batch of rows, all shapes static.
+
+    Attributes:
+      tokens: (b s) int32; anything valid where a feature goes.
+      positions: (b s) int32 rotary positions.
+      segment_ids: (b s) int32; attention stays within a segment; 0 = padding.
+      feature_index: (b s) int32; -1 = text, else a row of this row's feature table.
+      tiles: (b t S S 3) uint8, or float if already normalised; t may be 0 (text only).
+      extra_features: (b m d) features from another source, which follow those of the tiles in the table; or None.
+    """
+
+    tokens: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array
+    feature_index: jax.Array
+    tiles: jax.Array
+    extra_features: jax.Array | None = None
+
+
+def splice(text_embeds: jax.Array, features: jax.Array, feature_index: jax.Array) -> jax.Array:
+    """Puts features in their places: the one point where modalities meet.
+
+    Args:
+      text_embeds: (b s d).
+      features: (b n d), each row's own table: sources are joined by concatenation along `n`.
+      feature_index: (b s) int32 in [-1, n); -1 keeps the text embedding.
+
+    Returns:
+      (b s d) in the dtype of `text_embeds`.
+    """
+    if features.shape[1] == 0:
+        return text_embeds
+    gathered = jnp.take_along_axis(features, jnp.maximum(feature_index, 0)[..., None], axis=1)
+    return jnp.where((feature_index >= 0)[..., None], gathered.astype(text_embeds.dtype), text_embeds)
+
+
+def normalise_tiles(tiles: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+    """uint8 (... 3) -> float32 `(value / 255 - mean) / std`; float input is taken as normalised already."""
+    if jnp.issubdtype(tiles.dtype, jnp.floating):
+        return tiles
+    values = tiles.astype(jnp.float32) * (1.0 / 255.0)
+    return (values - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+
+
+def append_pooled(features: jax.Array, grids: tuple[int, ...]) -> jax.Array:
+    """Appends, to the features of every tile, their copies pooled to each grid.
+
+    Args:
+      features: (n k d), k a square number: the tokens of a tile, row by row.
+      grids: sides g of the pooled grids.
+
+    Returns:
+      (n k+sum(g*g) d).
+    """
+    pooled = [pool_tokens(features, grid) for grid in grids]
+    return jnp.concatenate([features, *pooled], axis=1) if pooled else features
+
+
+class Vita(nn.Module):
+    """The whole model. Parameters: `vision/...`, `projector/...`, `language/...`."""
+
+    config: VitaConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        self.vision = InternViT(self.config.vision, dtype=self.dtype)
+        self.projector = Projector(self.config.projector, dtype=self.dtype)
+        self.language = Decoder(self.config.language, dtype=self.dtype)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The language model as a module of its own; its parameters are `params["language"]`."""
+        return Decoder(self.config.language, dtype=self.dtype)
+
+    def tower_features(self, tiles: jax.Array, deterministic: bool = True) -> jax.Array:
+        """tiles: (n S S 3) -> (n k 4c), what the projector reads; k tokens per tile, c the tower's width."""
+        pixels = normalise_tiles(tiles, self.config.image_mean, self.config.image_std)
+        return vita_tower_features(self.vision(pixels.astype(self.dtype), deterministic=deterministic))
+
+    def encode_tiles(self, tiles: jax.Array, deterministic: bool = True) -> jax.Array:
+        """The tiles' part of the feature table.
+
+        Args:
+          tiles: (b t S S 3) uint8, or float if normalised.
+          deterministic: False lets the tower drop paths (needs the rng `dropout`).
+
+        Returns:
+          (b t*k d), or (b t*(k + pooled) d) with `pooled_grids`; tile by tile.
+        """
+        b, t = tiles.shape[:2]
+        if t == 0 and not self.is_initializing():
+            return jnp.zeros((b, 0, self.config.language.hidden_size), self.dtype)
+        if t == 0:
+            tiles = jnp.zeros((b, 1, *tiles.shape[2:]), tiles.dtype)
+        projected = self.projector(self.tower_features(rearrange(tiles, "b t ... -> (b t) ..."), deterministic))
+        features = append_pooled(projected, self.config.pooled_grids)
+        features = rearrange(features, "(b t) k d -> b (t k) d", b=b)
+        return features if t else features[:, :0]
+
+    def embed_inputs(self, batch: VitaInputs, deterministic: bool = True) -> jax.Array:
+        """Text embeddings with the features in their places: (b s d)."""
+        features = self.encode_tiles(batch.tiles, deterministic)
+        if batch.extra_features is not None:
+            features = jnp.concatenate([features, batch.extra_features.astype(features.dtype)], axis=1)
+        return splice(self.language.embed(batch.tokens), features, batch.feature_index)
+
+    def __call__(self, batch: VitaInputs, deterministic: bool = True) -> jax.Array:
+        """The forward pass of training: hidden states after the final norm (b s d)."""
+        embeds = self.embed_inputs(batch, deterministic)
+        hidden, _ = self.language(embeds, batch.positions, batch.segment_ids)
+        return hidden
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden: (b s d) -> (b s v)."""
+        return self.language.logits(hidden)
+
+
+def text_inputs(tokens: jax.Array, segment_ids: jax.Array | None = None, *, image_size: int = 448) -> VitaInputs:
+    """Inputs without media: positions count from 0, no tiles.
+
+    Args:
+      tokens: (b s) int32.
+      segment_ids: (b s) int32; default one segment and no padding.
+      image_size: S of the tower, for the shape of the empty tile array.
+    """
+    b, s = tokens.shape
+    return VitaInputs(
+        tokens=tokens,
+        positions=jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (b, s)),
+        segment_ids=jnp.ones((b, s), jnp.int32) if segment_ids is None else segment_ids,
+        feature_index=jnp.full((b, s), -1, jnp.int32),
+        tiles=jnp.zeros((b, 0, image_size, image_size, 3), jnp.uint8),
+    )

@@ -1,0 +1,144 @@
+"""Thin Linen shells: they own parameters, names and logical axes, and call plain array functions for the maths.
+
+Every kernel keeps its natural shape (for example `embed, q_heads, head_dim`), so that a sharding rule can name each dimension
+and a weight table only has to reshape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Initializer = Callable[..., jax.Array]
+
+
+def normal_init(stddev: float) -> Initializer:
+    """N(0, stddev), the initialisation of the language models (`initializer_range`)."""
+    return nn.initializers.normal(stddev)
+
+
+def _torch_linear_uniform(fan_in: int) -> Initializer:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what `torch.nn.Linear` and `torch.nn.Conv2d` draw for weight and bias."""
+    bound = fan_in**-0.5
+
+    def init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class Dense(nn.Module):
+    """`y = x @ kernel + bias` over any number of input and output axes.
+
+    Attributes:
+      features: sizes of the output axes.
+      axes: logical names of the kernel's axes, input axes first; None for an axis that is never sharded.
+      num_input_axes: how many trailing axes of `x` are contracted.
+      use_bias: adds a bias of shape `features`.
+      kernel_init: None draws torch's default for linear layers.
+      dtype: compute dtype; parameters are float32.
+    """
+
+    features: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    num_input_axes: int = 1
+    use_bias: bool = True
+    kernel_init: Initializer | None = None
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: (... *inputs) -> (... *features)."""
+        inputs = x.shape[x.ndim - self.num_input_axes :]
+        fan_in = 1
+        for size in inputs:
+            fan_in *= size
+        kernel_init = self.kernel_init or _torch_linear_uniform(fan_in)
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(kernel_init, self.axes),
+            (*inputs, *self.features),
+            jnp.float32,
+        )
+        y = jax.lax.dot_general(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            (
+                (tuple(range(x.ndim - self.num_input_axes, x.ndim)), tuple(range(self.num_input_axes))),
+                ((), ()),
+            ),
+        )
+        if self.use_bias:
+            bias_init = _torch_linear_uniform(fan_in) if self.kernel_init is None else nn.initializers.zeros_init()
+            bias = self.param(
+                "bias",
+                nn.with_logical_partitioning(bias_init, self.axes[self.num_input_axes :]),
+                self.features,
+                jnp.float32,
+            )
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+class Embed(nn.Module):
+    """Token table `embedding` (v d), looked up by id."""
+
+    num_embeddings: int
+    features: int
+    init_stddev: float = 0.02
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        self.embedding = self.param(
+            "embedding",
+            nn.with_logical_partitioning(normal_init(self.init_stddev), ("vocab", "embed")),
+            (self.num_embeddings, self.features),
+            jnp.float32,
+        )
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """tokens: (b s) int32, each in [0, v) -> (b s d)."""
+        return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last axis; statistics in float32, biased variance."""
+
+    epsilon: float
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: (... d) -> (... d)."""
+        size = x.shape[-1]
+        scale = self.param(
+            "scale", nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",)), (size,), jnp.float32
+        )
+        bias = self.param(
+            "bias", nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed",)), (size,), jnp.float32
+        )
+        x32 = x.astype(jnp.float32)
+        mean = jnp.mean(x32, axis=-1, keepdims=True)
+        centred = x32 - mean
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis: float32 statistics, cast to the compute dtype, then the weight."""
+
+    epsilon: float
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: (... d) -> (... d)."""
+        scale = self.param(
+            "scale", nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",)), (x.shape[-1],), jnp.float32
+        )
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+        return normed.astype(self.dtype) * scale.astype(self.dtype)

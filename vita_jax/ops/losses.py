@@ -1,0 +1,112 @@
+"""Next-token cross entropy without the logits of a whole row: they are made, used and dropped chunk by chunk."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+IGNORE_LABEL = -100
+
+
+def shift_labels(labels: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+    """The label each position has to predict: that of the next position, if both are in one segment.
+
+    Args:
+      labels: (b s) int; `labels[i]` is the token AT i, -100 = ignored.
+      segment_ids: (b s) int, 0 = padding; None means one segment per row.
+
+    Returns:
+      (b s) int, -100 where nothing is to be predicted (always so at the end of a segment).
+    """
+    following = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_LABEL)
+    if segment_ids is None:
+        return following
+    next_segment = jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
+    return jnp.where((segment_ids > 0) & (segment_ids == next_segment), following, IGNORE_LABEL)
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Summed cross entropy of (... v) logits against (...) targets, -100 = ignored; float32.
+
+    Returns:
+      (sum, number of targets), both () float32.
+    """
+    valid = targets != IGNORE_LABEL
+    logits = logits.astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, jnp.where(valid, targets, 0)[..., None], axis=-1)[..., 0]
+    losses = jax.nn.logsumexp(logits, axis=-1) - picked
+    return jnp.sum(jnp.where(valid, losses, 0.0)), jnp.sum(valid, dtype=jnp.float32)
+
+
+def num_correct(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """How many (...) targets, -100 = ignored, have the largest of their (... v) logits: () float32, no gradient."""
+    logits = jax.lax.stop_gradient(logits)
+    picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    # Compared with the maximum, since an arg-max is several times slower than a plain reduction on CPU.
+    return jnp.sum((targets != IGNORE_LABEL) & (picked >= jnp.max(logits, axis=-1)), dtype=jnp.float32)
+
+
+def next_token_loss(
+    hidden: jax.Array,
+    lm_head_kernel: jax.Array,
+    labels: jax.Array,
+    segment_ids: jax.Array | None = None,
+    *,
+    chunk_size: int = 512,
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of the next-token cross entropy, and how many tokens it covers: the first two results of `next_token_scores`.
+
+    Returns:
+      (sum, count), both () float32. The mean loss is `sum / max(count, 1)`.
+    """
+    return next_token_scores(hidden, lm_head_kernel, labels, segment_ids, chunk_size=chunk_size)[:2]
+
+
+def next_token_scores(
+    hidden: jax.Array,
+    lm_head_kernel: jax.Array,
+    labels: jax.Array,
+    segment_ids: jax.Array | None = None,
+    *,
+    chunk_size: int = 512,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Summed next-token cross entropy, the number of tokens it covers, and how many of them have the largest logit.
+
+    The row is cut into chunks of `chunk_size` positions. A scan makes the logits of one chunk at a time and the
+    backward pass makes them again, so the largest temporary is (b chunk_size v) instead of (b s v).
+
+    Args:
+      hidden: (b s d) after the final norm, any float dtype.
+      lm_head_kernel: (d v); multiplied in the dtype of `hidden`, accumulated in float32.
+      labels: (b s) int, aligned with the tokens, -100 = ignored. The shift by one happens here.
+      segment_ids: (b s) int, 0 = padding. A token never predicts one of another segment.
+      chunk_size: positions per chunk.
+
+    Returns:
+      (sum, count, correct), all () float32.
+    """
+    targets = shift_labels(labels, segment_ids)
+    kernel = lm_head_kernel.astype(hidden.dtype)
+
+    def chunk_scores(hidden: jax.Array, targets: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
+        logits = jnp.einsum("bsd,dv->bsv", hidden, kernel, preferred_element_type=jnp.float32)
+        return *cross_entropy(logits, targets), num_correct(logits, targets)
+
+    length = hidden.shape[1]
+    if length <= chunk_size:
+        return chunk_scores(hidden, targets, kernel)
+    padding = -length % chunk_size
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=IGNORE_LABEL)
+    chunks = (
+        rearrange(hidden, "b (c s) d -> c b s d", s=chunk_size),
+        rearrange(targets, "b (c s) -> c b s", s=chunk_size),
+    )
+
+    def body(totals: tuple[jax.Array, ...], chunk: tuple[jax.Array, jax.Array]) -> tuple:
+        scores = jax.checkpoint(chunk_scores)(*chunk, kernel)
+        return tuple(total + score for total, score in zip(totals, scores, strict=True)), None
+
+    totals, _ = jax.lax.scan(body, (jnp.zeros((), jnp.float32),) * 3, chunks)
+    return totals

@@ -1,0 +1,106 @@
+"""The device mesh. Its five axes are always present, of size 1 when unused, so all machines run the same code.
+
+Axes:
+  data      copies of the model, each with its own part of the batch
+  fsdp      part of the batch as well; parameters are cut along their `embed` dimension
+  expert    part of the batch outside the experts, and the experts themselves (mixture-of-experts models)
+  tensor    heads, feed-forward width and vocabulary
+  context   sequence length
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vita_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
+BATCH_AXES = ("data", "fsdp", "expert")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Number of devices along each mesh axis; `data=-1` takes all devices the other axes leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+    context: int = 1
+
+
+def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+    """Sizes in the order of `MESH_AXES`.
+
+    Raises:
+      UserError: an axis is not positive, or the sizes do not multiply to the number of devices.
+    """
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    for axis, size in sizes.items():
+        if size < 1 and not (axis == "data" and size == -1):
+            raise UserError(
+                f"mesh.{axis}={size}: must be at least 1" + (" (or -1 for the rest)" if axis == "data" else "")
+            )
+    others = int(np.prod([size for axis, size in sizes.items() if axis != "data"]))
+    if sizes["data"] == -1:
+        sizes["data"] = max(num_devices // others, 1)
+    total = sizes["data"] * others
+    if total != num_devices:
+        described = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+        raise UserError(
+            f"mesh {described} needs {total} devices but {num_devices} are available; change --config.mesh.*"
+        )
+    return tuple(sizes[axis] for axis in MESH_AXES)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices` (default: all of them). Use it with `with jax.set_mesh(mesh):`.
+
+    Axis types are Auto: Linen layers with partitioned initialisers do not trace under explicit axes.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    shape = mesh_shape(config, len(devices))
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+    """In how many parts the batch is cut: data x fsdp x expert."""
+    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """First axis over data x fsdp x expert, everything else whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Host arrays (b ...), this process's rows, to device arrays (all rows) sharded over the batch axes of the mesh."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, np.asarray(x)) for name, x in batch.items()}
+
+
+def put_replicated(tree: Any, mesh: Mesh) -> Any:
+    """Host arrays to device arrays that are whole on every device."""
+    return jax.tree.map(lambda x: jax.device_put(x, replicated(mesh)), tree)
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs between runs: in JAX_COMPILATION_CACHE_DIR, or `~/.cache/vita_jax/compiled` if that is
+    unset.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "vita_jax" / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,104 @@
+"""`python -m vita_jax.train --config=experiments/quickstart.py`: train a model through all stages of an experiment."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from vita_jax import config as config_lib
+from vita_jax.errors import UserError
+
+HELP = """\
+usage: python -m vita_jax.train --config=FILE [--config.FIELD=VALUE ...]
+
+Trains every stage of an experiment and goes on where it was stopped: run the same command again.
+
+  --config=FILE            a Python file that defines get_config(size=...), for example experiments/quickstart.py
+  --config.size=SIZE       smoke, small or full, as far as the experiment offers them
+  --config.FIELD=VALUE     replaces any field of the configuration, dots between levels; entries of a list by index or
+                           name
+  --print_config           prints the resolved configuration and stops
+  --help                   this text
+
+examples:
+  python -m vita_jax.train --config=experiments/quickstart.py
+  python -m vita_jax.train --config=experiments/quickstart.py --config.size=smoke --config.run_dir=/tmp/smoke
+  python -m vita_jax.train --config=experiments/quickstart.py --config.optimizer.learning_rate=1e-4
+  python -m vita_jax.train --config=experiments/quickstart.py --config.stages.vision_sft.steps=500
+  python -m vita_jax.train --config=experiments/own_data.py --config.data.json=records.json --config.data.root=pictures
+
+An experiment file may also define these functions; each is called if it is there:
+  prepare(config)                      before training, to build data and tokenizer; may return a changed configuration
+  after_stage(config, stage, params)   when a stage is finished
+  finish(config)                       when all are
+"""
+
+HOOKS = ("prepare", "after_stage", "finish")
+
+
+def hooks_of(module: ModuleType) -> dict[str, Any]:
+    """The functions of an experiment file that the command calls, by name; None for those it does not define."""
+    return {name: getattr(module, name, None) for name in HOOKS}
+
+
+def train(arguments: config_lib.ConfigArgs) -> int:
+    """Resolves the configuration, prepares the data, trains, finishes. Returns the exit status."""
+    # Imported here so that --help and a mistyped flag answer at once.
+    from vita_jax.training import loop
+    from vita_jax.training.experiment import ExperimentConfig, validate
+
+    print_only = "--print_config" in arguments.rest
+    unknown = [argument for argument in arguments.rest if argument != "--print_config"]
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]!r}; configuration fields start with --config., see --help")
+    if arguments.file is None:
+        raise UserError("--config=FILE is missing, for example --config=experiments/quickstart.py; see --help")
+    module = config_lib.load_module(arguments.file)
+    config = config_lib.config_from_module(module, arguments.overrides)
+    if not isinstance(config, ExperimentConfig):
+        raise UserError(f"{arguments.file}: get_config must return an ExperimentConfig, not {type(config).__name__}")
+    validate(config)
+    if print_only:
+        print(config_lib.format_config(config))
+        return 0
+    hooks = hooks_of(module)
+    if hooks["prepare"] is not None:
+        # Before anything is built: data of another configuration must not replace that of the run in this directory.
+        loop.claim_run_dir(config, loop.REQUESTED)
+        prepared = hooks["prepare"](config)
+        config = config if prepared is None else prepared
+    print(config_lib.format_config(config), flush=True)
+
+    def after_stage(stage: Any, params: Any) -> None:
+        hooks["after_stage"](config, stage, params)
+
+    try:
+        loop.run(config, after_stage=after_stage if hooks["after_stage"] else None)
+    except loop.Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.signal
+    if hooks["finish"] is not None:
+        hooks["finish"](config)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0 done, 2 bad input, 128 + signal number when stopped."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in argv or "-h" in argv:
+        print(HELP)
+        return 0
+    try:
+        return train(config_lib.parse_config_args(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,371 @@
+"""Checkpoints: everything a stage needs to go on, in one folder per step, complete or not there at all.
+
+`<run_dir>/stages/<stage>/checkpoints/<step>/` holds three Orbax items and a manifest:
+  params          all parameters, trainable and frozen, as nested dicts
+  optimizer       optimiser state (trainable parameters only)
+  meta            JSON: format version, stage, step, whether the stage is finished, rng, data-iterator state and the
+                  resolved configuration
+  manifest.json   size and CRC-32 of every file of these items; a folder without it is incomplete and is not looked at
+
+Orbax writes a temporary folder and commits it by renaming, the manifest included. It would read back flipped bits
+without complaint and damaged files with anonymous errors; the manifest turns both into one clear message before
+anything is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import signal
+import threading
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+
+from vita_jax import config as config_lib
+from vita_jax.errors import UserError
+from vita_jax.training.experiment import ExperimentConfig
+from vita_jax.training.objectives import OBJECTIVES
+from vita_jax.training.stages import Stage
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+CONFIG = "config.json"
+ITEMS = ("params", "optimizer", "meta")
+# Written by Orbax while it commits, without content that matters.
+COMMIT_MARK = "commit_success.txt"
+_CHUNK = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """What one checkpoint holds.
+
+    Attributes:
+      params: nested dicts of arrays, trainable and frozen together.
+      opt_state: optimiser state.
+      meta: JSON part; see `snapshot_meta`.
+    """
+
+    params: dict[str, Any]
+    opt_state: Any
+    meta: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """Parameters for use, not for training on.
+
+    Attributes:
+      params: nested dicts; what a stage's objective added has been dropped.
+      config: the configuration they were trained with.
+      stage, step: where in the curriculum they were saved.
+      path: the checkpoint folder.
+      run_dir: the run it belongs to (`<run_dir>/tokenizer` has its tokenizer).
+    """
+
+    params: dict[str, Any]
+    config: ExperimentConfig
+    stage: str
+    step: int
+    path: Path
+    run_dir: Path
+
+
+def checkpoint_folder(run_dir: str | Path, stage: str) -> Path:
+    """`<run_dir>/stages/<stage>/checkpoints`."""
+    return Path(run_dir) / "stages" / stage / "checkpoints"
+
+
+def snapshot_meta(
+    config: ExperimentConfig, stage: Stage, step: int, rng: list[int], data_state: Any, seconds: float
+) -> dict[str, Any]:
+    """The JSON part of a checkpoint: `seconds` is the time the stage has trained so far, over all its starts."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "stage": stage.name,
+        "step": step,
+        "finished": step >= stage.steps,
+        "rng": rng,
+        "data_state": data_state,
+        "seconds": seconds,
+        "config": config_lib.to_dict(config),
+    }
+
+
+class StageCheckpoints:
+    """Saves and restores the checkpoints of one stage, on top of Orbax's `CheckpointManager`.
+
+    Writing happens in the background; `save` waits only for the previous one. Old checkpoints are removed once a newer
+    one is complete.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder.absolute()
+        self.keep = keep
+        self._in_flight: int | None = None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._remove_incomplete()
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=None,
+                enable_async_checkpointing=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            ),
+        )
+
+    def __enter__(self) -> StageCheckpoints:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.wait()
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint, or None."""
+        return max(complete_steps(self.folder), default=None)
+
+    def save(self, step: int, params: Mapping[str, Any], opt_state: Any, meta: Mapping[str, Any]) -> None:
+        """Starts writing the checkpoint of `step`. The arrays may be donated or changed as soon as this returns."""
+        self.wait()
+        self._in_flight = step
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params),
+                optimizer=ocp.args.StandardSave(opt_state),
+                meta=ocp.args.JsonSave(dict(meta)),
+            ),
+            force=True,
+        )
+
+    def wait(self) -> None:
+        """Returns when the checkpoint being written is complete, and removes those beyond `keep`."""
+        self._manager.wait_until_finished()
+        for step in complete_steps(self.folder)[: -self.keep]:
+            self._manager.delete(step)
+
+    def restore(self, step: int, abstract_params: Any, abstract_opt_state: Any) -> Snapshot:
+        """Reads a checkpoint into the layout that the abstract arrays (with shardings) ask for.
+
+        Raises:
+          UserError: the checkpoint is damaged or of another format.
+        """
+        folder = self.folder / str(step)
+        meta = read_meta(folder)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract_params), optimizer=ocp.args.StandardRestore(abstract_opt_state)
+            ),
+        )
+        return Snapshot(restored["params"], restored["optimizer"], meta)
+
+    def _seal(self) -> None:
+        """Adds the manifest to the temporary folder that Orbax is about to rename (called in its background thread)."""
+        if jax.process_index() == 0:
+            (temporary,) = self.folder.glob(f"{self._in_flight}.*")
+            write_manifest(temporary)
+
+    def _remove_incomplete(self) -> None:
+        """What a killed process left half written is of no use, and a later save of the same step would collide with
+        it.
+        """
+        for path in self.folder.iterdir():
+            if path.is_dir() and not (path / MANIFEST).is_file():
+                shutil.rmtree(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Completeness
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a `checkpoints` folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / MANIFEST).is_file())
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def write_manifest(folder: Path) -> None:
+    """Records the files of all items of a checkpoint that is about to be committed."""
+    files = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "crc32": _crc32(path)}
+        for item in ITEMS
+        for path in sorted((folder / item).rglob("*"))
+        if path.is_file() and path.name != COMMIT_MARK
+    }
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+
+
+def _damaged(folder: Path, reason: str) -> UserError:
+    others = [step for step in complete_steps(folder.parent) if str(step) != folder.name]
+    advice = (
+        f"delete that folder to go on from step {others[-1]}"
+        if others
+        else "delete that folder to start the stage again"
+    )
+    return UserError(f"checkpoint {folder} is damaged: {reason}; {advice}")
+
+
+def verify(folder: Path) -> None:
+    """Compares every file of a checkpoint with its manifest.
+
+    Raises:
+      UserError: the folder is no complete checkpoint, or a file is missing, truncated or changed; says which.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        raise UserError(f"{folder} is not a complete checkpoint: it has no {MANIFEST}")
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        expected = {name: (entry["size"], entry["crc32"]) for name, entry in files.items()}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        raise _damaged(folder, f"{MANIFEST} cannot be read") from None
+    for name, (size, crc) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            raise _damaged(folder, f"{name} is missing")
+        if path.stat().st_size != size:
+            raise _damaged(folder, f"{name} has {path.stat().st_size} bytes instead of {size}")
+        if _crc32(path) != crc:
+            raise _damaged(folder, f"the content of {name} has changed since it was written")
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint, after `verify`.
+
+    Raises:
+      UserError: damaged, or written in another format version.
+    """
+    verify(folder)
+    meta = json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8"))
+    if meta["format_version"] != FORMAT_VERSION:
+        raise UserError(
+            f"checkpoint {folder} has format version {meta['format_version']}, "
+            f"this program reads version {FORMAT_VERSION}"
+        )
+    return meta
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading parameters for use
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder meant by `path`: a run, a stage's folder, a `checkpoints` folder, or a checkpoint itself.
+
+    A run means the newest checkpoint of its last finished stage.
+
+    Raises:
+      UserError: there is no complete checkpoint at `path`.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"checkpoint {path} does not exist")
+    if (path / MANIFEST).is_file() and path.name.isdigit():
+        return path
+    if (path / CONFIG).is_file():
+        config = config_lib.load_json(ExperimentConfig, path / CONFIG)
+        for stage in reversed(config.stages):
+            folder = checkpoint_folder(path, stage.name)
+            steps = complete_steps(folder)
+            if steps and read_meta(folder / str(steps[-1]))["finished"]:
+                return folder / str(steps[-1])
+        unfinished = sorted(str(p.parent) for p in path.glob(f"stages/*/checkpoints/*/{MANIFEST}"))
+        hint = f"; to use an unfinished stage give its folder, for example {unfinished[-1]}" if unfinished else ""
+        raise UserError(f"run {path} has no finished stage yet: go on training it{hint}")
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = complete_steps(folder)
+    if not steps:
+        raise UserError(f"{path} is neither a run nor does it hold a complete checkpoint (a folder with {MANIFEST})")
+    return folder / str(steps[-1])
+
+
+def load_params(path: str | Path, shardings: Any = None) -> LoadedModel:
+    """Parameters and configuration of a run or checkpoint.
+
+    Args:
+      path: see `find_checkpoint`.
+      shardings: nested dict of shardings to restore into; None puts everything on the first device.
+
+    Raises:
+      UserError: nothing there, damaged, or of another format.
+    """
+    folder = find_checkpoint(path).absolute()
+    meta = read_meta(folder)
+    try:
+        config = config_lib.from_dict(ExperimentConfig, meta["config"])
+    except UserError as error:
+        raise UserError(
+            f"checkpoint {folder} was saved with a configuration this program does not know: {error}"
+        ) from None
+    # The handler alone: a checkpointer would look for metadata that only whole checkpoints have.
+    handler = ocp.StandardCheckpointHandler()
+    saved = handler.metadata(folder / "params").tree
+    default = SingleDeviceSharding(jax.local_devices()[0])
+    if shardings is None:
+        shardings = jax.tree.map(lambda _: default, saved)
+    else:
+        shardings = {name: shardings.get(name, jax.tree.map(lambda _: default, saved[name])) for name in saved}
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), saved, shardings
+    )
+    params = handler.restore(folder / "params", args=ocp.args.StandardRestore(abstract))
+    handler.close()
+    extra = OBJECTIVES[config.stage(meta["stage"]).objective].extra_names
+    params = {name: tree for name, tree in params.items() if name not in extra}
+    return LoadedModel(params, config, meta["stage"], meta["step"], folder, folder.parents[3])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping safely
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class StopSignal:
+    """Turns the first SIGTERM or SIGINT into a request that the loop reads between steps; a second one acts as usual.
+
+    Use as a context manager. Outside the main thread signals cannot be caught and nothing is installed.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

@@ -1,0 +1,304 @@
+"""The configuration of a whole run, and the checks made once before it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from vita_jax.data.examples import ExampleContext
+from vita_jax.data.images import ImageConfig
+from vita_jax.data.prompts import PromptOptions
+from vita_jax.data.splice import FeatureLayout
+from vita_jax.data.templates import SystemTexts, get_template
+from vita_jax.data.tokenizer import Tokenizer
+from vita_jax.data.video import ORIGINAL_RULES
+from vita_jax.errors import UserError
+from vita_jax.models.vita import Vita, VitaConfig
+from vita_jax.parallel.mesh import MESH_AXES, MeshConfig, mesh_shape
+from vita_jax.training.objectives import OBJECTIVES
+from vita_jax.training.optimizer import OptimizerConfig
+from vita_jax.training.stages import Stage, starts_of
+
+
+@dataclasses.dataclass(frozen=True)
+class DTypePolicy:
+    """Parameters are float32, activations `compute_dtype`.
+
+    Norm statistics, softmax, rotary angles and losses are float32 whatever this says.
+    """
+
+    param_dtype: Literal["float32"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """The tokenizer of the run.
+
+    Attributes:
+      vocab_size: entries to train; the model's own vocabulary may be larger, never smaller.
+      folder: where its files are; copied to `<run_dir>/tokenizer`. None: the experiment's `prepare` puts them there.
+    """
+
+    vocab_size: int
+    folder: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Amount:
+    """How many records of one kind a builder makes; the names are the builder's."""
+
+    name: str
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the training data comes from.
+
+    Attributes:
+      folder: built data; relative paths of the stages' sources are below it. None is `<run_dir>/data`.
+      json: a user's own record file, for experiments that build from one.
+      root: the folder its media paths start from.
+      max_bad_fraction: share of records that may be unusable before the run stops.
+      num_threads: threads that read and decode.
+      amounts: sizes of generated data, addressed by name: `--config.data.amounts.images.count=100`.
+    """
+
+    folder: str | None = None
+    json: str | None = None
+    root: str | None = None
+    max_bad_fraction: float = 0.01
+    num_threads: int = 2
+    amounts: tuple[Amount, ...] = ()
+
+    def amount(self, name: str) -> int:
+        """Count of the entry `name` of `amounts`. Raises `UserError` if there is none."""
+        for entry in self.amounts:
+            if entry.name == name:
+                return entry.count
+        known = ", ".join(entry.name for entry in self.amounts) or "none"
+        raise UserError(f"data.amounts has no entry {name!r}; entries: {known}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Every how many steps a stage saves (its end is always saved), and how many of its checkpoints are kept."""
+
+    every_steps: int = 200
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """Every how many steps metrics are written and progress is shown."""
+
+    every_steps: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """Everything that decides what a run computes. Saved as `<run_dir>/config.json` and in every checkpoint.
+
+    Attributes:
+      name: of the experiment.
+      size: smoke, small or full: the size `get_config` was asked for.
+      run_dir: everything the run writes is below it.
+      model: the network.
+      image: how pictures become tiles.
+      template: conversation template by name.
+      system_texts: system text for pictures, video and plain text.
+      stages: the curriculum, in order.
+      video_rule: which frames of a video are taken, see `vita_jax.data.video`.
+      prompt: variants of writing conversations.
+      seed: of parameters, data order and drop path.
+    """
+
+    name: str
+    size: str
+    run_dir: str
+    model: VitaConfig
+    image: ImageConfig
+    tokenizer: TokenizerConfig
+    template: str
+    system_texts: SystemTexts
+    data: DataConfig
+    stages: tuple[Stage, ...]
+    video_rule: str = "paper"
+    prompt: PromptOptions = PromptOptions()
+    seed: int = 0
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    mesh: MeshConfig = MeshConfig()
+    dtypes: DTypePolicy = DTypePolicy()
+
+    def stage(self, name: str) -> Stage:
+        """The stage of that name. Raises `UserError` naming the nearest."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise UserError(f"no stage {name!r}; {_nearest(name, [stage.name for stage in self.stages])}")
+
+
+# What may change between two starts of one run: where it lies and how it is stored, shown and laid out, not what it
+# computes.
+RESTARTABLE_FIELDS = ("run_dir", "checkpoint", "log", "mesh", "data.num_threads", "data.folder", "tokenizer.folder")
+
+
+def data_folder(config: ExperimentConfig) -> Path:
+    """Where the built data of the run is."""
+    return Path(config.run_dir) / "data" if config.data.folder is None else Path(config.data.folder)
+
+
+def tokenizer_folder(config: ExperimentConfig) -> Path:
+    """Where the tokenizer of the run is read from."""
+    return Path(config.run_dir) / "tokenizer" if config.tokenizer.folder is None else Path(config.tokenizer.folder)
+
+
+def build_model(config: ExperimentConfig) -> Vita:
+    """The network, computing in the dtype of the policy."""
+    return Vita(config.model, dtype=jnp.dtype(config.dtypes.compute_dtype))
+
+
+def example_context(config: ExperimentConfig, tokenizer: Tokenizer) -> ExampleContext:
+    """How the records of this run become examples, for training, evaluation and chat alike."""
+    return ExampleContext(
+        tokenizer=tokenizer,
+        template=get_template(config.template),
+        system_texts=config.system_texts,
+        image=config.image,
+        layout=FeatureLayout(config.model.vision.tokens_per_tile, config.model.pooled_grids),
+        video_rule=config.video_rule,
+        options=config.prompt,
+    )
+
+
+def check_tokenizer(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
+    """Raises `UserError` if the tokenizer has ids that the model has no embedding for."""
+    if tokenizer.vocab_size > config.model.language.vocab_size:
+        raise UserError(
+            f"the tokenizer in {tokenizer_folder(config)} has {tokenizer.vocab_size} entries, more than "
+            f"model.language.vocab_size={config.model.language.vocab_size}"
+        )
+
+
+def peak_learning_rate(config: ExperimentConfig, stage: Stage) -> float:
+    """The stage's peak rate, or the one that `optimizer.learning_rate` sets for all stages."""
+    rate = config.optimizer.learning_rate
+    return stage.learning_rate if rate is None else rate
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    if not known:
+        return "there are none"
+    best = max(known, key=lambda name: difflib.SequenceMatcher(None, name, word).ratio())
+    return f"the nearest is {best!r}, known: {', '.join(known)}"
+
+
+def validate(config: ExperimentConfig, num_devices: int | None = None) -> None:
+    """Checks everything that can be checked before any data is read.
+
+    Args:
+      config: the run.
+      num_devices: devices of the mesh; default all of this machine's.
+
+    Raises:
+      UserError: names the field, its value and what would fit.
+    """
+    num_devices = jax.device_count() if num_devices is None else num_devices
+    _validate_parts(config)
+    if not config.stages:
+        raise UserError("stages: there must be at least one")
+    names = [stage.name for stage in config.stages]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"stages: the name {name!r} is used {names.count(name)} times; names must be unique")
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+            raise UserError(f"stages: {name!r} is no valid name; use a letter, then letters, digits, _ and -")
+    mesh = dict(zip(MESH_AXES, mesh_shape(config.mesh, num_devices), strict=True))
+    shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
+    for index, stage in enumerate(config.stages):
+        _validate_numbers(stage)
+        _validate_starts(stage, names[:index])
+        rows = stage.batch_size // stage.accumulation
+        if stage.batch_size % stage.accumulation or rows % shards:
+            raise UserError(
+                f"stages.{stage.name}.batch_size={stage.batch_size} must be a multiple of "
+                f"accumulation ({stage.accumulation}) x the {shards} devices the batch is divided over "
+                "(mesh data x fsdp x expert)"
+            )
+        if stage.row_length % mesh["context"]:
+            raise UserError(
+                f"stages.{stage.name}.row_length={stage.row_length} must be a multiple of "
+                f"mesh.context={mesh['context']}"
+            )
+
+
+def _validate_parts(config: ExperimentConfig) -> None:
+    get_template(config.template)
+    rules = ["paper", *ORIGINAL_RULES]
+    if config.video_rule not in rules:
+        raise UserError(f"video_rule={config.video_rule!r} is unknown; {_nearest(config.video_rule, rules)}")
+    model, image = config.model, config.image
+    if model.vision.image_size != image.image_size:
+        raise UserError(
+            f"image.image_size={image.image_size} but model.vision.image_size={model.vision.image_size}; "
+            "they must be equal"
+        )
+    if (model.image_mean, model.image_std) != (image.mean, image.std):
+        raise UserError(
+            f"image.mean/std {image.mean}/{image.std} differ from "
+            f"model.image_mean/std {model.image_mean}/{model.image_std}"
+        )
+    if config.tokenizer.vocab_size > model.language.vocab_size:
+        raise UserError(
+            f"tokenizer.vocab_size={config.tokenizer.vocab_size} is more than "
+            f"model.language.vocab_size={model.language.vocab_size}"
+        )
+    for field, value in (
+        ("checkpoint.every_steps", config.checkpoint.every_steps),
+        ("checkpoint.keep", config.checkpoint.keep),
+        ("log.every_steps", config.log.every_steps),
+    ):
+        if value < 1:
+            raise UserError(f"{field}={value}: must be at least 1")
+    if config.seed < 0:
+        raise UserError(f"seed={config.seed}: must not be negative")
+    if config.optimizer.learning_rate is not None and config.optimizer.learning_rate < 0:
+        raise UserError(f"optimizer.learning_rate={config.optimizer.learning_rate}: must not be negative")
+
+
+def _validate_numbers(stage: Stage) -> None:
+    where = f"stages.{stage.name}"
+    if stage.objective not in OBJECTIVES:
+        raise UserError(
+            f"{where}.objective={stage.objective!r} is unknown; {_nearest(stage.objective, list(OBJECTIVES))}"
+        )
+    if not stage.sources:
+        raise UserError(f"{where}.sources: there must be at least one")
+    for field in ("steps", "batch_size", "row_length", "accumulation"):
+        if getattr(stage, field) < 1:
+            raise UserError(f"{where}.{field}={getattr(stage, field)}: must be at least 1")
+    if stage.row_tiles < 0:
+        raise UserError(f"{where}.row_tiles={stage.row_tiles}: must not be negative")
+    if stage.learning_rate < 0:
+        raise UserError(f"{where}.learning_rate={stage.learning_rate}: must not be negative")
+    if not 0 <= stage.warmup_ratio <= 1:
+        raise UserError(f"{where}.warmup_ratio={stage.warmup_ratio}: must be between 0 and 1")
+
+
+def _validate_starts(stage: Stage, earlier: list[str]) -> None:
+    for start in starts_of(stage):
+        if start in earlier or Path(start).is_dir():
+            continue
+        raise UserError(
+            f"stages.{stage.name}.start_from: {start!r} is neither an earlier stage nor an existing folder; "
+            f"{_nearest(start, earlier)}"
+        )

@@ -1,0 +1,325 @@
+"""The training loop, stage by stage, from first parameters to last checkpoint. Read it from `run` downwards.
+
+Orders that other parts rely on:
+* At the top of a step: save if due, then fetch the batch, then step. The data iterator is never ahead of what is saved
+  with it.
+* Where a stage gets its parameters: its own newest checkpoint, else the stages or checkpoints it starts from, else
+  newly drawn.
+* End of a stage: last checkpoint, then the `after_stage` hook, then the mark that the hook is done.
+A run that is stopped anywhere and started again with the same configuration goes on there, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vita_jax import config as config_lib
+from vita_jax.data.loader import Loader, RecordCounts, make_loader
+from vita_jax.data.tokenizer import Tokenizer, load_tokenizer
+from vita_jax.errors import UserError
+from vita_jax.models.vita import Vita
+from vita_jax.parallel.mesh import enable_compilation_cache, make_mesh, put_batch, put_replicated, replicated
+from vita_jax.parallel.rules import use_mesh
+from vita_jax.training.checkpoint import (
+    CONFIG,
+    StageCheckpoints,
+    StopSignal,
+    checkpoint_folder,
+    load_params,
+    read_meta,
+    snapshot_meta,
+)
+from vita_jax.training.experiment import (
+    RESTARTABLE_FIELDS,
+    ExperimentConfig,
+    build_model,
+    check_tokenizer,
+    data_folder,
+    example_context,
+    peak_learning_rate,
+    tokenizer_folder,
+    validate,
+)
+from vita_jax.training.metrics import MetricsWriter, Reporter, format_duration
+from vita_jax.training.plan import StagePlan, initial_params, plan_stage
+from vita_jax.training.stages import Stage, count_parameters, flatten, parameter_counts, stage_table, unflatten
+from vita_jax.training.step import FlatParams, TrainState, train_step
+
+HOOK_DONE = "after_stage.done"
+# The configuration as it was before the experiment's `prepare` had a chance to complete it.
+REQUESTED = "requested_config.json"
+
+
+class BatchIterator(Protocol):
+    """Endless host batches whose position can be saved; `counts`: records read and unusable, None without records."""
+
+    counts: RecordCounts | None
+
+    def __next__(self) -> Mapping[str, np.ndarray]: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+MakeBatches = Callable[[ExperimentConfig, Stage], BatchIterator]
+AfterStage = Callable[[Stage, dict[str, Any]], None]
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved; `signal` is what asked."""
+
+    def __init__(self, stage: str, step: int, number: int) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(number).name} at step {step} of stage {stage}; "
+            "start it again to go on from there"
+        )
+        self.signal = number
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What all stages share."""
+
+    config: ExperimentConfig
+    model: Vita
+    mesh: Mesh
+    metrics: MetricsWriter
+    stop: StopSignal
+    make_batches: MakeBatches
+    after_stage: AfterStage | None
+    stream: TextIO
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run(
+    config: ExperimentConfig,
+    *,
+    make_batches: MakeBatches | None = None,
+    after_stage: AfterStage | None = None,
+    stream: TextIO | None = None,
+) -> None:
+    """Trains every stage that is not finished yet.
+
+    Args:
+      config: the run; its `run_dir` may hold earlier progress of the same configuration.
+      make_batches: batches of a stage; default: the packed ArrayRecord files of its sources, with the run's tokenizer.
+      after_stage: called once when a stage is finished, with its parameters (nested, without the objective's own).
+        If the process is killed inside it, it is called again at the next start.
+      stream: where progress goes, default stdout.
+
+    Raises:
+      UserError: the configuration, data or an existing run directory does not fit.
+      Stopped: SIGTERM or SIGINT arrived; everything is saved.
+    """
+    stream = stream or sys.stdout
+    enable_compilation_cache()
+    validate(config)
+    run_dir = Path(config.run_dir)
+    claim_run_dir(config)
+    if make_batches is None:
+        tokenizer = load_tokenizer(tokenizer_folder(config))
+        check_tokenizer(config, tokenizer)
+        tokenizer.save(run_dir / "tokenizer")
+        make_batches = functools.partial(record_batches, tokenizer=tokenizer)
+
+    # ---- mesh, model, and everything about the stages that shapes can tell
+    mesh = make_mesh(config.mesh)
+    model = build_model(config)
+    with use_mesh(mesh), MetricsWriter(run_dir) as metrics, StopSignal() as stop:
+        plans = [plan_stage(config, model, stage, mesh) for stage in config.stages]
+        stream.write(describe(config, plans) + "\n")
+        shared = Run(config, model, mesh, metrics, stop, make_batches, after_stage, stream)
+        # ---- stages
+        for plan in plans:
+            run_stage(shared, plan)
+
+
+def describe(config: ExperimentConfig, plans: list[StagePlan]) -> str:
+    """The table of stages with their parameter counts."""
+    stages = [dataclasses.replace(p.stage, learning_rate=peak_learning_rate(config, p.stage)) for p in plans]
+    return stage_table(stages, {p.stage.name: parameter_counts(p.shapes, p.trainable) for p in plans})
+
+
+def claim_run_dir(config: ExperimentConfig, file: str = CONFIG) -> None:
+    """Makes the directory this configuration's, or checks that it already is.
+
+    Args:
+      config: what is asked for now.
+      file: the configuration is compared with this file of the directory, and saved in it.
+
+    Raises:
+      UserError: it holds a run with another configuration; lists the fields that differ.
+    """
+    path = Path(config.run_dir) / file
+    if path.is_file():
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not readable ({error}); choose another --config.run_dir") from None
+        changed = [
+            (field, old, new)
+            for field, old, new in config_lib.differences(saved, config)
+            if not any(field == free or field.startswith(free + ".") for free in RESTARTABLE_FIELDS)
+        ]
+        if changed:
+            listed = "; ".join(f"{field}: {old!r} there, {new!r} now" for field, old, new in changed)
+            raise UserError(
+                f"{config.run_dir} holds a run with another configuration ({listed}). "
+                "Use these values to go on with it, another --config.run_dir=DIR to start a new run, "
+                "or delete the folder"
+            )
+    config_lib.save_json(config, path)
+
+
+def record_batches(config: ExperimentConfig, stage: Stage, *, tokenizer: Tokenizer) -> Loader:
+    """Packed batches of this process from the stage's sources; relative source paths are below the data folder."""
+    sources = [dataclasses.replace(source, path=str(data_folder(config) / source.path)) for source in stage.sources]
+    return make_loader(
+        sources,
+        example_context(config, tokenizer),
+        objective=stage.objective,
+        batch_size=stage.batch_size // jax.process_count(),
+        row_length=stage.row_length,
+        row_tiles=stage.row_tiles,
+        seed=config.seed + config.stages.index(stage),
+        num_threads=config.data.num_threads,
+        max_bad_fraction=config.data.max_bad_fraction,
+        shard_index=jax.process_index(),
+        shard_count=jax.process_count(),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One stage
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_stage(run: Run, plan: StagePlan) -> None:
+    """Brings one stage to its end, from wherever it stands, and reports it."""
+    stage = plan.stage
+    folder = checkpoint_folder(run.config.run_dir, stage.name)
+    with StageCheckpoints(folder, run.config.checkpoint.keep) as checkpoints:
+        latest = checkpoints.latest()
+        finished = latest is not None and read_meta(folder / str(latest))["finished"]
+        if finished:
+            run.stream.write(f"{stage.title}: already finished\n")
+        else:
+            with contextlib.closing(run.make_batches(run.config, stage)) as batches:
+                train_stage(run, plan, checkpoints, latest, batches)
+    done = folder.parent / HOOK_DONE
+    if run.after_stage is not None and not done.exists():
+        run.after_stage(stage, load_params(folder, unflatten(plan.shardings)).params)
+        done.touch()
+
+
+def starting_state(
+    run: Run, plan: StagePlan, checkpoints: StageCheckpoints, latest: int | None, batches: BatchIterator
+) -> tuple[TrainState, FlatParams, float]:
+    """State, frozen parameters and seconds trained so far: from the stage's own checkpoint `latest`, else from its
+    starts.
+    """
+    abstract = plan.abstract_state(run.mesh)
+    if latest is None:
+        trainable, frozen = plan.split(initial_params(run.config, run.model, plan))
+        layout = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
+        opt_state = jax.jit(plan.optimizer.init, out_shardings=layout)(trainable)
+        step, rng, seconds = np.int32(0), plan.rng, 0.0
+    else:
+        snapshot = checkpoints.restore(latest, plan.abstract_params(), abstract.opt_state)
+        trainable, frozen = plan.split(flatten(snapshot.params))
+        opt_state, meta = snapshot.opt_state, snapshot.meta
+        step, rng, seconds = np.int32(meta["step"]), np.asarray(meta["rng"], np.uint32), meta["seconds"]
+        batches.set_state(meta["data_state"])
+        run.stream.write(f"{plan.stage.title}: going on from step {latest} of {plan.stage.steps}\n")
+    step, rng = put_replicated((step, rng), run.mesh)
+    return TrainState(step, trainable, opt_state, rng), frozen, seconds
+
+
+def compiled_step(run: Run, plan: StagePlan) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """`(state, frozen, batch) -> (state, metrics)`, donating the state and keeping its layout."""
+    layout = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract_state(run.mesh))
+    step = functools.partial(
+        train_step,
+        loss_fn=functools.partial(plan.objective.loss, run.model),
+        optimizer=plan.optimizer,
+        schedule=plan.schedule,
+        accumulation=plan.stage.accumulation,
+    )
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated(run.mesh)))
+
+
+def train_stage(
+    run: Run, plan: StagePlan, checkpoints: StageCheckpoints, latest: int | None, batches: BatchIterator
+) -> None:
+    """Trains from the checkpoint `latest` (None: from the start) to the last step, and saves that."""
+    config, stage = run.config, plan.stage
+    state, frozen, seconds = starting_state(run, plan, checkpoints, latest, batches)
+    step_fn = compiled_step(run, plan)
+    first = saved = latest or 0
+    run.metrics.rewind(stage.name, first)
+    reporter = Reporter(run.metrics, run.stream, stage, config.log.every_steps, first)
+
+    def save(step: int) -> None:
+        rng = [int(word) for word in np.asarray(state.rng)]
+        meta = snapshot_meta(config, stage, step, rng, batches.get_state(), seconds + reporter.elapsed())
+        checkpoints.save(step, unflatten({**frozen, **state.trainable}), state.opt_state, meta)
+
+    for step in range(first, stage.steps):
+        if step > saved and (step % config.checkpoint.every_steps == 0 or run.stop.received):
+            save(step)
+            saved = step
+        if run.stop.received:
+            checkpoints.wait()
+            reporter.finish()
+            raise Stopped(stage.name, step, run.stop.received)
+        batch, num_tokens = fetch(plan, batches, run.mesh, reporter)
+        with jax.transfer_guard("disallow"):
+            state, values = step_fn(state, frozen, batch)
+        reporter.add(step + 1, values, num_tokens)
+    reporter.finish()
+
+    total = seconds + reporter.elapsed()
+    summary = {"trainable": count_parameters(state.trainable), "frozen": count_parameters(frozen)}
+    run.metrics.stage(stage.name, {"step": stage.steps, "title": stage.title, "seconds": total, **summary})
+    save(stage.steps)
+    checkpoints.wait()
+    run.stream.write(f"{stage.title}: {stage.steps} steps in {format_duration(total)}\n")
+    if batches.counts is not None and batches.counts.bad:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in batches.counts.reasons.items())
+        run.stream.write(f"{stage.title}: {batches.counts.bad} of {batches.counts.seen} records left out ({reasons})\n")
+
+
+def fetch(plan: StagePlan, batches: BatchIterator, mesh: Mesh, reporter: Reporter) -> tuple[dict[str, jax.Array], int]:
+    """The next batch on the mesh, and how many tokens it holds; counts the time the device may have waited for it."""
+    before = time.monotonic()
+    batch = next(batches)
+    missing = [key for key in plan.objective.batch_keys if key not in batch]
+    if missing:
+        raise UserError(
+            f"stage {plan.stage.name!r}: objective {plan.stage.objective!r} needs {', '.join(missing)}, "
+            "which its data does not have"
+        )
+    tokens = plan.objective.num_tokens(batch) * jax.process_count()
+    on_device = put_batch({key: batch[key] for key in plan.objective.batch_keys}, mesh)
+    reporter.data_seconds += time.monotonic() - before
+    return on_device, tokens

@@ -1,0 +1,171 @@
+"""What a stage will do, worked out from shapes alone before anything is allocated, and its first parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from vita_jax.errors import UserError
+from vita_jax.models.vita import Vita
+from vita_jax.parallel.mesh import replicated
+from vita_jax.parallel.rules import param_shardings, unbox
+from vita_jax.training.checkpoint import checkpoint_folder, load_params
+from vita_jax.training.experiment import ExperimentConfig, peak_learning_rate
+from vita_jax.training.objectives import OBJECTIVES, Objective, init_params
+from vita_jax.training.optimizer import learning_rate_multipliers, make_optimizer, warmup_cosine
+from vita_jax.training.stages import Stage, flatten, starts_of, trainable_paths, trained_so_far, unflatten
+from vita_jax.training.step import FlatParams, TrainState, init_state
+
+# Purposes of the random keys drawn from the seed of the run; stages count on from the last.
+PARAMETERS, FIRST_STAGE = 0, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """One stage, resolved.
+
+    Attributes:
+      stage: as configured.
+      objective: its functions.
+      shapes: path -> shape and dtype of all parameters, the objective's included.
+      shardings: path -> layout.
+      trainable: paths that train, in tree order.
+      optimizer: update direction for these.
+      schedule: step -> learning rate.
+      rng: (2) uint32, key of the stage.
+    """
+
+    stage: Stage
+    objective: Objective
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    shardings: dict[str, NamedSharding]
+    trainable: list[str]
+    optimizer: optax.GradientTransformation
+    schedule: Callable[[jax.Array], jax.Array]
+    rng: jax.Array
+
+    def split(self, flat: FlatParams) -> tuple[FlatParams, FlatParams]:
+        """(trainable, frozen)."""
+        chosen = set(self.trainable)
+        return (
+            {path: flat[path] for path in self.trainable},
+            {path: leaf for path, leaf in flat.items() if path not in chosen},
+        )
+
+    def abstract_params(self) -> dict[str, Any]:
+        """All parameters as nested abstract arrays with their layout."""
+        return unflatten({path: _abstract(shape, self.shardings[path]) for path, shape in self.shapes.items()})
+
+    def abstract_state(self, mesh: Mesh) -> TrainState:
+        """The train state as abstract arrays: moments of the optimiser lie where their parameter lies."""
+        trainable = {path: self.shapes[path] for path in self.trainable}
+        shapes = jax.eval_shape(lambda t, rng: init_state(t, self.optimizer, rng), trainable, self.rng)
+
+        def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            name = getattr(path[-1], "key", None)
+            same_shape = name in self.shapes and self.shapes[name].shape == leaf.shape
+            return _abstract(leaf, self.shardings[name] if same_shape else replicated(mesh))
+
+        return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def _abstract(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def plan_stage(config: ExperimentConfig, model: Vita, stage: Stage, mesh: Mesh) -> StagePlan:
+    """Resolves layout, trainable parameters, optimiser and schedule of a stage.
+
+    Raises:
+      UserError: a pattern matches nothing, a parameter does not fit the mesh, or two starts trained the same parameter.
+    """
+    objective = OBJECTIVES[stage.objective]
+    boxed = jax.eval_shape(lambda key: init_params(model, objective, key), jax.random.key(0))
+    shapes = flatten(unbox(boxed))
+    chosen = set(trainable_paths(stage, list(shapes)))
+    # What an objective adds has no value but in being trained.
+    chosen.update(path for path in shapes if path.split("/")[0] in objective.extra_names)
+    trainable = [path for path in shapes if path in chosen]
+    _check_starts(config, stage, list(shapes))
+    rate = peak_learning_rate(config, stage)
+    purpose = FIRST_STAGE + config.stages.index(stage)
+    return StagePlan(
+        stage=stage,
+        objective=objective,
+        shapes=shapes,
+        shardings=flatten(param_shardings(boxed, mesh)),
+        trainable=trainable,
+        optimizer=make_optimizer(config.optimizer, learning_rate_multipliers(stage.learning_rate_scale, trainable)),
+        schedule=lambda step: warmup_cosine(step, stage.steps, stage.warmup_ratio, rate),
+        rng=jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), purpose)),
+    )
+
+
+def _check_starts(config: ExperimentConfig, stage: Stage, paths: Sequence[str]) -> None:
+    """No parameter may have been trained by two of the stages this one starts from: it would be lost from one of
+    them.
+    """
+    owner: dict[str, str] = {}
+    names = {other.name for other in config.stages}
+    for start in starts_of(stage):
+        if start not in names:
+            continue
+        model_paths = [path for path in paths if path.split("/")[0] not in OBJECTIVES[stage.objective].extra_names]
+        for path in trained_so_far(config.stage(start), config.stages, model_paths):
+            if path in owner:
+                raise UserError(
+                    f"stages.{stage.name}.start_from: {owner[path]!r} and {start!r} have both trained {path}; "
+                    "start from one of them"
+                )
+            owner[path] = start
+
+
+def initial_params(config: ExperimentConfig, model: Vita, plan: StagePlan) -> FlatParams:
+    """The parameters a stage starts with, in their layout: what its starts contribute, the rest newly drawn.
+
+    Raises:
+      UserError: a start has no finished checkpoint, or its parameters have other shapes.
+    """
+    given = contributions(config, plan)
+    missing = [path for path in plan.shapes if path not in given]
+
+    def draw(key: jax.Array) -> FlatParams:
+        drawn = flatten(unbox(init_params(model, plan.objective, key)))
+        return {path: drawn[path] for path in missing}
+
+    if missing:
+        key = jax.random.fold_in(jax.random.key(config.seed), PARAMETERS)
+        given |= jax.jit(draw, out_shardings={path: plan.shardings[path] for path in missing})(key)
+    return {path: given[path] for path in plan.shapes}
+
+
+def contributions(config: ExperimentConfig, plan: StagePlan) -> FlatParams:
+    """What the starts of a stage give it. Of several, a later one wins where both give (never where both were
+    trained).
+    """
+    starts = starts_of(plan.stage)
+    names = {stage.name for stage in config.stages}
+    given: FlatParams = {}
+    for start in starts:
+        own = start in names
+        folder = checkpoint_folder(config.run_dir, start) if own else Path(start)
+        loaded = flatten(load_params(folder, unflatten(plan.shardings)).params)
+        paths = set(loaded)
+        if own and len(starts) > 1:
+            paths = trained_so_far(config.stage(start), config.stages, list(loaded))
+        for path in sorted(paths):
+            if path not in plan.shapes or plan.shapes[path].shape != loaded[path].shape:
+                want = plan.shapes[path].shape if path in plan.shapes else "no such parameter"
+                raise UserError(
+                    f"stages.{plan.stage.name}.start_from: {folder} has {path} with shape {loaded[path].shape}, "
+                    f"the model of this run expects {want}"
+                )
+            given[path] = loaded[path].astype(jnp.float32)
+    return given

@@ -1,0 +1,155 @@
+"""The vocabulary of stages: a stage of a curriculum is data, and the loop knows none of them by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax import traverse_util
+
+from vita_jax.data.loader import SourceConfig
+from vita_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage: what trains, on which data, how long, from where.
+
+    Attributes:
+      name: unique; names the folder `stages/<name>` of the run.
+      title: as printed, for example "1.1 vision alignment".
+      trainable: regular expressions searched in parameter paths such as `vision/layers/mlp/fc1/kernel`; everything that
+        none of them matches is frozen. `.` trains everything.
+      sources: the data mixture.
+      steps: optimiser steps.
+      learning_rate: peak of the schedule.
+      batch_size: packed rows of one optimiser step, over all devices.
+      row_length: tokens of a packed row.
+      row_tiles: image tiles (or frames) of a packed row.
+      objective: a name of `vita_jax.training.objectives.OBJECTIVES`.
+      warmup_ratio: share of the steps with a rising learning rate.
+      learning_rate_scale: (pattern, factor) pairs; the first match multiplies the learning rate of a parameter.
+      accumulation: micro-batches the rows of a step are divided into.
+      start_from: initial weights: None = newly drawn; otherwise one or several of: an earlier stage's name, a run, a
+        checkpoint folder. Of several, each contributes: a path all its parameters, a stage those that it or its own
+        starts trained.
+    """
+
+    name: str
+    title: str
+    trainable: tuple[str, ...]
+    sources: tuple[SourceConfig, ...]
+    steps: int
+    learning_rate: float
+    batch_size: int
+    row_length: int
+    row_tiles: int
+    objective: str = "language_modeling"
+    warmup_ratio: float = 0.03
+    learning_rate_scale: tuple[tuple[str, float], ...] = ()
+    accumulation: int = 1
+    start_from: str | tuple[str, ...] | None = None
+
+
+def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts to `{"vision/layers/norm1/scale": leaf}`."""
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of `flatten`."""
+    return traverse_util.unflatten_dict(dict(flat), sep="/")
+
+
+def starts_of(stage: Stage) -> tuple[str, ...]:
+    """`start_from` as a tuple."""
+    if stage.start_from is None:
+        return ()
+    return (stage.start_from,) if isinstance(stage.start_from, str) else stage.start_from
+
+
+def trainable_paths(stage: Stage, paths: Sequence[str]) -> list[str]:
+    """The paths the stage trains, in the given order.
+
+    Raises:
+      UserError: a pattern is no regular expression or matches nothing, or there is no pattern.
+    """
+    if not stage.trainable:
+        raise UserError(f"stage {stage.name!r} trains nothing: give at least one pattern in `trainable`")
+    chosen: set[str] = set()
+    for pattern in stage.trainable:
+        try:
+            matching = [path for path in paths if re.search(pattern, path)]
+        except re.error as error:
+            raise UserError(f"stage {stage.name!r}: {pattern!r} is not a regular expression: {error}") from None
+        if not matching:
+            components = ", ".join(dict.fromkeys(path.split("/")[0] for path in paths))
+            raise UserError(
+                f"stage {stage.name!r}: trainable pattern {pattern!r} matches no parameter; components are {components}"
+            )
+        chosen.update(matching)
+    return [path for path in paths if path in chosen]
+
+
+def trained_so_far(stage: Stage, stages: Sequence[Stage], paths: Sequence[str]) -> set[str]:
+    """What this stage or any stage it starts from has trained: the parameters it contributes to a stage with several
+    starts.
+    """
+    by_name = {other.name: other for other in stages}
+    trained = set(trainable_paths(stage, paths))
+    for start in starts_of(stage):
+        # A path contributes a whole model.
+        trained |= trained_so_far(by_name[start], stages, paths) if start in by_name else set(paths)
+    return trained
+
+
+def count_parameters(flat: Mapping[str, Any]) -> int:
+    """Number of elements of a flat tree of arrays or shapes."""
+    return sum(math.prod(leaf.shape) for leaf in flat.values())
+
+
+def parameter_counts(flat: Mapping[str, Any], trainable: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Top-level component -> (trainable, frozen) number of elements."""
+    chosen = set(trainable)
+    counts: dict[str, tuple[int, int]] = {}
+    for path, leaf in flat.items():
+        component = path.split("/")[0]
+        train, frozen = counts.get(component, (0, 0))
+        size = math.prod(leaf.shape)
+        counts[component] = (train + size, frozen) if path in chosen else (train, frozen + size)
+    return counts
+
+
+def stage_table(stages: Sequence[Stage], counts_by_stage: Mapping[str, Mapping[str, tuple[int, int]]]) -> str:
+    """What every stage trains, as text: one line per stage and component.
+
+    Args:
+      stages: the curriculum.
+      counts_by_stage: stage name -> its `parameter_counts`.
+    """
+    rows = [("stage", "component", "trainable", "frozen", "steps", "rate", "starts from")]
+    for stage in stages:
+        counts = dict(counts_by_stage[stage.name])
+        counts["total"] = (sum(t for t, _ in counts.values()), sum(f for _, f in counts.values()))
+        for index, (component, (train, frozen)) in enumerate(counts.items()):
+            first = (
+                stage.title,
+                str(stage.steps),
+                f"{stage.learning_rate:g}",
+                " + ".join(starts_of(stage)) or "scratch",
+            )
+            title, steps, rate, start = first if index == 0 else ("", "", "", "")
+            rows.append((title, component, f"{train:,}", f"{frozen:,}", steps, rate, start))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    right_aligned = (2, 3, 4, 5)
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if column in right_aligned else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

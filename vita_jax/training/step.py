@@ -1,0 +1,135 @@
+"""The train step: a pure function of state, frozen parameters and batch.
+
+Parameters are flat dicts `path -> array`, divided once per stage. Only the trainable ones are part of the state, so
+frozen ones cannot change, get no gradient and no optimiser state. The state is donated; the frozen parameters are an
+ordinary argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from vita_jax.training.objectives import LossSums
+from vita_jax.training.stages import unflatten
+
+FlatParams = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+LossFn = Callable[[dict[str, Any], Mapping[str, jax.Array], jax.Array], LossSums]
+
+
+@struct.dataclass
+class TrainState:
+    """What a step replaces.
+
+    Attributes:
+      step: () int32, number of finished steps.
+      trainable: flat trainable parameters.
+      opt_state: of the optimiser, for the trainable parameters only.
+      rng: (2) uint32, raw key of the stage; every step folds its number in, so it never changes.
+    """
+
+    step: jax.Array
+    trainable: FlatParams
+    opt_state: Any
+    rng: jax.Array
+
+
+def init_state(trainable: FlatParams, optimizer: optax.GradientTransformation, rng: jax.Array) -> TrainState:
+    """State before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), rng)
+
+
+def train_step(
+    state: TrainState,
+    frozen: FlatParams,
+    batch: Mapping[str, jax.Array],
+    *,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[jax.Array], jax.Array],
+    accumulation: int = 1,
+) -> tuple[TrainState, Metrics]:
+    """One optimiser step.
+
+    Args:
+      state: see `TrainState`.
+      frozen: flat parameters that do not train.
+      batch: arrays (b ...), b a multiple of `accumulation`.
+      loss_fn: (nested parameters, batch, key) -> sums over the batch.
+      optimizer: update direction without learning rate (`make_optimizer`).
+      schedule: step number -> learning rate.
+      accumulation: micro-batches. Gradients of the summed loss are added and divided by the total count once, so the
+        result is that of one large batch, however the tokens are spread.
+
+    Returns:
+      The next state, and float32 scalars: loss, grad_norm (before clipping), param_norm and update_norm (trainable
+        parameters),
+      lr, tokens (what the loss counts), and the objective's own.
+    """
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+
+    def summed_loss(trainable: FlatParams, part: Mapping[str, jax.Array], key: jax.Array) -> tuple[jax.Array, LossSums]:
+        sums = loss_fn(unflatten({**frozen, **trainable}), part, key)
+        return sums.loss, sums
+
+    gradient = jax.grad(summed_loss, has_aux=True)
+    if accumulation == 1:
+        grads, sums = gradient(state.trainable, batch, key)
+    else:
+        grads, sums = _accumulate(gradient, state.trainable, _split(batch, accumulation), key, accumulation)
+    count = jnp.maximum(sums.count, 1.0)
+    grads = jax.tree.map(lambda g: g / count, grads)
+    lr = schedule(state.step).astype(jnp.float32)
+    direction, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    updates = jax.tree.map(lambda u: -lr * u, direction)
+    trainable = optax.apply_updates(state.trainable, updates)
+    metrics = {
+        "loss": sums.loss / count,
+        "grad_norm": optax.tree.norm(grads),
+        "param_norm": optax.tree.norm(trainable),
+        "update_norm": optax.tree.norm(updates),
+        "lr": lr,
+        "tokens": sums.count,
+        **{name: total / jnp.maximum(number, 1.0) for name, (total, number) in sums.metrics.items()},
+    }
+    return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+
+
+def _split(batch: Mapping[str, jax.Array], parts: int) -> dict[str, jax.Array]:
+    """(b ...) -> (parts b/parts ...), taking every `parts`-th row, so that each device divides the rows it already
+    holds.
+    """
+    return {name: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0) for name, x in batch.items()}
+
+
+def _accumulate(
+    gradient: Callable[..., tuple[FlatParams, LossSums]],
+    trainable: FlatParams,
+    parts: dict[str, jax.Array],
+    key: jax.Array,
+    number: int,
+) -> tuple[FlatParams, LossSums]:
+    """Sums of gradients and losses over micro-batches, one at a time."""
+
+    def one(index: jax.Array, part: dict[str, jax.Array]) -> tuple[FlatParams, LossSums]:
+        part = {name: nn.with_logical_constraint(x, ("batch",) + (None,) * (x.ndim - 1)) for name, x in part.items()}
+        return gradient(trainable, part, jax.random.fold_in(key, index))
+
+    indices = jnp.arange(number)
+    shapes = jax.eval_shape(one, indices[0], jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def body(
+        totals: tuple[FlatParams, LossSums], part: tuple[jax.Array, dict]
+    ) -> tuple[tuple[FlatParams, LossSums], None]:
+        return jax.tree.map(jnp.add, totals, one(*part)), None
+
+    totals, _ = jax.lax.scan(body, zeros, (indices, parts))
+    return totals

@@ -1,6 +1,7 @@
 """The two errors that are meant to be read by a user.
 
-Commands print the message of a `UserError` as one line and exit with status 2; anything else is a bug and keeps its traceback.
+Commands print the message of a `UserError` as one line and exit with status 2; anything else is a bug and keeps its
+traceback.
 """
 
 

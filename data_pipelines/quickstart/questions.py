@@ -1,7 +1,7 @@
 """Questions and answers about a scene, in English and Chinese.
 
-The six typed kinds of the benchmark (`KINDS`) and captions share their answers between pictures and written scenes: the language
-model first learns them from words, and the picture later takes the place of the words.
+The six typed kinds of the benchmark (`KINDS`) and captions share their answers between pictures and written scenes: the
+language model first learns them from words, and the picture later takes the place of the words.
 """
 
 from __future__ import annotations
@@ -48,7 +48,11 @@ _QUESTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "zh": ("纸是什么颜色？", "背景是什么颜色？", "说出纸的颜色。"),
     },
     "order": {
-        "en": ("In which order do the digits appear?", "Which digits appear, in order?", "Read the digits as they appear."),
+        "en": (
+            "In which order do the digits appear?",
+            "Which digits appear, in order?",
+            "Read the digits as they appear.",
+        ),
         "zh": ("数字按什么顺序出现？", "依次出现了哪些数字？", "按出现的顺序读出数字。"),
     },
     "caption": {
@@ -100,9 +104,7 @@ def _answer(kind: str, language: str, scene: Scene, k: int) -> str:
     raise ValueError(f"unknown question kind {kind!r}")
 
 
-def ask(
-    scene: Scene, kind: str, language: str, rng: np.random.Generator, k: int | None = None
-) -> Question:
+def ask(scene: Scene, kind: str, language: str, rng: np.random.Generator, k: int | None = None) -> Question:
     """Asks one question of `kind` about the scene.
 
     Args:

@@ -1,7 +1,7 @@
 """Real handwriting: scikit-learn's 1,797 digit scans (8x8, 17 grey levels), and how they are held out.
 
-Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI; the 1,797 scans are that set's test part. The
-last 360 scans come from writers who wrote none of the others.
+Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI; the 1,797 scans are that set's test
+part. The last 360 scans come from writers who wrote none of the others.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class ScanSplit:
 def load_scan_splits(seed: int) -> dict[str, ScanSplit]:
     """The scans as three disjoint splits, keyed by the names in `SPLITS`.
 
-    `unseen_writers` is the last 360 scans. `held_out` is 20 % of all scans, drawn at random with the classes in proportion from
-    the remaining ones; its writers occur in training. No scan of either is ever used for training.
+    `unseen_writers` is the last 360 scans. `held_out` is 20 % of all scans, drawn at random with the classes in
+    proportion from the remaining ones; its writers occur in training. No scan of either is ever used for training.
     """
     bunch = load_digits()
     ink = (bunch.images / 16.0).astype(np.float32)

@@ -1,7 +1,7 @@
 """Scenes: one to four handwritten digits on a sheet of coloured paper, as a picture, as a clip, and as words.
 
-A sheet is a grid of square cells. A digit fills one cell, digits keep reading order (left to right, then top to bottom), and the
-sheets have different shapes, so that dynamic tiling cuts them into one, two or three tiles.
+A sheet is a grid of square cells. A digit fills one cell, digits keep reading order (left to right, then top to
+bottom), and the sheets have different shapes, so that dynamic tiling cuts them into one, two or three tiles.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from PIL import Image
 
 from data_pipelines.quickstart.scans import ScanSplit
 
-# (columns, rows) in cells. Two by two cells make one tile of the quickstart's models. Wide sheets hold one line of digits and tall
-# sheets are two cells wide, so that the order of the cells, tile after tile, is the reading order on every sheet.
+# (columns, rows) in cells. Two by two cells make one tile of the quickstart's models. Wide sheets hold one line of
+# digits and tall sheets are two cells wide, so that the order of the cells, tile after tile, is the reading order.
 SHEETS = ((2, 2), (4, 2), (2, 4), (6, 2), (2, 6))
 CELLS_PER_TILE_SIDE = 2
 MAX_DIGITS = 4
-# Cells are drawn at these sizes; up to 22 px the sheet still covers less than twice the area of its tile grid (32 px tiles).
+# Cells are drawn at these sizes; up to 22 px a sheet covers less than twice the area of its grid of 32 px tiles.
 CELL_PIXELS = tuple(range(16, 23))
 
 # name in English, name in Chinese, RGB
@@ -40,14 +40,14 @@ PAPERS = (
 )
 COLOUR_JITTER = 8  # of 255, the same shift for a whole sheet
 
-# One character a cell in written transcripts: a digit, an empty cell, and a cell of the small overview that follows several tiles.
+# One character a cell in written transcripts: a digit, an empty cell, a cell of the overview that follows several tiles.
 BLANK = "□"
 OVERVIEW = "△"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Digits on a sheet. `cells[i]` is the cell, in reading order, of `digits[i]`; colours index `INKS` and `PAPERS`."""
+    """Digits on a sheet. `cells[i]` (in reading order) holds `digits[i]`; colours index `INKS` and `PAPERS`."""
 
     columns: int
     rows: int
@@ -83,7 +83,7 @@ def sample_scene(rng: np.random.Generator, num_digits: int | None = None) -> Sce
 
 
 def cell_names(scene: Scene) -> list[int | None]:
-    """The digit of every cell (None if empty) in the order of the visual tokens: tile after tile, rows within a tile."""
+    """The digit of every cell (None if empty), ordered as the visual tokens: tile after tile, rows within a tile."""
     grid: list[int | None] = [None] * (scene.columns * scene.rows)
     for cell, digit in zip(scene.cells, scene.digits, strict=True):
         grid[cell] = digit
@@ -98,7 +98,7 @@ def cell_names(scene: Scene) -> list[int | None]:
 
 
 def transcript(scene: Scene) -> str:
-    """The sheet in characters, cell by cell in the order of the visual tokens; several tiles are followed by their overview."""
+    """The sheet in characters, ordered as the visual tokens; several tiles are followed by their overview."""
     cells = "".join(BLANK if digit is None else str(digit) for digit in cell_names(scene))
     return cells + (OVERVIEW * CELLS_PER_TILE_SIDE**2 if scene.num_tiles > 1 else "")
 

@@ -265,6 +265,7 @@ def prompt_example(
     media: Sequence[Media],
     context: ExampleContext,
     *,
+    table: TileTable | None = None,
     limits: Limits | None = None,
 ) -> Example:
     """A prompt that ends with the open answer, for generation; one segment, every label ignored.
@@ -273,6 +274,7 @@ def prompt_example(
       conversations: turns, the last one from "human", with a placeholder for each file; or a bare question, which gets
         the placeholders in front unless it has some.
       media: the files, those of each kind in order of their placeholders.
+      table: their `tile_table`, where it is already known because several prompts share the files.
 
     Raises:
       UserError: undecodable media, placeholders that do not match the media, or a limit exceeded.
@@ -283,7 +285,7 @@ def prompt_example(
             kinds = [item.kind for item in media]
             question = with_media(question, kinds.count("image"), kinds.count("video"))
         conversations = [{"from": "human", "value": question}]
-    table = tile_table(media, context)
+    table = tile_table(media, context) if table is None else table
     if limits is not None:
         limits.check_tiles(len(table.tiles), "prompt")
     encoded = encode_prompt(

@@ -71,6 +71,37 @@ def vita_1_5() -> VitaConfig:
     return VitaConfig(vision, projector, language)
 
 
+def vita_small(width: int = 128, num_layers: int = 4, tower_width: int = 96, vocab_size: int = 640) -> VitaConfig:
+    """VITA-1.5's architecture with few layers and channels, for a laptop: 32 px tiles of 2x2 visual tokens.
+
+    Args:
+      width, num_layers: of the language model; both towers have as many layers.
+      tower_width: channels of the vision tower.
+      vocab_size: rows of the embedding table.
+    """
+    vision = InternViTConfig(
+        hidden_size=tower_width,
+        num_layers=num_layers,
+        num_heads=tower_width // 24,
+        intermediate_size=4 * tower_width,
+        image_size=32,
+        patch_size=8,
+        embedding_init_stddev=0.02,
+    )
+    language = DecoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        num_layers=num_layers,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=width // 4,
+        intermediate_size=width * 11 // 4,
+        rope_theta=1e4,  # short contexts: the longest wavelengths of 1e6 would carry nothing
+        max_positions=2048,
+    )
+    return VitaConfig(vision, ProjectorConfig("mlp2x_gelu", vision.output_size, width), language)
+
+
 @struct.dataclass
 class VitaInputs:
     """A batch of rows, all shapes static.

@@ -1,7 +1,7 @@
 """Thin Linen shells: they own parameters, names and logical axes, and call plain array functions for the maths.
 
-Every kernel keeps its natural shape (for example `embed, q_heads, head_dim`), so that a sharding rule can name each dimension
-and a weight table only has to reshape.
+Every kernel keeps its natural shape (for example `embed, q_heads, head_dim`), so that a sharding rule can name each
+dimension and a weight table only has to reshape.
 """
 
 from __future__ import annotations

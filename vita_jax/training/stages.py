@@ -99,7 +99,8 @@ def trained_so_far(stage: Stage, stages: Sequence[Stage], paths: Sequence[str]) 
     starts.
     """
     by_name = {other.name: other for other in stages}
-    trained = set(trainable_paths(stage, paths))
+    # Not `trainable_paths`: a pattern may be for a head that was dropped when its stage ended.
+    trained = {path for path in paths if any(re.search(pattern, path) for pattern in stage.trainable)}
     for start in starts_of(stage):
         # A path contributes a whole model.
         trained |= trained_so_far(by_name[start], stages, paths) if start in by_name else set(paths)

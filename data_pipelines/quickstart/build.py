@@ -1,0 +1,260 @@
+"""Builds everything the quickstart trains on and is measured with, from scikit-learn's digit scans.
+
+Writes the public record format (JSON, PNG, MP4), as a user's own data would come, and takes the same way on from there:
+`data_pipelines.build` checks it and packs it into ArrayRecord files.
+
+    DIR/raw/<set>/records.json, media     the public format
+    DIR/<set>/                            ArrayRecord files: text, cells, captions, questions
+    DIR/benchmarks/quickstart/            held-out questions: items.jsonl and media
+    DIR/tokenizer_text.txt                what the tokenizer is trained on
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_pipelines.build import build_records
+from data_pipelines.quickstart.clips import clip_transcript, draw_clip, sample_clip
+from data_pipelines.quickstart.questions import KINDS, LANGUAGES, Question, ask
+from data_pipelines.quickstart.scans import ScanSplit, load_scan_splits
+from data_pipelines.quickstart.scenes import (
+    BLANK,
+    CELLS_PER_TILE_SIDE,
+    INKS,
+    MAX_DIGITS,
+    OVERVIEW,
+    PAPERS,
+    Scene,
+    cell_names,
+    draw_sheet,
+    sample_scene,
+    transcript,
+)
+from vita_jax.data.video import write_video
+
+SETS = ("text", "cells", "captions", "questions")
+# Rounds of one record: the more questions share a picture, the less the tower costs.
+TEXT_ROUNDS = 4
+PICTURE_ROUNDS = 4
+CLIP_FPS = 4
+DONE = "quickstart_data.json"
+
+Progress = Callable[[str], None]
+
+
+def _conversation(questions: list[Question], first_prefix: str) -> list[dict[str, str]]:
+    turns = []
+    for index, question in enumerate(questions):
+        turns.append({"from": "human", "value": (first_prefix if index == 0 else "") + question.text})
+        turns.append({"from": "gpt", "value": question.answer})
+    return turns
+
+
+def _language(rng: np.random.Generator) -> str:
+    return str(rng.choice(LANGUAGES))
+
+
+def colour_words(scene: Scene, language: str) -> str:
+    """Ink and paper as words, the heading of a written scene."""
+    name = LANGUAGES.index(language)
+    return f"{INKS[scene.ink][name]} {PAPERS[scene.paper][name]}"
+
+
+def written_scene(scene: Scene, language: str) -> str:
+    """A sheet in words: colours, then its cells."""
+    return f"{colour_words(scene, language)} {transcript(scene)}"
+
+
+def text_record(index: int, rng: np.random.Generator) -> dict[str, Any]:
+    """Questions about one written scene (a sheet, or every fifth time a clip)."""
+    if index % 5 == 0:
+        clip = sample_clip(rng)
+        kinds = ["order", "clip_caption", "order"]
+        scene, written = clip.scene, f"{colour_words(clip.scene, _language(rng))} {clip_transcript(clip, CLIP_FPS)}"
+    else:
+        scene = sample_scene(rng)
+        kinds = [str(kind) for kind in rng.permutation([*KINDS, "kth", "caption"])[:TEXT_ROUNDS]]
+        written = written_scene(scene, _language(rng))
+    questions = [ask(scene, kind, _language(rng), rng) for kind in kinds]
+    return {"id": f"text-{index}", "conversations": _conversation(questions, written + "\n")}
+
+
+def cell_record(index: int, scene: Scene, image: str) -> dict[str, Any]:
+    """One name for every visual token: digit and colours; the overview is named as such."""
+    ink, paper = INKS[scene.ink][0], PAPERS[scene.paper][0]
+    names = [f"{BLANK} {paper}" if digit is None else f"{digit} {ink} {paper}" for digit in cell_names(scene)]
+    if scene.num_tiles > 1:
+        names += [f"{OVERVIEW} {ink} {paper}"] * CELLS_PER_TILE_SIDE**2
+    conversation = [
+        {"from": "human", "value": "<image>\nName every cell."},
+        {"from": "gpt", "value": " | ".join(names)},
+    ]
+    return {"id": f"cells-{index}", "image": image, "conversations": conversation}
+
+
+class Writer:
+    """Writes the records and media of one set in the public format."""
+
+    def __init__(self, folder: Path, scans: ScanSplit, seed: int) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "media").mkdir(parents=True)
+        self.folder = folder
+        self.scans = scans
+        self.rng = np.random.default_rng(seed)
+        self.records: list[dict[str, Any]] = []
+
+    def picture(self, scene: Scene) -> str:
+        """Draws a sheet; returns its path below the set's folder."""
+        name = f"media/{len(self.records):06d}.png"
+        pixels, _ = draw_sheet(scene, self.scans, self.rng)
+        Image.fromarray(pixels).save(self.folder / name, compress_level=1)
+        return name
+
+    def add_text(self) -> None:
+        self.records.append(text_record(len(self.records), self.rng))
+
+    def add_cells(self) -> None:
+        scene = sample_scene(self.rng)
+        self.records.append(cell_record(len(self.records), scene, self.picture(scene)))
+
+    def add_picture(self, kinds: Iterable[str]) -> None:
+        scene = sample_scene(self.rng)
+        questions = [ask(scene, kind, _language(self.rng), self.rng) for kind in kinds]
+        record = {"id": f"{self.folder.name}-{len(self.records)}", "image": self.picture(scene)}
+        self.records.append({**record, "conversations": _conversation(questions, "<image>\n")})
+
+    def add_clip(self, kinds: Iterable[str]) -> None:
+        clip = sample_clip(self.rng)
+        questions = [ask(clip.scene, kind, _language(self.rng), self.rng) for kind in kinds]
+        name = f"media/{len(self.records):06d}.mp4"
+        write_video(self.folder / name, draw_clip(clip, self.scans, self.rng, CLIP_FPS), CLIP_FPS)
+        record = {"id": f"{self.folder.name}-{len(self.records)}", "video": name}
+        self.records.append({**record, "conversations": _conversation(questions, "<video>\n")})
+
+    def picture_kinds(self) -> list[str]:
+        """The kinds of questions about one picture; the hard ones come twice as often."""
+        return [str(kind) for kind in self.rng.permutation([*KINDS, "kth", "sum"])[:PICTURE_ROUNDS]]
+
+    def finish(self) -> None:
+        text = json.dumps(self.records, ensure_ascii=False)
+        (self.folder / "records.json").write_text(text, encoding="utf-8")
+
+
+def _write_set(name: str, writer: Writer, counts: dict[str, int]) -> None:
+    if name == "text":
+        for _ in range(counts["text"]):
+            writer.add_text()
+    elif name == "cells":
+        for _ in range(counts["cells"]):
+            writer.add_cells()
+    elif name == "captions":
+        for _ in range(counts["captions"]):
+            writer.add_picture(["caption", "caption"])
+        for _ in range(counts["clips"] // 2):
+            writer.add_clip(["clip_caption"])
+    else:
+        for _ in range(counts["pictures"]):
+            writer.add_picture(writer.picture_kinds())
+        for _ in range(counts["clips"]):
+            writer.add_clip(["order", "order"])
+    writer.finish()
+
+
+def tokenizer_texts(records: Iterable[dict[str, Any]]) -> list[str]:
+    """Every turn once; cells of written scenes apart from each other, so that each stays one token."""
+    texts = {BLANK, OVERVIEW, *(str(digit) for digit in range(10))}
+    for record in records:
+        for turn in record["conversations"]:
+            text = turn["value"].replace("<image>\n", "").replace("<video>\n", "")
+            texts.update(part for part in text.replace(OVERVIEW, BLANK).split(BLANK) if part)
+    return sorted(texts)
+
+
+# ---- the benchmark ---------------------------------------------------------------------------------------------------
+
+
+def _benchmark_items(folder: Path, splits: dict[str, ScanSplit], counts: dict[str, int], seed: int) -> list[dict]:
+    """Held-out questions, one picture or clip each; kinds, languages and digit counts in equal shares."""
+    rng = np.random.default_rng([seed, 1])
+    items: list[dict[str, Any]] = []
+
+    def add(group: str, question: Question, scene: Scene, **media: str) -> None:
+        items.append(
+            {"id": f"{group}-{len(items)}", "group": group, "kind": question.kind, "language": question.language}
+            | {"num_digits": len(scene.digits), "question": question.text, "answer": question.answer}
+            | media
+        )
+
+    for group, split in (("typed", "held_out"), ("typed_unseen_writers", "unseen_writers")):
+        for kind in KINDS:
+            for index in range(counts[group]):
+                scene = sample_scene(rng, num_digits=index % MAX_DIGITS + 1)
+                name = f"media/{len(items):06d}.png"
+                pixels, _ = draw_sheet(scene, splits[split], rng)
+                Image.fromarray(pixels).save(folder / name, compress_level=1)
+                language = LANGUAGES[index // MAX_DIGITS % len(LANGUAGES)]
+                add(group, ask(scene, kind, language, rng), scene, image=name)
+    for index in range(counts["video_order"]):
+        clip = sample_clip(rng)
+        name = f"media/{len(items):06d}.mp4"
+        write_video(folder / name, draw_clip(clip, splits["held_out"], rng, CLIP_FPS), CLIP_FPS)
+        add("video_order", ask(clip.scene, "order", LANGUAGES[index % 2], rng), clip.scene, video=name)
+    for kind in KINDS:
+        for index in range(counts["text_only"]):
+            scene = sample_scene(rng, num_digits=index % MAX_DIGITS + 1)
+            question = ask(scene, kind, LANGUAGES[index // MAX_DIGITS % len(LANGUAGES)], rng)
+            written = written_scene(scene, question.language)
+            add(
+                "text",
+                Question(kind, question.language, f"{written}\n{question.text}", question.answer),
+                scene,
+            )
+    return items
+
+
+def build_benchmark(folder: Path, splits: dict[str, ScanSplit], counts: dict[str, int], seed: int) -> None:
+    """Writes `items.jsonl` and its media."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "media").mkdir(parents=True)
+    items = _benchmark_items(folder, splits, counts, seed)
+    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+    (folder / "items.jsonl").write_text(lines, encoding="utf-8")
+
+
+def build_quickstart(folder: Path, counts: dict[str, int], seed: int, progress: Progress = print) -> None:
+    """Builds all sets and the benchmark; does nothing if they are there for the same counts and seed.
+
+    Args:
+      folder: where everything goes.
+      counts: records of `text`, `cells`, `captions`, `pictures`, `clips`; benchmark questions per kind of `typed`,
+        `typed_unseen_writers` and `text_only`, and in all of `video_order`.
+      seed: of the split of the scans and of everything drawn.
+      progress: gets one line per finished part.
+    """
+    done = folder / DONE
+    wanted = {"counts": counts, "seed": seed}
+    if done.is_file() and json.loads(done.read_text(encoding="utf-8")) == wanted:
+        progress(f"data: {folder} is up to date")
+        return
+    done.unlink(missing_ok=True)
+    splits = load_scan_splits(seed)
+    spoken: list[dict[str, Any]] = []
+    for index, name in enumerate(SETS):
+        writer = Writer(folder / "raw" / name, splits["train"], seed * len(SETS) + index)
+        _write_set(name, writer, counts)
+        spoken += writer.records
+        manifest = build_records(writer.folder / "records.json", writer.folder, folder / name)
+        progress(f"data: {name}: {manifest.counts}")
+    (folder / "tokenizer_text.txt").write_text(
+        "\n".join(json.dumps(text, ensure_ascii=False) for text in tokenizer_texts(spoken)), encoding="utf-8"
+    )
+    build_benchmark(folder / "benchmarks" / "quickstart", splits, counts, seed)
+    progress("data: benchmark of held-out scans")
+    done.write_text(json.dumps(wanted), encoding="utf-8")

@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# Creates .venv with this package and its requirements, or leaves it as it is if nothing changed since last time.
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+usage: launch/setup.sh [EXTRA ...]
+
+Creates .venv in the repository with any Python >= 3.11 of this machine and installs requirements.txt, this package
+(editable) and the named extras of pyproject.toml (dev, tpu, cuda, ...). Later runs install only what changed and need
+no network while requirements.txt and pyproject.toml stay the same.
+
+  PYTHON=/path/to/python   uses this Python to create .venv
+TEXT
+}
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+venv="$root/.venv"
+stamp="$venv/vita_jax_setup"
+supported='import sys; sys.exit(sys.version_info < (3, 11))'
+
+fail() {
+  printf 'error: %s\n' "$*" >&2
+  exit 1
+}
+
+# Prints the first Python that is new enough and can create environments.
+find_python() {
+  local name path no_venv=""
+  if [ -n "${PYTHON:-}" ]; then
+    "$PYTHON" -c "$supported" 2>/dev/null || fail "PYTHON=$PYTHON does not run or is older than Python 3.11"
+    "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
+      fail "PYTHON=$PYTHON cannot create environments: install its venv package (Debian and Ubuntu: python3-venv)"
+    printf '%s\n' "$PYTHON"
+    return
+  fi
+  for name in python3.12 python3.13 python3.11 python3 python python3.14; do
+    path="$(command -v "$name" 2>/dev/null)" || continue
+    "$path" -c "$supported" >/dev/null 2>&1 || continue # also a pyenv shim without that version
+    if "$path" -c 'import ensurepip, venv' >/dev/null 2>&1; then
+      printf '%s\n' "$path"
+      return
+    fi
+    no_venv="$path"
+  done
+  [ -z "$no_venv" ] || fail "$no_venv cannot create environments: install its venv package (Debian and Ubuntu: python3-venv)"
+  fail "no Python >= 3.11 found on PATH; install one, or name it: PYTHON=/path/to/python3.11 $0"
+}
+
+for argument in "$@"; do
+  case "$argument" in
+    -h | --help) usage && exit 0 ;;
+    -*) fail "unknown option $argument; see launch/setup.sh --help" ;;
+  esac
+done
+
+if ! "$venv/bin/python" -c "$supported" >/dev/null 2>&1; then
+  python="$(find_python)"
+  echo "creating $venv with $("$python" --version)"
+  "$python" -m venv --clear "$venv" || fail "$python could not create $venv"
+fi
+
+# The stamp: what was installed from (the path too: the package is linked by it), then the extras.
+wanted="$(cat "$root/requirements.txt" "$root/pyproject.toml" | cksum) $root"
+installed_from="" extras=""
+if [ -f "$stamp" ]; then
+  { read -r installed_from && read -r extras; } <"$stamp" || true
+fi
+missing=0
+[ "$installed_from" = "$wanted" ] || missing=1
+for extra in "$@"; do
+  case " $extras " in
+    *" $extra "*) ;;
+    *) extras="${extras:+$extras }$extra" missing=1 ;;
+  esac
+done
+[ "$missing" = 1 ] || exit 0
+
+echo "installing vita_jax${extras:+ with extras $extras}; this takes some minutes the first time"
+package="$root${extras:+[${extras// /,}]}"
+if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$package"; then
+  fail "pip could not install $package; the first set-up, and the first after requirements.txt or pyproject.toml" \
+    "changed, needs a package index (https://pypi.org or the one pip is configured for)"
+fi
+printf '%s\n%s\n' "$wanted" "$extras" >"$stamp"

@@ -1,0 +1,98 @@
+"""`python -m vita_jax.evaluate --checkpoint DIR`: every figure of a benchmark, on data the model has not seen."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vita_jax.command_line import ArgumentParser, run_command
+from vita_jax.errors import UserError
+
+EXAMPLES = """\
+DIR is a run (its last finished stage is taken), a stage's folder, or one checkpoint.
+For a run the result is also kept as DIR/evaluation/final.json, unless --limit is given.
+
+examples:
+  python -m vita_jax.evaluate --checkpoint runs/quickstart
+  python -m vita_jax.evaluate --checkpoint runs/quickstart --limit 20
+  python -m vita_jax.evaluate --checkpoint runs/quickstart/stages/vision_sft --output result.json
+"""
+
+
+def make_parser() -> ArgumentParser:
+    """The command's arguments."""
+    parser = ArgumentParser(
+        prog="python -m vita_jax.evaluate",
+        description="Asks a model the questions of a benchmark and prints how many it answers correctly.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("--checkpoint", metavar="DIR", required=True, help="a run, or one checkpoint of it")
+    parser.add_argument("--benchmark", metavar="NAME", default="quickstart", help="default: quickstart")
+    parser.add_argument("--limit", metavar="N", type=int, help="ask at most N questions of each kind of each group")
+    parser.add_argument("--output", metavar="FILE", help="write the result as JSON to this file, too")
+    return parser
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Loads, asks, prints, saves."""
+    # Imported here so that --help and a mistyped argument answer at once.
+    import dataclasses
+
+    from vita_jax.data.tokenizer import load_tokenizer
+    from vita_jax.evaluation.benchmarks import get_benchmark
+    from vita_jax.evaluation.runner import (
+        FINAL,
+        evaluate_params,
+        format_result,
+        format_stages,
+        save_result,
+        save_stage_evaluation,
+    )
+    from vita_jax.parallel.mesh import enable_compilation_cache
+    from vita_jax.training.checkpoint import CONFIG, load_params
+
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UserError(f"--limit {arguments.limit} must be at least 1")
+    get_benchmark(arguments.benchmark)
+    enable_compilation_cache()
+    loaded = load_params(arguments.checkpoint)
+    # A run may have been moved since; where it is now is what counts.
+    config = dataclasses.replace(loaded.config, run_dir=str(loaded.run_dir))
+    print(f"checkpoint {loaded.path} (stage {loaded.stage}, step {loaded.step})", flush=True)
+    result = evaluate_params(
+        config,
+        loaded.params,
+        load_tokenizer(loaded.run_dir / "tokenizer"),
+        benchmark=arguments.benchmark,
+        limit=arguments.limit,
+        progress=show_progress if sys.stderr.isatty() else None,
+    )
+    print(format_result(result))
+    is_run = (Path(arguments.checkpoint) / CONFIG).is_file()
+    written = save_stage_evaluation(config, FINAL, result) if is_run and arguments.limit is None else None
+    stages = format_stages(loaded.run_dir, config) if is_run else ""
+    if stages:
+        print(f"\n{stages}")
+    if written is not None:
+        print(f"\nwritten: {written}")
+    if arguments.output is not None:
+        save_result(result, Path(arguments.output))
+        print(f"written: {arguments.output}")
+    return 0
+
+
+def show_progress(done: int, total: int) -> None:
+    """One line, rewritten in place."""
+    end = "\r\x1b[2K" if done == total else ""
+    print(f"\r\x1b[2Kanswered {done} of {total}{end}", end="", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0 done, 2 bad input."""
+    return run_command(evaluate, make_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

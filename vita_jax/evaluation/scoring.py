@@ -1,0 +1,51 @@
+"""When an answer counts as right."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+from vita_jax.data.prompts import split_state_symbol
+from vita_jax.data.templates import Template
+from vita_jax.evaluation.items import Item
+
+
+def normalise(text: str, template: Template | None = None) -> str:
+    """The part of an answer that is compared: no state symbol, full-width forms as ASCII, lower case, single spaces, no
+    full stop at the end.
+
+    Args:
+      template: whose state symbol is dropped; None keeps everything.
+    """
+    if template is not None:
+        text = split_state_symbol(text.strip(), template)[1]
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(text.split()).rstrip(".。 ")
+
+
+def answer_key(kind: str, text: str, template: Template | None = None) -> str:
+    """What must be equal for two answers to a question of this kind to be the same.
+
+    A sum may be written out ("3+4=7"); only the number after the last "=" counts.
+    """
+    text = normalise(text, template)
+    return text.rsplit("=", 1)[-1].strip() if kind == "sum" else text
+
+
+def is_right(kind: str, answer: str, truth: str, template: Template | None = None) -> bool:
+    """Exact match of the two keys."""
+    return answer_key(kind, answer, template) == answer_key(kind, truth, template)
+
+
+def answer_prior(items: Sequence[Item], template: Template | None = None) -> float:
+    """Accuracy of a model that has not looked: the best constant answer per kind and language, mean over kinds."""
+    counts: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
+    for item in items:
+        counts[item.kind][item.language][answer_key(item.kind, item.answer, template)] += 1
+    shares = [
+        sum(max(answers.values()) for answers in languages.values())
+        / sum(answers.total() for answers in languages.values())
+        for languages in counts.values()
+    ]
+    return sum(shares) / len(shares) if shares else 0.0

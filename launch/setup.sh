@@ -80,6 +80,6 @@ echo "installing vita_jax${extras:+ with extras $extras}; this takes some minute
 package="$root${extras:+[${extras// /,}]}"
 if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$package"; then
   fail "pip could not install $package; the first set-up, and the first after requirements.txt or pyproject.toml" \
-    "changed, needs a package index (https://pypi.org or the one pip is configured for)"
+    "changed, needs a package index"
 fi
 printf '%s\n%s\n' "$wanted" "$extras" >"$stamp"

@@ -40,7 +40,7 @@ PAPERS = (
 )
 COLOUR_JITTER = 8  # of 255, the same shift for a whole sheet
 
-# One character a cell in written transcripts: a digit, an empty cell, a cell of the overview that follows several tiles.
+# One character a cell in written scenes: a digit, an empty cell, a cell of the overview that follows several tiles.
 BLANK = "□"
 OVERVIEW = "△"
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -282,20 +283,22 @@ def score(
 
 
 def _sample(indices: Sequence[int], items: Sequence[Item]) -> list[int]:
-    """Up to EXAMPLES_PER_GROUP of the indices, kinds and languages in turn, each about another file where possible."""
+    """Up to EXAMPLES_PER_GROUP of the indices: kinds and languages in turn, unseen files and digit counts first."""
     strata: dict[tuple[str, str], list[int]] = {}
     for index in indices:
         strata.setdefault((items[index].kind, items[index].language), []).append(index)
     chosen: list[int] = []
-    used: set[tuple[str, str] | None] = set()
+    files: Counter[tuple[str, str] | None] = Counter()
+    digits: Counter[int] = Counter()
     while len(chosen) < min(EXAMPLES_PER_GROUP, len(indices)):
-        for waiting in strata.values():
-            fresh = (i for i in waiting if items[i].media is None or items[i].media not in used)
-            index = next(fresh, waiting[0] if waiting else None)
-            if index is not None and len(chosen) < EXAMPLES_PER_GROUP:
-                waiting.remove(index)
-                used.add(items[index].media)
-                chosen.append(index)
+        for waiting in filter(None, strata.values()):
+            if len(chosen) == EXAMPLES_PER_GROUP:
+                break
+            index = min(waiting, key=lambda i: (files[items[i].media], digits[items[i].num_digits], i))
+            waiting.remove(index)
+            files[items[index].media] += 1
+            digits[items[index].num_digits] += 1
+            chosen.append(index)
     return chosen
 
 
@@ -432,7 +435,8 @@ def format_stages(run_dir: str | Path, config: ExperimentConfig) -> str:
     stages = stage_accuracies(run_dir, config)
     if not stages:
         return ""
-    names = list(dict.fromkeys(name for _, groups in stages for name in groups))
+    # The last one has been asked most, in the order of the benchmark.
+    names = list(dict.fromkeys(name for _, groups in reversed(stages) for name in groups))
     rows = [("accuracy after stage", *names)]
     for title, groups in stages:
         rows.append((title, *(percent(groups[name]["accuracy"]) if name in groups else "-" for name in names)))

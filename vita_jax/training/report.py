@@ -53,7 +53,8 @@ p { margin: 0 0 12px } .soft { color: var(--soft) }
 .panel { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px;
   overflow-x: auto }
 .panel img { max-width: 100%; display: block } .figure { font-size: 32px; font-weight: 650; line-height: 1.2 }
-.tag { display: inline-block; border-radius: 999px; padding: 1px 10px; font-size: 13px; font-weight: 600 }
+.tag { display: inline-block; border-radius: 999px; padding: 1px 10px; font-size: 13px; font-weight: 600;
+  white-space: nowrap }
 .good { background: var(--good-soft); color: var(--good) } .bad { background: var(--bad-soft); color: var(--bad) }
 .mid { background: var(--mid-soft); color: var(--mid) }
 .bar { position: relative; height: 8px; border-radius: 4px; background: var(--line); margin: 10px 0 6px }
@@ -61,9 +62,10 @@ p { margin: 0 0 12px } .soft { color: var(--soft) }
 .bar b { position: absolute; top: -3px; bottom: -3px; width: 2px; background: var(--ink) }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { padding: 5px 10px; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
-th { font-weight: 600; color: var(--soft); font-size: 13px } tr:last-child td { border-bottom: 0 }
+th { font-weight: 600; color: var(--soft); font-size: 13px; white-space: normal; vertical-align: bottom }
+tr:last-child td { border-bottom: 0 }
 th:first-child, td:first-child { text-align: left; padding-left: 0 }
-.tables { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); align-items: start }
+.tables { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(245px, 1fr)); align-items: start }
 /* two panels that keep the width of their tables */
 .pair { display: flex; flex-wrap: wrap; gap: 16px; align-items: start } .pair .panel { flex: 1 1 auto; max-width: 100% }
 h3 { font-size: 15px; margin: 0 0 6px } .parts table { table-layout: fixed; margin-bottom: 10px }
@@ -76,7 +78,8 @@ h3 { font-size: 15px; margin: 0 0 6px } .parts table { table-layout: fixed; marg
 .item.wide .shot img { height: 80px }
 .item .said { padding: 10px 14px 14px; min-width: 0 } .item dl { margin: 6px 0 0; display: grid;
   grid-template-columns: max-content 1fr; gap: 2px 12px } .item dt { color: var(--soft) }
-.item dd { margin: 0; overflow-wrap: anywhere } footer { margin-top: 48px; color: var(--soft); font-size: 13px }
+.item dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap }
+footer { margin-top: 48px; color: var(--soft); font-size: 13px }
 """
 
 
@@ -197,7 +200,7 @@ def _stages(run_dir: Path, config: ExperimentConfig) -> str:
     stages = stage_accuracies(run_dir, config)
     if not stages:
         return ""
-    titles = {name: group["title"] for _, groups in stages for name, group in groups.items()}
+    titles = {name: group["title"] for _, groups in reversed(stages) for name, group in groups.items()}
     rows = [
         [title, *(percent(groups[name]["accuracy"]) if name in groups else "-" for name in titles)]
         for title, groups in stages

@@ -148,3 +148,8 @@ def test_file_errors_are_one_clear_line(own_tokenizer, qwen_like, tmp_path):
     with pytest.raises(UserError, match="JSON object"):
         load_tokenizer(folder)
     shutil.rmtree(folder)
+
+
+def test_texts_without_spaces_still_give_a_space(tmp_path):
+    tokenizer = train_sentencepiece(["数字之和是多少", "有几个数字", "一二三四五"], 400, tmp_path, at_most=True)
+    assert tokenizer.decode(tokenizer.encode("几 个  数字 a b")) == "几 个  数字 a b"

@@ -322,6 +322,10 @@ def _training_lines(texts: Iterable[str], vocab_size: int) -> tuple[list[str], i
             lines.append(line)
     if not lines:
         raise UserError("no text to train a tokenizer on: every given text is empty")
+    if " " not in counts:
+        # Without a piece for the space, text that has one would come back with the trainer's mark for it.
+        lines.append(" ")
+        counts[" "] = max(counts.values()) + 1  # never among the rarest
     room = max(1, (vocab_size - _FIXED_PIECES) * 3 // 4)
     kept = sorted(counts, key=lambda character: (-counts[character], character))[:room]
     if len(kept) < len(counts):

@@ -30,8 +30,10 @@ from vita_jax.models.vita import vita_1_5, vita_small
 from vita_jax.training.checkpoint import load_params
 from vita_jax.training.experiment import (
     Amount,
+    CheckpointConfig,
     DataConfig,
     ExperimentConfig,
+    LogConfig,
     TokenizerConfig,
     data_folder,
     tokenizer_folder,
@@ -67,10 +69,11 @@ class Size:
 
 
 BENCHMARK = {"typed": 504, "typed_unseen_writers": 104, "text_only": 120, "video_order": 402}
+# Small batches: at this size the number of updates counts for more than what is in each.
 SMALL = Size(
-    steps=(720, 900, 200, 350, 1150),
-    rates=(3e-3, 2e-3, 3e-3, 1e-3, 1.5e-3),
-    rows=24,
+    steps=(2500, 900, 250, 600, 3500),
+    rates=(2e-3, 1e-3, 2e-3, 7e-4, 1e-3),
+    rows=8,
     row_length=192,
     row_tiles=8,
     amounts={"text": 40000, "cells": 12000, "captions": 8000, "pictures": 20000, "clips": 1500, **BENCHMARK},
@@ -109,6 +112,7 @@ def stages(size: Size) -> tuple[Stage, ...]:
             "^naming_head/",
             sources=(SourceConfig("cells"),),
             objective="cell_naming",
+            batch_size=2 * size.rows,
         ),
         stage(
             "vision_alignment",
@@ -167,6 +171,8 @@ def get_config(size: Literal["smoke", "small", "full"] = "small") -> ExperimentC
             amounts=tuple(Amount(name, count) for name, count in plan.amounts.items()),
         ),
         stages=stages(plan),
+        checkpoint=CheckpointConfig(every_steps=500),
+        log=LogConfig(every_steps=25 if size == "small" else 1),
     )
 
 

@@ -27,6 +27,7 @@ def session(run_config):
     return Session.load(run_config.run_dir)
 
 
+@pytest.mark.slow
 def test_batched_answers_are_those_of_chat(run_config, session):
     root = benchmark_folder(run_config)
     items = read_items(root / "items.jsonl")

@@ -155,6 +155,7 @@ def test_pooled_copies_are_where_the_layout_says(params):
             np.testing.assert_allclose(table[span.start : span.start + span.count], want, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_forward_and_loss(params):
     batch = VitaInputs(tiles=make_tiles(1, 1), **one_row([3, IMAGE, 4, 5], [0]))
     labels = jnp.where(batch.feature_index < 0, batch.tokens, -100)

@@ -232,6 +232,7 @@ def test_real_records_go_on_bit_for_bit(tmp_path):
     assert (tmp_path / "parts" / "tokenizer" / "tokenizer.model").is_file()
 
 
+@pytest.mark.slow
 def test_several_starts_each_give_what_they_trained(tmp_path):
     stages = (
         stage("tower", objective="cell_naming", trainable=("^vision/",), steps=1),

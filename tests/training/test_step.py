@@ -76,6 +76,7 @@ def run_steps(*, mesh_config=None, trainable=(".",), objective="language_modelin
     return before, after, history, state, step_fn._cache_size()
 
 
+@pytest.mark.slow
 def test_loss_falls_and_there_is_one_compilation():
     before, after, history, state, compilations = run_steps()
     assert compilations == 1 and int(state.step) == STEPS
@@ -160,6 +161,7 @@ def compare_sharded() -> None:
         print(f"{name} ok {worst:.1e}")
 
 
+@pytest.mark.slow
 def test_sharded_step_equals_unsharded():
     environment = {
         **os.environ,

@@ -25,6 +25,7 @@ from vita_jax.data.images import ImageConfig
 from vita_jax.data.loader import SourceConfig
 from vita_jax.data.templates import SystemTexts
 from vita_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from vita_jax.evaluation.report import write_report
 from vita_jax.evaluation.runner import evaluate_params, format_result, format_stages, save_stage_evaluation
 from vita_jax.models.vita import vita_1_5, vita_small
 from vita_jax.training.checkpoint import load_params
@@ -38,7 +39,6 @@ from vita_jax.training.experiment import (
     data_folder,
     tokenizer_folder,
 )
-from vita_jax.training.report import write_report
 from vita_jax.training.stages import Stage
 
 # Evaluation after each stage; "tower" has no language model that knows it yet.

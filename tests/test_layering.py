@@ -31,8 +31,6 @@ ALLOWED = {
     "vita_jax.inference": SERVICES | {"vita_jax.training"},  # `session` opens a training run
     "vita_jax.training": SERVICES,
     "vita_jax.evaluation": SERVICES | {"vita_jax.inference", "vita_jax.training"},
-    # Shows what training and evaluation left; a room of its own, so that neither of them may use it.
-    "vita_jax.training.report": SERVICES | {"vita_jax.evaluation", "vita_jax.training"},
     "data_pipelines": BASE | {"vita_jax.data"},
 }
 COMMANDS = {"train", "evaluate", "chat", "serve", "duplex", "convert", "plan", "latency"}  # may import every room

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -205,6 +206,8 @@ class Vita(nn.Module):
 
     def embed_inputs(self, batch: VitaInputs, deterministic: bool = True) -> jax.Array:
         """Text embeddings with the features in their places: (b s d)."""
+        chex.assert_equal_shape([batch.tokens, batch.positions, batch.segment_ids, batch.feature_index])
+        chex.assert_shape(batch.tiles, (batch.tokens.shape[0], None, None, None, self.config.vision.num_channels))
         features = self.encode_tiles(batch.tiles, deterministic)
         if batch.extra_features is not None:
             features = jnp.concatenate([features, batch.extra_features.astype(features.dtype)], axis=1)

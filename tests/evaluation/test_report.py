@@ -9,10 +9,10 @@ import pytest
 from tests.evaluation.benchmark_run import make_run
 from vita_jax.data.tokenizer import load_tokenizer
 from vita_jax.errors import UserError
+from vita_jax.evaluation.report import write_report
 from vita_jax.evaluation.runner import evaluate_params, save_stage_evaluation
 from vita_jax.training.checkpoint import load_params
 from vita_jax.training.experiment import tokenizer_folder
-from vita_jax.training.report import write_report
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ class Size:
 BENCHMARK = {"typed": 504, "typed_unseen_writers": 104, "text_only": 120, "video_order": 402}
 # Small batches: at this size the number of updates counts for more than what is in each.
 SMALL = Size(
-    steps=(2500, 900, 250, 600, 3500),
+    steps=(2500, 900, 250, 600, 2300),
     rates=(2e-3, 1e-3, 2e-3, 7e-4, 1e-3),
     rows=8,
     row_length=192,

@@ -47,7 +47,7 @@ ALL_GROUPS = ("typed", "video_order", "text")
 STAGE_QUESTIONS_PER_KIND = 120
 
 TEXT = SourceConfig("text")
-TEXT_ROW = 224  # two conversations of the text set
+TEXT_ROW = 224  # two conversations of the text set, or four questions about the largest sheet
 QUESTIONS = SourceConfig("questions", split_rounds=True)
 
 
@@ -71,7 +71,7 @@ class Size:
 BENCHMARK = {"typed": 504, "typed_unseen_writers": 104, "text_only": 120, "video_order": 402}
 # Small batches: at this size the number of updates counts for more than what is in each.
 SMALL = Size(
-    steps=(2500, 900, 250, 600, 2300),
+    steps=(2500, 900, 250, 600, 2000),
     rates=(2e-3, 1e-3, 2e-3, 7e-4, 1e-3),
     rows=8,
     row_length=192,
@@ -102,7 +102,13 @@ def stages(size: Size) -> tuple[Stage, ...]:
 
     return (
         stage(
-            "language", "0a language model", language, "^language/", sources=(TEXT,), row_tiles=0, row_length=TEXT_ROW
+            "language",
+            "0a language model",
+            language,
+            "^language/",
+            sources=(TEXT,),
+            row_tiles=0,
+            row_length=max(TEXT_ROW, size.row_length),
         ),
         stage(
             "tower",
@@ -142,6 +148,7 @@ def stages(size: Size) -> tuple[Stage, ...]:
             "^vision/",
             "^projector/",
             "^language/",
+            row_length=max(TEXT_ROW, size.row_length),
             sources=(
                 dataclasses.replace(QUESTIONS, weight=0.78),
                 dataclasses.replace(captions(0.2), weight=0.06),

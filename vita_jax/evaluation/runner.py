@@ -109,7 +109,9 @@ def answer_items(
             )
             tokens, lengths = jax.device_get((generated.tokens, generated.lengths))
             for row, question in enumerate(batch):
-                answers[question.index] = context.tokenizer.decode(tokens[row, : lengths[row]].tolist())
+                # A model's table may have more rows than its tokenizer has entries; those spell nothing.
+                ids = [i for i in tokens[row, : lengths[row]].tolist() if i < context.tokenizer.vocab_size]
+                answers[question.index] = context.tokenizer.decode(ids)
             answered += len(batch)
             if progress is not None:
                 progress(answered, len(items))

@@ -87,7 +87,9 @@ class Session:
         stops = stop_ids(self.tokenizer, context.template)
         decoder, raw, symbol_done = TextStream(self.tokenizer), "", False
         tokens = stream(self.model, self.params, one_row(example), max_new_tokens=max_new_tokens, stop_tokens=stops)
-        for text in self._pieces(tokens, decoder):
+        # The model's table may have more rows than the tokenizer has entries; those spell nothing.
+        spelt = (token for token in tokens if token < self.tokenizer.vocab_size)
+        for text in self._pieces(spelt, decoder):
             raw += text
             if not symbol_done and raw.strip():
                 # The symbol is one character, so the first one decides.

@@ -21,15 +21,20 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def run_command(
-    command: Callable[[argparse.Namespace], int], parser: ArgumentParser, argv: Sequence[str] | None
-) -> int:
-    """Parses and runs; returns the exit status: what `command` returns, 2 for bad input, 130 when interrupted."""
+def exit_status(action: Callable[[], int]) -> int:
+    """Runs `action`; returns what it returns, 2 for bad input (one line on stderr), 130 when interrupted."""
     try:
-        return command(parser.parse_args(argv))
+        return action()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def run_command(
+    command: Callable[[argparse.Namespace], int], parser: ArgumentParser, argv: Sequence[str] | None
+) -> int:
+    """Parses and runs; returns the exit status, see `exit_status`."""
+    return exit_status(lambda: command(parser.parse_args(argv)))

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from vita_jax import config as config_lib
+from vita_jax.command_line import exit_status
 from vita_jax.errors import UserError
 
 HELP = """\
@@ -90,14 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--help" in argv or "-h" in argv:
         print(HELP)
         return 0
-    try:
-        return train(config_lib.parse_config_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return exit_status(lambda: train(config_lib.parse_config_args(argv)))
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def vita_1_5() -> VitaConfig:
     return VitaConfig(vision, projector, language)
 
 
-def vita_small(width: int = 128, num_layers: int = 4, tower_width: int = 96, vocab_size: int = 640) -> VitaConfig:
+def vita_small(width: int = 192, num_layers: int = 4, tower_width: int = 96, vocab_size: int = 1024) -> VitaConfig:
     """VITA-1.5's architecture with few layers and channels, for a laptop: 32 px tiles of 2x2 visual tokens.
 
     Args:
@@ -89,16 +89,18 @@ def vita_small(width: int = 128, num_layers: int = 4, tower_width: int = 96, voc
         patch_size=8,
         embedding_init_stddev=0.02,
     )
+    num_heads = max(2, width // 32)
     language = DecoderConfig(
         vocab_size=vocab_size,
         hidden_size=width,
         num_layers=num_layers,
-        num_heads=4,
+        num_heads=num_heads,
         num_kv_heads=2,
-        head_dim=width // 4,
+        head_dim=width // num_heads,
         intermediate_size=width * 11 // 4,
         rope_theta=1e4,  # short contexts: the longest wavelengths of 1e6 would carry nothing
         max_positions=2048,
+        initializer_range=width**-0.5,
     )
     return VitaConfig(vision, ProjectorConfig("mlp2x_gelu", vision.output_size, width), language)
 

@@ -30,8 +30,6 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep products with weights, not scores
 }
 
-INITIALIZER_RANGE = 0.02
-
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -50,6 +48,8 @@ class DecoderConfig:
       qkv_bias: biases on the query, key and value projections.
       max_positions: longest sequence the weights were trained for; information for callers, not a limit of the maths.
       remat: "none", "full" or "dots", see `REMAT_POLICIES`.
+      initializer_range: standard deviation of every matrix of a fresh model. Small models learn faster from about
+        `hidden_size ** -0.5`.
     """
 
     vocab_size: int
@@ -64,6 +64,7 @@ class DecoderConfig:
     qkv_bias: bool = True
     max_positions: int = 32768
     remat: str = "none"
+    initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -102,7 +103,7 @@ class Attention(nn.Module):
                 (heads, c.head_dim),
                 ("embed", name, "head_dim"),
                 use_bias=c.qkv_bias,
-                kernel_init=normal_init(INITIALIZER_RANGE),
+                kernel_init=normal_init(c.initializer_range),
                 dtype=self.dtype,
             )
 
@@ -114,7 +115,7 @@ class Attention(nn.Module):
             ("q_heads", "head_dim", "embed"),
             num_input_axes=2,
             use_bias=False,
-            kernel_init=normal_init(INITIALIZER_RANGE),
+            kernel_init=normal_init(c.initializer_range),
             dtype=self.dtype,
         )
 
@@ -159,7 +160,7 @@ class SwiGLU(nn.Module):
         """x: (b s d) -> (b s d)."""
 
         def linear(features: int, axes: tuple[str, str], name: str) -> Dense:
-            init = normal_init(INITIALIZER_RANGE)
+            init = normal_init(self.config.initializer_range)
             return Dense((features,), axes, use_bias=False, kernel_init=init, dtype=self.dtype, name=name)
 
         gate = linear(self.config.intermediate_size, ("embed", "mlp"), "gate_proj")(x)
@@ -210,7 +211,7 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.embed_tokens = Embed(c.vocab_size, c.hidden_size, init_stddev=INITIALIZER_RANGE, dtype=self.dtype)
+        self.embed_tokens = Embed(c.vocab_size, c.hidden_size, init_stddev=c.initializer_range, dtype=self.dtype)
         block = Block
         if c.remat != "none":
             # Inside a scan XLA cannot merge the second computation with the first, so the barrier is not needed.
@@ -228,7 +229,7 @@ class Decoder(nn.Module):
             (c.vocab_size,),
             ("embed", "vocab"),
             use_bias=False,
-            kernel_init=normal_init(INITIALIZER_RANGE),
+            kernel_init=normal_init(c.initializer_range),
             dtype=self.dtype,
         )
 

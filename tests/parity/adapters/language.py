@@ -144,9 +144,9 @@ def vita_train_step(case: Case) -> Result:
     trainable = {path: jnp.asarray(x) for path, x in params.items() if re.match(pattern, path)}
     frozen = {path: x for path, x in params.items() if path not in trainable}
     vision_rate = settings.get("vision_tower_lr")
-    scales = (
-        (("^vision/", vision_rate / settings["lr"]),) if vision_rate and any("vision/" in x for x in trainable) else ()
-    )
+    scales = ()
+    if vision_rate and any(path.startswith("vision/") for path in trainable):
+        scales = (("^vision/", vision_rate / settings["lr"]),)
     optimizer = make_optimizer(
         OptimizerConfig(
             beta1=settings["betas"][0],

@@ -19,7 +19,7 @@ from vita_jax.models.audio.encoder import AudioEncoder, AudioEncoderConfig, whal
 from vita_jax.models.audio.streaming import EncoderCache
 from vita_jax.models.connectors import audio_adapters
 from vita_jax.models.connectors.audio_adapters import AdapterCache, AudioAdapter, AudioAdapterConfig
-from vita_jax.nn.layers import Embed
+from vita_jax.nn.layers import normal_init
 from vita_jax.ops.filter_bank import encoder_length
 
 
@@ -106,7 +106,7 @@ def start_stream(config: AudioTowerConfig, batch: int, dtype: jnp.dtype = jnp.fl
 
 
 class AudioTower(nn.Module):
-    """Parameters: `encoder/...`, `adapter/...`, and `prompt/embedding` (prompts d) if there are any."""
+    """Parameters: `encoder/...`, `adapter/...`, and `prompt` (prompts d) if there are any."""
 
     config: AudioTowerConfig
     dtype: jnp.dtype = jnp.float32
@@ -117,7 +117,9 @@ class AudioTower(nn.Module):
         self.adapter = AudioAdapter(config.adapter, self.dtype)
         if config.num_prompt_tokens:
             # N(0, 1) as in torch's embeddings
-            self.prompt = Embed(config.num_prompt_tokens, config.adapter.output_size, 1.0, self.dtype)
+            init = nn.with_logical_partitioning(normal_init(1.0), (None, "embed"))
+            shape = (config.num_prompt_tokens, config.adapter.output_size)
+            self.prompt = self.param("prompt", init, shape, jnp.float32)
 
     def __call__(self, features: jax.Array, lengths: jax.Array, deterministic: bool = True) -> AudioFeatures:
         """Encodes whole clips.
@@ -134,8 +136,7 @@ class AudioTower(nn.Module):
         # Batch norms keep their running statistics here: the released adapter has none, and a step returns no state.
         embeds, valid = self.adapter(hidden, hidden_valid)
         if self.config.num_prompt_tokens:
-            prompt = self.prompt(jnp.arange(self.config.num_prompt_tokens))
-            prompt = jnp.broadcast_to(prompt, (embeds.shape[0], *prompt.shape))
+            prompt = jnp.broadcast_to(self.prompt.astype(embeds.dtype), (len(embeds), *self.prompt.shape))
             embeds = jnp.concatenate([prompt, embeds], axis=1)
         return AudioFeatures(embeds, valid, hidden, hidden_valid)
 

@@ -32,7 +32,7 @@ def weight_table(config: AudioTowerConfig) -> Table:
     table += audio_adapters_weights.weight_table(config.adapter).prefixed(torch="adpter.", path="adapter/")
     if config.num_prompt_tokens:
         shape = (config.num_prompt_tokens, config.adapter.output_size)
-        table += Table((copy("prompt_embeddings.weight", "prompt/embedding", shape),))
+        table += Table((copy("prompt_embeddings.weight", "prompt", shape),))
     return table
 
 

@@ -423,6 +423,30 @@ def test_presets_are_the_released_towers(preset, llm, adapter):
     assert config.num_tokens(998) == 124
 
 
+def test_config_of_a_train_yaml():
+    part = {"input-layer": "linear", "pos-enc-class": "rel-enc", "positionwise-layer-type": "linear"}
+    part |= {"normalize-before": True, "concat-after": False, "dynamic-chunks": False}
+    part |= {"dropout-rate": 0.1, "positional-dropout-rate": 0.1, "attention-dropout-rate": 0.0}
+    part |= {"attention-dim": 1024, "attention-heads": 16, "linear-units": 4096, "num-blocks": 24}
+    names = {name: f"transformer-{name}" for name in (*part, "chunk_size", "left_chunks")}
+    transformer = {names[name]: value for name, value in {**part, "chunk_size": -1, "left_chunks": -1}.items()}
+    model = {"enc_out_dim": 1024, "llm_embed_dim": 3584, "kernel_size": 5, "adpter_type": "subsampling"}
+    values = {
+        "input_dim": 80,
+        "encoder_conf": {
+            "overview_conf": {"encoder-layer-config": "subsampling-transformer"},
+            "para_conf": {"transformer": transformer},
+        },
+        "model_conf": model | {"activation_func": "gelu", "norm": "layer"},
+    }
+    assert tower_weights.config_from_train(values) == audio_vita_1_5()
+    with pytest.raises(UserError, match="lacks the field 'activation_func'"):
+        tower_weights.config_from_train(values | {"model_conf": model})
+    transformer["transformer-positionwise-layer-type"] = "conv1d"
+    with pytest.raises(UnsupportedOption, match="conv1d"):
+        tower_weights.config_from_train(values)
+
+
 def test_small_preset_fits():
     config = audio_small(128)
     assert config.adapter.output_size == 128 and config.encoder.hidden_size % config.encoder.num_heads == 0

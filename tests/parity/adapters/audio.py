@@ -253,8 +253,8 @@ def audio_adapter_stream(case: Case) -> Outputs:
     model, x, chunk = AudioAdapter(config), case.inputs["x"], case.config["chunk"]
     step = jax.jit(partial(model.apply, method="stream_step"))
     cache, blocks, outputs = audio_adapters.make_cache(config, len(x)), [], {}
-    for number in range(x.shape[1] // chunk):
-        y, cache = step(params, x[:, number * chunk : (number + 1) * chunk], cache)
+    for number, start in enumerate(range(0, x.shape[1], chunk)):
+        y, cache = step(params, x[:, start : start + chunk], cache)
         blocks.append(y)
         outputs[f"cache_after_{number}"] = jnp.swapaxes(cache.inputs[-1], 1, 2)
     everything = np.ones(x.shape[:2], bool)

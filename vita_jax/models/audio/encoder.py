@@ -408,7 +408,8 @@ def make_cache(config: AudioEncoderConfig, batch: int, dtype: jnp.dtype = jnp.fl
     Raises:
       UserError: the encoder has no chunks, no bounded left context, or layers that look beyond the chunk.
     """
-    if config.chunk_size < 1 or config.left_chunks < 0:
+    lagging = config.stream_positions == "lagging"
+    if config.chunk_size < 1 or (config.left_chunks < 0 and not lagging):
         raise UserError(
             f"audio stream: chunk_size {config.chunk_size} and left_chunks {config.left_chunks}; a stream needs at "
             "least 1 and 0 (4 and 16, for example)"
@@ -419,8 +420,8 @@ def make_cache(config: AudioEncoderConfig, batch: int, dtype: jnp.dtype = jnp.fl
             "streamed; use 'rel-enc' and 'linear'"
         )
     slots = config.chunk_size * config.left_chunks
-    if config.stream_positions == "lagging":
-        slots = max(slots, 1)  # the original keeps one frame where it should keep none
+    if lagging:
+        slots = max(slots, 1)  # the original keeps one frame where there is no bounded left context to keep
     return empty_cache(
         num_layers=config.num_layers,
         num_heads=config.num_heads,

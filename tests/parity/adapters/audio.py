@@ -12,7 +12,7 @@ import numpy as np
 from tests.parity.cases import Case, Result
 from vita_jax.conversion.tables import Table, export_params, import_params
 from vita_jax.errors import UnsupportedOption
-from vita_jax.models.audio import ctc_head, encoder_weights, tower_weights
+from vita_jax.models.audio import ctc_head_weights, encoder_weights, tower_weights
 from vita_jax.models.audio.cmvn import RELEASED_ISTD, RELEASED_MEAN, cmvn_from_statistics
 from vita_jax.models.audio.ctc_head import CtcHead
 from vita_jax.models.audio.encoder import AudioEncoder, AudioEncoderConfig, make_cache
@@ -323,7 +323,7 @@ def audio_tower_serving(case: Case) -> Result:
 def ctc(case: Case) -> Outputs:
     inputs, blank = case.inputs, case.config["blank"]
     hidden, vocab = jnp.asarray(inputs["encoder_out"]), case.config["vocab"]
-    params = import_params(ctc_head.weight_table(hidden.shape[-1], vocab), case.weights)
+    params = import_params(ctc_head_weights.weight_table(hidden.shape[-1], vocab), case.weights)
     lengths, target_lengths = jnp.asarray(inputs["input_lengths"]), jnp.asarray(inputs["target_lengths"])
     targets = jnp.asarray(inputs["targets"])
 
@@ -353,7 +353,7 @@ def ctc(case: Case) -> Outputs:
 def ctc_train_step(case: Case) -> Outputs:
     config, inputs = encoder_config(case.config), case.inputs
     encoder_table = encoder_weights.weight_table(config).prefixed(path="encoder/")
-    head_table = ctc_head.weight_table(config.hidden_size, case.config["vocab"]).prefixed(path="head/")
+    head_table = ctc_head_weights.weight_table(config.hidden_size, case.config["vocab"]).prefixed(path="head/")
     table: Table = encoder_table + head_table
     params = import_params(table, case.weights)
     lengths, target_lengths = jnp.asarray(inputs["lengths"]), jnp.asarray(inputs["target_lengths"])

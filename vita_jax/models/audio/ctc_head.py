@@ -9,7 +9,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vita_jax.conversion.tables import Table, linear
 from vita_jax.nn.layers import Dense
 
 
@@ -24,8 +23,3 @@ class CtcHead(nn.Module):
         """hidden: (b s d) -> (b s v) float32, for `vita_jax.ops.ctc`."""
         logits = Dense((self.vocab_size,), ("embed", "vocab"), dtype=self.dtype, name="ctc_lo")(hidden)
         return logits.astype(jnp.float32)
-
-
-def weight_table(hidden_size: int, vocab_size: int) -> Table:
-    """The head's names, beside the encoder's in a checkpoint of the stage."""
-    return Table(linear("ctc_lo", "ctc_lo", (hidden_size,), (vocab_size,)))

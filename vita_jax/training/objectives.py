@@ -71,8 +71,9 @@ class Objective(NamedTuple):
 
 
 def model_inputs(batch: Batch) -> VitaInputs:
-    """The model's part of a batch."""
-    names = ("tokens", "positions", "segment_ids", "feature_index", "tiles")
+    """The model's part of a batch; `audio` and `audio_lengths` are optional."""
+    names = ["tokens", "positions", "segment_ids", "feature_index", "tiles"]
+    names += [name for name in ("audio", "audio_lengths") if name in batch]
     return VitaInputs(**{name: batch[name] for name in names})
 
 

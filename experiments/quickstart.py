@@ -72,10 +72,10 @@ class Size:
 BENCHMARK = {"typed": 504, "typed_unseen_writers": 104, "text_only": 120, "video_order": 402}
 # Small batches: at this size the number of updates counts for more than what is in each.
 SMALL = Size(
-    steps=(1800, 900, 250, 400, 1800),
+    steps=(1650, 1000, 250, 400, 1650),
     rates=(1.5e-3, 1e-3, 2e-3, 7e-4, 1e-3),
-    rows=8,
-    row_length=224,  # two conversations, or captions of five pictures
+    rows=6,
+    row_length=304,  # three conversations
     row_tiles=12,
     amounts={"text": 36000, "cells": 12000, "captions": 8000, "pictures": 18000, "clips": 4000, **BENCHMARK},
 )

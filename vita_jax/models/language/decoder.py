@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from vita_jax.errors import UserError
 from vita_jax.models.language.cache import KVCache, advance, empty_cache, mark_written, write_layer
-from vita_jax.nn.layers import Dense, Embed, RMSNorm, normal_init
+from vita_jax.nn.layers import Dense, Embed, Initializer, RMSNorm, normal_init
 from vita_jax.ops.attention import dot_product_attention
 from vita_jax.ops.masks import make_attention_mask
 from vita_jax.ops.rope import apply_rotary, rotary_tables
@@ -50,6 +50,7 @@ class DecoderConfig:
       qkv_bias: biases on the query, key and value projections.
       max_positions: longest sequence the weights were trained for; information for callers, not a limit of the maths.
       remat: "none", "full" or "dots", see `REMAT_POLICIES`.
+      initializer_range: standard deviation of new matrices; None draws them as `torch.nn.Linear` does.
     """
 
     vocab_size: int
@@ -64,6 +65,12 @@ class DecoderConfig:
     qkv_bias: bool = True
     max_positions: int = 32768
     remat: str = "none"
+    initializer_range: float | None = INITIALIZER_RANGE
+
+    @property
+    def kernel_init(self) -> Initializer | None:
+        """How new matrices are drawn; None is `Dense`'s own way."""
+        return None if self.initializer_range is None else normal_init(self.initializer_range)
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -102,7 +109,7 @@ class Attention(nn.Module):
                 (heads, c.head_dim),
                 ("embed", name, "head_dim"),
                 use_bias=c.qkv_bias,
-                kernel_init=normal_init(INITIALIZER_RANGE),
+                kernel_init=c.kernel_init,
                 dtype=self.dtype,
             )
 
@@ -114,7 +121,7 @@ class Attention(nn.Module):
             ("q_heads", "head_dim", "embed"),
             num_input_axes=2,
             use_bias=False,
-            kernel_init=normal_init(INITIALIZER_RANGE),
+            kernel_init=c.kernel_init,
             dtype=self.dtype,
         )
 
@@ -159,7 +166,7 @@ class SwiGLU(nn.Module):
         """x: (b s d) -> (b s d)."""
 
         def linear(features: int, axes: tuple[str, str], name: str) -> Dense:
-            init = normal_init(INITIALIZER_RANGE)
+            init = self.config.kernel_init
             return Dense((features,), axes, use_bias=False, kernel_init=init, dtype=self.dtype, name=name)
 
         gate = linear(self.config.intermediate_size, ("embed", "mlp"), "gate_proj")(x)
@@ -199,6 +206,22 @@ class Block(nn.Module):
         return (x, stacks), None
 
 
+def block_stack(config: DecoderConfig, dtype: jnp.dtype) -> nn.Module:
+    """All layers of a decoder as one scanned `Block`: called as a block is, with the numbers of the layers (l,)."""
+    block = Block
+    if config.remat != "none":
+        # Inside a scan XLA cannot merge the second computation with the first, so the barrier is not needed.
+        block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        length=config.num_layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )(config, dtype=dtype)
+
+
 class Decoder(nn.Module):
     """Embedding table, scanned blocks, final norm and output head.
 
@@ -210,25 +233,14 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.embed_tokens = Embed(c.vocab_size, c.hidden_size, init_stddev=INITIALIZER_RANGE, dtype=self.dtype)
-        block = Block
-        if c.remat != "none":
-            # Inside a scan XLA cannot merge the second computation with the first, so the barrier is not needed.
-            block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
-        self.layers = nn.scan(
-            block,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, dtype=self.dtype)
+        self.embed_tokens = Embed(c.vocab_size, c.hidden_size, init_stddev=c.initializer_range or INITIALIZER_RANGE, dtype=self.dtype)
+        self.layers = block_stack(c, self.dtype)
         self.norm = RMSNorm(c.rms_norm_eps, dtype=self.dtype)
         self.lm_head = Dense(
             (c.vocab_size,),
             ("embed", "vocab"),
             use_bias=False,
-            kernel_init=normal_init(INITIALIZER_RANGE),
+            kernel_init=c.kernel_init,
             dtype=self.dtype,
         )
 

@@ -72,6 +72,11 @@ class DecoderConfig:
         """How new matrices are drawn; None is `Dense`'s own way."""
         return None if self.initializer_range is None else normal_init(self.initializer_range)
 
+    @property
+    def embedding_stddev(self) -> float:
+        """Standard deviation of a new embedding table."""
+        return INITIALIZER_RANGE if self.initializer_range is None else self.initializer_range
+
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
@@ -233,7 +238,7 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.embed_tokens = Embed(c.vocab_size, c.hidden_size, init_stddev=c.initializer_range or INITIALIZER_RANGE, dtype=self.dtype)
+        self.embed_tokens = Embed(c.vocab_size, c.hidden_size, init_stddev=c.embedding_stddev, dtype=self.dtype)
         self.layers = block_stack(c, self.dtype)
         self.norm = RMSNorm(c.rms_norm_eps, dtype=self.dtype)
         self.lm_head = Dense(

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from vita_jax.conversion.tables import Table, linear
 from vita_jax.errors import UserError
 from vita_jax.nn.layers import Dense
+from vita_jax.ops.losses import IGNORE_LABEL
 
 INPUT_CLASSES = ("speech", "noise", "text")
 # Label of class i: -101 - i. It stands where LM labels stand, so it lies beyond their "ignored" value, -100.
@@ -71,6 +72,11 @@ class StateHead(nn.Module):
 def weight_table(config: StateHeadConfig) -> Table:
     """Names in a checkpoint; paths are relative to the head's own parameters."""
     return Table(linear("predictor_head", "predictor_head", (config.hidden_size,), (config.num_classes,)))
+
+
+def language_labels(labels: jax.Array) -> jax.Array:
+    """The labels without the state labels among them, for the language model's loss; same shape."""
+    return jnp.where(labels >= 0, labels, IGNORE_LABEL)
 
 
 def state_loss(logits: jax.Array, labels: jax.Array, config: StateHeadConfig) -> tuple[jax.Array, jax.Array]:

@@ -30,6 +30,7 @@ from vita_jax.inference.generate import generate_from_embeds
 from vita_jax.models.connectors.projectors import ProjectorConfig
 from vita_jax.models.language import decoder_weights
 from vita_jax.models.language.decoder import Decoder
+from vita_jax.models.state_head import language_labels
 from vita_jax.models.vision import internvit_weights
 from vita_jax.models.vision.frame_pooling import frame_lengths
 from vita_jax.models.vita import Vita, VitaConfig, VitaInputs
@@ -105,7 +106,8 @@ def vita(case: Case) -> Result:
 
     outputs: dict[str, Any] = run(params, images, batch)
     kernel = params["language"]["lm_head"]["kernel"]
-    total, count = next_token_loss(outputs["last_hidden_state"], kernel, labels, batch.segment_ids, chunk_size=7)
+    lm_labels = language_labels(labels)  # some cases have state labels among them
+    total, count = next_token_loss(outputs["last_hidden_state"], kernel, lm_labels, batch.segment_ids, chunk_size=7)
     mask = np.asarray(batch.segment_ids)
     outputs |= {"labels": labels, "attention_mask": mask, "position_ids": batch.positions, "loss": total / count}
     if "greedy_ids" in case.outputs:
@@ -149,7 +151,7 @@ def _spliced_batch(case: Case, config: VitaConfig, images: np.ndarray) -> tuple[
     for i, (tile_numbers, clip_numbers) in enumerate(zip(own_tiles, own_clips, strict=True)):
         tiles[i, : len(tile_numbers)] = images[tile_numbers]
         extra[i, : len(clip_numbers)] = audio[clip_numbers]
-        lengths = inputs["audio_lengths_for_llm"][clip_numbers]
+        lengths = case.config["audio"].get("prompt_num", 0) + inputs["audio_lengths_for_llm"][clip_numbers]
         starts = layout.extra_start(num_tiles) + np.arange(len(clip_numbers)) * audio.shape[1]
         rows.append(
             expand_placeholders(
@@ -157,6 +159,7 @@ def _spliced_batch(case: Case, config: VitaConfig, images: np.ndarray) -> tuple[
                 labels[i],
                 [layout.tile_span(slot, kept[number]) for slot, number in enumerate(tile_numbers)],
                 [FeatureSpan(int(start), int(length)) for start, length in zip(starts, lengths, strict=True)],
+                audio_labels=inputs["state_labels"][clip_numbers] if "state_labels" in inputs else None,
                 max_length=case.config.get("tokenizer_model_max_length"),
                 visual_position_stride=case.config.get("shared_v_pid_stride"),
             )

@@ -91,7 +91,7 @@ class Conv(nn.Module):
         kernel = self._kernel((*self.kernel_size, x.shape[-1] // self.groups, self.features)).astype(self.dtype)
         bias = None
         if self.use_bias:
-            init = _uniform(self._fan_in(x.shape[-1]))
+            init = uniform_init(self._fan_in(x.shape[-1]))
             axes = (self._output_name(),)
             bias = self.param("bias", nn.with_logical_partitioning(init, axes), (self.features,), jnp.float32)
             bias = bias.astype(self.dtype)
@@ -122,7 +122,7 @@ class Conv(nn.Module):
 
     def _kernel(self, shape: tuple[int, ...]) -> jax.Array:
         if self.init_stddev is None:
-            init = _uniform(self._fan_in(shape[INPUT_AXIS] * self.groups))
+            init = uniform_init(self._fan_in(shape[INPUT_AXIS] * self.groups))
         else:
             init = nn.initializers.normal(self.init_stddev)
         axes = (*(None,) * (len(shape) - 1), self._output_name())
@@ -137,8 +137,8 @@ class Conv(nn.Module):
         return weight_norm(kernel, g)
 
 
-def _uniform(fan_in: int) -> nn.initializers.Initializer:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default."""
+def uniform_init(fan_in: int) -> nn.initializers.Initializer:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), what torch draws by default."""
     bound = fan_in**-0.5
 
     def init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> jax.Array:

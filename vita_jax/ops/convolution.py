@@ -1,9 +1,9 @@
 """Convolutions over time without input dilation in either direction of differentiation.
 
-A strided convolution is written as space-to-depth and a convolution of stride 1, a transposed one as a convolution of
-stride 1 and depth-to-space (the sub-pixel form). Both equal the direct forms number by number; but XLA's backward
-pass of the direct ones, and the direct transposed one itself, dilate their input with zeros and are an order of
-magnitude slower on CPU. Kernels keep the layout of the published weights, axes transposed.
+A strided convolution is written as space-to-depth and a convolution of stride 1, a transposed one as a matrix product
+and depth-to-space (the sub-pixel form), a grouped one as one convolution per group. All equal the direct forms number
+by number; but in the direct ones, XLA dilates the input with zeros, forwards or backwards, or falls back to slow
+kernels, and takes up to ten times as long on CPU. Kernels keep the layout of the published weights, axes transposed.
 
 Axes: b batch, t time, c input channels, o output channels, k taps.
 """
@@ -57,10 +57,16 @@ def conv1d(
     if length < 1:
         needed = dilation * (taps - 1) + 1 - 2 * padding
         raise UserError(f"a convolution of {taps} taps needs at least {needed} samples, got {x.shape[1]}; give more")
+    if groups > 1:
+        # One convolution per group: XLA's backward pass of a grouped one is several times slower on CPU.
+        pairs = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
+        parts = [conv1d(a, b, stride=stride, padding=padding, dilation=dilation) for a, b in pairs]
+        y = jnp.concatenate(parts, axis=-1)
+        return y if bias is None else y + bias
     if stride > 1:
         if dilation > 1:
             raise UserError(f"a convolution cannot have stride {stride} and dilation {dilation}; one must be 1")
-        x, kernel = _space_to_depth(x, kernel, length, stride, padding, groups)
+        x, kernel = _space_to_depth(x, kernel, length, stride, padding)
         padding = 0
     y = jax.lax.conv_general_dilated(
         x,
@@ -69,13 +75,12 @@ def conv1d(
         padding=[(padding, padding)],
         rhs_dilation=(dilation,),
         dimension_numbers=DIMENSIONS,
-        feature_group_count=groups,
     )
     return y if bias is None else y + bias
 
 
 def _space_to_depth(
-    x: jax.Array, kernel: jax.Array, length: int, stride: int, padding: int, groups: int
+    x: jax.Array, kernel: jax.Array, length: int, stride: int, padding: int
 ) -> tuple[jax.Array, jax.Array]:
     """Input and kernel of the stride-1 convolution that gives `length` outputs; samples of one step become channels."""
     taps, _, outputs = kernel.shape
@@ -83,8 +88,7 @@ def _space_to_depth(
     span = (length + steps - 1) * stride
     x = jnp.pad(x, ((0, 0), (padding, max(0, span - padding - x.shape[1])), (0, 0)))[:, :span]
     b, _, channels = x.shape
-    x = x.reshape(b, -1, stride, groups, channels // groups)
-    x = jnp.moveaxis(x, 3, 2).reshape(b, -1, stride * channels)  # a group's channels stay together
+    x = x.reshape(b, -1, stride * channels)
     kernel = jnp.pad(kernel, ((0, steps * stride - taps), (0, 0), (0, 0)))
     return x, kernel.reshape(steps, -1, outputs)
 
@@ -103,16 +107,15 @@ def conv_transpose1d(
       (b t' o), t' = `transposed_length(...)`.
     """
     taps, channels, outputs = kernel.shape
-    length = transposed_length(x.shape[1], taps, stride, padding)
+    b, length = x.shape[0], transposed_length(x.shape[1], taps, stride, padding)
     steps = -(-taps // stride)
     kernel = jnp.pad(kernel, ((0, steps * stride - taps), (0, 0), (0, 0)))
-    # Output step A, phase r, of the uncropped result is the sum over a of x[A - a] @ kernel[a * stride + r].
-    kernel = kernel.reshape(steps, stride, channels, outputs)[::-1]
-    kernel = jnp.moveaxis(kernel, 2, 1).reshape(steps, channels, stride * outputs)
-    y = jax.lax.conv_general_dilated(
-        x, kernel, window_strides=(1,), padding=[(steps - 1, steps - 1)], dimension_numbers=DIMENSIONS
-    )
-    y = y.reshape(x.shape[0], -1, outputs)[:, padding : padding + length]
+    # Output step A, phase r, of the uncropped result is the sum over a of x[A - a] @ kernel[a * stride + r]: one
+    # product of the input and its copies shifted by a, whose phases then lie one behind the other.
+    kernel = jnp.moveaxis(kernel.reshape(steps, stride, channels, outputs), 2, 1)
+    shifted = [jnp.pad(x, ((0, 0), (a, steps - 1 - a), (0, 0))) for a in range(steps)]
+    y = jnp.einsum("btc,co->bto", jnp.concatenate(shifted, axis=-1), kernel.reshape(steps * channels, -1))
+    y = y.reshape(b, -1, outputs)[:, padding : padding + length]
     return y if bias is None else y + bias
 
 

@@ -27,7 +27,7 @@ ALLOWED = {
     "vita_jax.conversion": BASE,
     "vita_jax.models": MODULES,
     "vita_jax.parallel": BASE,
-    "vita_jax.data": BASE,
+    "vita_jax.data": FUNCTIONS,  # features of a waveform are a plain function
     "vita_jax.inference": SERVICES | {"vita_jax.training"},  # `session` opens a training run
     "vita_jax.training": SERVICES,
     "vita_jax.evaluation": SERVICES | {"vita_jax.inference", "vita_jax.training"},

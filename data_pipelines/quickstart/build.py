@@ -40,9 +40,12 @@ from data_pipelines.quickstart.scenes import (
 from vita_jax.data.video import write_video
 
 SETS = ("text", "cells", "captions", "questions")
-# Rounds of one record: the more questions share a picture, the less the tower costs.
+# Rounds of one record: the more questions share a scene, the less it costs to look at it.
 TEXT_ROUNDS = 4
 PICTURE_ROUNDS = 4
+CLIP_ROUNDS = 4
+# What training asks about a sheet. Both colours, and the hard kinds twice.
+QUESTION_MIX = ("count", "kth", "kth", "largest", "sum", "sum", "read", "ink", "paper")
 CLIP_FPS = 4
 DONE = "quickstart_data.json"
 
@@ -61,28 +64,31 @@ def _language(rng: np.random.Generator) -> str:
     return str(rng.choice(LANGUAGES))
 
 
-def colour_words(scene: Scene, language: str) -> str:
-    """Ink and paper as words, the heading of a written scene."""
+def written_scene(scene: Scene, language: str, cells: str | None = None) -> str:
+    """A sheet in words: ink and paper, then what stands in its cells (default: the sheet's own)."""
     name = LANGUAGES.index(language)
-    return f"{INKS[scene.ink][name]} {PAPERS[scene.paper][name]}"
-
-
-def written_scene(scene: Scene, language: str) -> str:
-    """A sheet in words: colours, then its cells."""
-    return f"{colour_words(scene, language)} {transcript(scene)}"
+    cells = transcript(scene) if cells is None else cells
+    return f"{INKS[scene.ink][name]}/{PAPERS[scene.paper][name]}: {cells}"
 
 
 def text_record(index: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Questions about one written scene (a sheet, or every fifth time a clip)."""
+    """Questions about one written scene: a sheet, or every fifth time a clip.
+
+    Half of the scenes list their digits only, as captions do: the words for digits, colours and questions are learnt
+    from these first, and looking them up between empty cells is easier afterwards.
+    """
     if index % 5 == 0:
         clip = sample_clip(rng)
-        kinds = ["order", "clip_caption", "order"]
-        scene, written = clip.scene, f"{colour_words(clip.scene, _language(rng))} {clip_transcript(clip, CLIP_FPS)}"
+        scene, cells = clip.scene, clip_transcript(clip, CLIP_FPS)
+        kinds = rng.permutation(["order", "order", "clip_caption", "ink", "paper"])[:TEXT_ROUNDS]
     else:
         scene = sample_scene(rng)
-        kinds = [str(kind) for kind in rng.permutation([*KINDS, "kth", "caption"])[:TEXT_ROUNDS]]
-        written = written_scene(scene, _language(rng))
-    questions = [ask(scene, kind, _language(rng), rng) for kind in kinds]
+        cells = transcript(scene)
+        kinds = rng.permutation([*QUESTION_MIX, "caption"])[:TEXT_ROUNDS]
+    if rng.random() < 0.5:
+        cells = "".join(str(digit) for digit in scene.digits)
+    written = written_scene(scene, _language(rng), cells)
+    questions = [ask(scene, str(kind), _language(rng), rng) for kind in kinds]
     return {"id": f"text-{index}", "conversations": _conversation(questions, written + "\n")}
 
 
@@ -139,8 +145,8 @@ class Writer:
         self.records.append({**record, "conversations": _conversation(questions, "<video>\n")})
 
     def picture_kinds(self) -> list[str]:
-        """The kinds of questions about one picture; the hard ones come twice as often."""
-        return [str(kind) for kind in self.rng.permutation([*KINDS, "kth", "sum"])[:PICTURE_ROUNDS]]
+        """The kinds of questions about one picture."""
+        return [str(kind) for kind in self.rng.permutation(QUESTION_MIX)[:PICTURE_ROUNDS]]
 
     def finish(self) -> None:
         text = json.dumps(self.records, ensure_ascii=False)
@@ -156,14 +162,14 @@ def _write_set(name: str, writer: Writer, counts: dict[str, int]) -> None:
             writer.add_cells()
     elif name == "captions":
         for _ in range(counts["captions"]):
-            writer.add_picture(["caption", "caption"])
+            writer.add_picture(["caption"])
         for _ in range(counts["clips"] // 2):
             writer.add_clip(["clip_caption"])
     else:
         for _ in range(counts["pictures"]):
             writer.add_picture(writer.picture_kinds())
         for _ in range(counts["clips"]):
-            writer.add_clip(["order", "order"])
+            writer.add_clip(["order"] * CLIP_ROUNDS)
     writer.finish()
 
 

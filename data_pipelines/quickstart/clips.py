@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipelines.quickstart.scans import ScanSplit
-from data_pipelines.quickstart.scenes import BLANK, INKS, PAPERS, Scene, draw_sheet
+from data_pipelines.quickstart.scenes import BLANK, INKS, PAPERS, Scene, draw_colours, draw_sheet
 from vita_jax.data.video import paper_frame_indices
 
 CLIP_SIDE = 2  # cells
@@ -43,10 +43,11 @@ def sample_clip(rng: np.random.Generator) -> Clip:
 def draw_clip(clip: Clip, scans: ScanSplit, rng: np.random.Generator, fps: int) -> np.ndarray:
     """The frames of a clip, uint8 (n h w 3), at `fps` frames per second."""
     scene = clip.scene
+    colours = draw_colours(scene, rng)
     frames = []
     for digit, cell in zip(scene.digits, scene.cells, strict=True):
         alone = Scene(CLIP_SIDE, CLIP_SIDE, (digit,), (cell,), scene.ink, scene.paper)
-        picture, _ = draw_sheet(alone, scans, rng, CLIP_CELL_PIXELS)
+        picture, _ = draw_sheet(alone, scans, rng, CLIP_CELL_PIXELS, colours)
         frames += [picture] * (clip.seconds_each * fps)
     return np.stack(frames)
 

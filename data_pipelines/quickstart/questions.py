@@ -77,7 +77,15 @@ class Question:
 
 
 def _digits(scene: Scene) -> str:
-    return " ".join(str(d) for d in scene.digits)
+    return "".join(str(d) for d in scene.digits)
+
+
+def _running_sum(digits: tuple[int, ...]) -> str:
+    """The addition spelt out as on a calculator's tape, "3+4=7+8=15"; only the number after the last "=" is scored."""
+    text = str(digits[0])
+    for count, digit in enumerate(digits[1:], start=2):
+        text += f"+{digit}={sum(digits[:count])}"
+    return text
 
 
 def _answer(kind: str, language: str, scene: Scene, k: int) -> str:
@@ -89,8 +97,8 @@ def _answer(kind: str, language: str, scene: Scene, k: int) -> str:
         return str(scene.digits[k])
     if kind == "largest":
         return str(max(scene.digits))
-    if kind == "sum":  # the addition is spelt out; only the number after the last "=" is scored
-        return "+".join(str(d) for d in scene.digits) + f"={sum(scene.digits)}"
+    if kind == "sum":
+        return _running_sum(scene.digits)
     if kind in ("read", "order"):
         return _digits(scene)
     if kind == "ink":
@@ -98,9 +106,9 @@ def _answer(kind: str, language: str, scene: Scene, k: int) -> str:
     if kind == "paper":
         return paper
     if kind == "caption":
-        return f"{ink} on {paper}: {_digits(scene)}" if language == "en" else f"{paper}纸{ink}字：{_digits(scene)}"
+        return f"{ink}/{paper}: {_digits(scene)}"
     if kind == "clip_caption":
-        return f"digits one by one: {_digits(scene)}" if language == "en" else f"数字依次出现：{_digits(scene)}"
+        return f"one by one: {_digits(scene)}" if language == "en" else f"依次出现: {_digits(scene)}"
     raise ValueError(f"unknown question kind {kind!r}")
 
 

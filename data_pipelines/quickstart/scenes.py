@@ -23,20 +23,20 @@ CELL_PIXELS = tuple(range(16, 23))
 
 # name in English, name in Chinese, RGB
 INKS = (
-    ("black", "黑", (20, 20, 20)),
-    ("red", "红", (205, 25, 30)),
-    ("blue", "蓝", (25, 60, 215)),
-    ("green", "绿", (15, 130, 40)),
-    ("purple", "紫", (135, 25, 160)),
-    ("brown", "棕", (130, 75, 20)),
+    ("black", "黑色", (20, 20, 20)),
+    ("red", "红色", (205, 25, 30)),
+    ("blue", "蓝色", (25, 60, 215)),
+    ("green", "绿色", (15, 130, 40)),
+    ("purple", "紫色", (135, 25, 160)),
+    ("brown", "棕色", (130, 75, 20)),
 )
 PAPERS = (
-    ("white", "白", (250, 250, 250)),
-    ("yellow", "黄", (255, 238, 130)),
-    ("pink", "粉", (255, 195, 210)),
-    ("cyan", "青", (165, 235, 250)),
-    ("grey", "灰", (195, 195, 195)),
-    ("orange", "橙", (255, 190, 105)),
+    ("white", "白色", (250, 250, 250)),
+    ("yellow", "黄色", (255, 238, 130)),
+    ("pink", "粉色", (255, 195, 210)),
+    ("cyan", "青色", (165, 235, 250)),
+    ("grey", "灰色", (195, 195, 195)),
+    ("orange", "橙色", (255, 190, 105)),
 )
 COLOUR_JITTER = 8  # of 255, the same shift for a whole sheet
 
@@ -126,10 +126,23 @@ def _colour(rgb: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
     return np.clip(np.asarray(rgb) + shift, 0, 255).astype(np.float32)
 
 
+def draw_colours(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """RGB (3) float32 in 0..255 of this sheet's ink and paper, near those of their names."""
+    return _colour(INKS[scene.ink][2], rng), _colour(PAPERS[scene.paper][2], rng)
+
+
 def draw_sheet(
-    scene: Scene, scans: ScanSplit, rng: np.random.Generator, cell_pixels: int | None = None
+    scene: Scene,
+    scans: ScanSplit,
+    rng: np.random.Generator,
+    cell_pixels: int | None = None,
+    colours: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, list[int]]:
     """Draws the scene with scans of one split.
+
+    Args:
+      cell_pixels: size of a cell; drawn from `CELL_PIXELS` if None.
+      colours: RGB of ink and paper, see `draw_colours`; drawn if None.
 
     Returns:
       The picture, uint8 (height width 3), and the position in the split of the scan used for each digit.
@@ -142,6 +155,6 @@ def draw_sheet(
         used.append(position)
         top, left = cell // scene.columns * size, cell % scene.columns * size
         ink[top : top + size, left : left + size] = _draw_digit(scans.ink[position], size, rng)
-    paper_rgb, ink_rgb = _colour(PAPERS[scene.paper][2], rng), _colour(INKS[scene.ink][2], rng)
+    ink_rgb, paper_rgb = draw_colours(scene, rng) if colours is None else colours
     picture = paper_rgb + ink[..., None] * (ink_rgb - paper_rgb)
     return np.rint(picture).astype(np.uint8), used

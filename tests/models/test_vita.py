@@ -14,6 +14,9 @@ import pytest
 from vita_jax.conversion.tables import export_params, import_params
 from vita_jax.data.splice import FeatureLayout, FeatureSpan, expand_placeholders, pad_rows
 from vita_jax.errors import UserError
+from vita_jax.models.audio.encoder import AudioEncoderConfig
+from vita_jax.models.audio.tower import AudioTowerConfig
+from vita_jax.models.connectors.audio_adapters import AudioAdapterConfig
 from vita_jax.models.connectors.projectors import ProjectorConfig
 from vita_jax.models.language.decoder import DecoderConfig
 from vita_jax.models.vision.frame_pooling import pool_tokens
@@ -31,7 +34,11 @@ CONFIG = VitaConfig(
     ),
 )
 MODEL, LAYOUT = Vita(CONFIG), FeatureLayout(TOKENS)
-IMAGE = -200
+IMAGE, AUDIO = -200, -500
+AUDIO_TOWER = AudioTowerConfig(
+    AudioEncoderConfig(7, 8, 1, 2, 8, cmvn="identity"), AudioAdapterConfig(input_size=8, output_size=12)
+)
+HEARING = replace(CONFIG, audio=AUDIO_TOWER)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,6 +104,58 @@ def test_extra_features_follow_the_tiles(params):
     batch = VitaInputs(tiles=tiles, extra_features=extra, **row)
     embeds = embed_inputs(params, batch)[0]
     np.testing.assert_allclose(embeds[1:], extra[0, 1:], atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def hearing_params() -> dict:
+    inputs = text_inputs(jnp.zeros((1, 2), jnp.int32), image_size=SIDE)
+    return nn.unbox(jax.jit(Vita(HEARING).init)(jax.random.key(0), inputs))["params"]
+
+
+def test_an_audio_tower_adds_parameters_and_changes_none(params, hearing_params):
+    assert set(hearing_params) == {*params, "audio"}
+    unscaled = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, {name: hearing_params[name] for name in params})
+    jax.tree.map(np.testing.assert_array_equal, unscaled, params)
+    tensors = export_params(weight_table(HEARING), jax.tree.map(np.asarray, hearing_params))
+    assert "model.audio_encoder.encoder.enc.1.encoders.0.self_attn.pos_bias_u" in tensors
+    jax.tree.map(np.testing.assert_array_equal, import_params(weight_table(HEARING), tensors), hearing_params)
+
+
+def test_clips_land_at_their_placeholders(hearing_params):
+    """A tile and two clips of different lengths; what stands behind a clip's end is never indexed."""
+    frames, lengths = 30, np.array([[30, 15]], np.int32)
+    clips = np.random.default_rng(0).normal(size=(1, 2, frames, 7)).astype(np.float32)
+    capacity, counts = AUDIO_TOWER.num_tokens(frames), AUDIO_TOWER.num_tokens(lengths[0])
+    assert (capacity, *counts) == (3, 3, 2)
+    spans = [LAYOUT.clip_span(1, clip, capacity, int(counts[clip])) for clip in (1, 0)]
+    row = pad_rows([expand_placeholders([3, AUDIO, IMAGE, AUDIO], None, [LAYOUT.tile_span(0)], spans)])
+    row.pop("labels")
+
+    @jax.jit
+    def run(clips: jax.Array) -> tuple[jax.Array, jax.Array]:
+        batch = VitaInputs(tiles=make_tiles(1, 1), audio=clips, audio_lengths=lengths, **row)
+        variables, model = {"params": hearing_params}, Vita(HEARING)
+        table = model.apply(variables, clips, lengths, method="encode_audio")
+        return model.apply(variables, batch, method="embed_inputs"), table
+
+    embeds, table = run(clips)
+    assert table.shape == (1, 2 * capacity, 12)
+    np.testing.assert_allclose(embeds[0, 1:3], table[0, capacity : capacity + 2], atol=1e-6)
+    np.testing.assert_allclose(embeds[0, 3 + TOKENS :], table[0, :capacity], atol=1e-6)
+    behind = clips.copy()
+    behind[0, 1, 15:] = 50.0
+    np.testing.assert_allclose(run(behind)[0], embeds, atol=1e-5)
+    with pytest.raises(UserError, match="4 features of a clip were asked for, but its slot holds 3"):
+        LAYOUT.clip_span(1, 0, capacity, 4)
+
+
+def test_audio_needs_a_tower(params):
+    batch = text_inputs(jnp.array([[3, 1]]), image_size=SIDE)
+    batch = replace(batch, audio=jnp.zeros((1, 1, 9, 7)), audio_lengths=jnp.array([[9]]))
+    with pytest.raises(UserError, match="the model has no audio tower"):
+        forward(params, batch)
+    with pytest.raises(UserError, match="audio.adapter.output_size is 10"):
+        replace(CONFIG, audio=replace(AUDIO_TOWER, adapter=replace(AUDIO_TOWER.adapter, output_size=10)))
 
 
 def test_packed_rows_equal_separate_ones(params):

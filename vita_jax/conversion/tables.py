@@ -143,6 +143,12 @@ def conv2d(torch: str, path: str, shape: tuple[int, int, int, int], *, bias: boo
     return (kernel, copy(f"{torch}.bias", f"{path}/bias", shape[:1])) if bias else (kernel,)
 
 
+def conv1d(torch: str, path: str, shape: tuple[int, int, int], *, layers: int | None = None) -> tuple[Rule, ...]:
+    """`torch.nn.Conv1d` weight (out, in, k) -> `kernel (k in out)`, `bias (out)`; `shape` is torch's."""
+    kernel = Rule(f"{torch}.weight", f"{path}/kernel", shape, permute=(2, 1, 0), layers=layers)
+    return (kernel, copy(f"{torch}.bias", f"{path}/bias", shape[:1], layers=layers))
+
+
 def linear_1x1(torch: str, path: str, inputs: int, outputs: int, *, bias: bool = True) -> tuple[Rule, ...]:
     """A 1x1 `torch.nn.Conv2d` (weight (out, in, 1, 1)) used as a linear layer -> `kernel (in out)`, `bias (out)`."""
     kernel = Rule(f"{torch}.weight", f"{path}/kernel", (outputs, inputs, 1, 1), split=(outputs, inputs), permute=(1, 0))

@@ -12,7 +12,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import grain
 import numpy as np
@@ -30,7 +30,7 @@ from vita_jax.data.splice import IGNORE_LABEL
 from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UserError
 
-Objective = Literal["language_modeling", "cell_naming"]
+Objective = Literal["language_modeling", "text_pretraining", "cell_naming"]
 
 # The share of bad records is taken of at least this many, so that a few bad ones at the start do not stop a long run.
 BUDGET_RECORDS = 1000
@@ -287,7 +287,7 @@ def make_loader(
       batch_size: b, rows per batch of this shard.
       row_length, row_tiles: s and t. Records that need more are bad records. row_tiles may be 0 for text.
       seed: of subset, shuffle and packing; not negative.
-      objective: "language_modeling", or "cell_naming" for `examples.cell_naming_example`.
+      objective: "language_modeling" or "text_pretraining", or "cell_naming" for `examples.cell_naming_example`.
       num_threads: that decode and tokenise; 0 = none of their own. The result does not depend on it. More than one pays
         for large pictures (decoding runs in parallel), not for small ones (Python's work does not).
       num_epochs: None = forever.
@@ -306,8 +306,8 @@ def make_loader(
       UserError: a value out of range, a missing or damaged source; from the iterator: too many bad records.
     """
     _check_numbers(sources, batch_size, row_length, row_tiles, seed, num_epochs, max_bad_fraction)
-    if objective not in ("language_modeling", "cell_naming"):
-        raise UserError(f"objective {objective!r} is unknown; use 'language_modeling' or 'cell_naming'")
+    if objective not in get_args(Objective):
+        raise UserError(f"objective {objective!r} is unknown; use one of {', '.join(get_args(Objective))}")
     if not 0 <= shard_index < shard_count:
         raise UserError(f"shard {shard_index} of {shard_count} does not exist; indices go from 0 to shard_count - 1")
     records, total = _record_stream(sources, seed=seed, shuffle=shuffle, num_epochs=num_epochs)

@@ -74,8 +74,24 @@ class FeatureLayout:
         )
 
     def extra_start(self, num_tiles: int) -> int:
-        """First row after `num_tiles` tile slots: where features from another source begin."""
+        """First row after `num_tiles` tile slots: where features from another source begin, clips of audio first."""
         return num_tiles * self.features_per_slot
+
+    def clip_span(self, num_tiles: int, clip: int, tokens_per_clip: int, num_tokens: int) -> FeatureSpan:
+        """The first `num_tokens` features of audio clip `clip`.
+
+        Args:
+          num_tiles: tile slots of the row, which come before the clips.
+          clip: slot of the clip.
+          tokens_per_clip: features that every clip owns, however short it is.
+          num_tokens: the clip's own.
+
+        Raises:
+          UserError: the clip has fewer features.
+        """
+        if not 0 <= num_tokens <= tokens_per_clip:
+            raise UserError(f"{num_tokens} features of a clip were asked for, but its slot holds {tokens_per_clip}")
+        return FeatureSpan(self.extra_start(num_tiles) + clip * tokens_per_clip, num_tokens)
 
 
 @dataclass(frozen=True)

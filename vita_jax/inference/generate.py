@@ -246,8 +246,8 @@ def bucket(size: int, buckets: tuple[int, ...]) -> int:
 def pad_to_bucket(inputs: VitaInputs) -> VitaInputs:
     """Pads prompts on the right and adds empty tile slots, up to round sizes; on the host.
 
-    Inputs with `extra_features` keep their number of tile slots, because the indices of those features start after
-    them.
+    Inputs with audio or `extra_features` keep their number of tile slots, because the indices of those features start
+    after them.
 
     Args:
       inputs: (b s) arrays and tiles (b t S S 3).
@@ -257,7 +257,8 @@ def pad_to_bucket(inputs: VitaInputs) -> VitaInputs:
     """
     length = inputs.tokens.shape[1]
     tiles = np.asarray(inputs.tiles)
-    slots = tiles.shape[1] if inputs.extra_features is not None else bucket(tiles.shape[1], TILE_BUCKETS)
+    only_tiles = inputs.extra_features is None and inputs.audio is None
+    slots = bucket(tiles.shape[1], TILE_BUCKETS) if only_tiles else tiles.shape[1]
     right = ((0, 0), (0, bucket(length, LENGTH_BUCKETS) - length))
 
     def pad(array: jax.Array, value: int) -> np.ndarray:

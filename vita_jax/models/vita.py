@@ -1,13 +1,13 @@
-"""VITA: vision tower, projector and language model joined by one gather (VITA-1.5, arXiv 2501.01957; `vita_arch.py`).
+"""VITA: vision, audio and language model joined by one gather (VITA-1.5, arXiv 2501.01957; `vita_arch.py`).
 
 The data side (`vita_jax.data.splice`) has already expanded every placeholder to its exact number of positions and given
 each of them an index into the row's table of features. So the composition is
 
-    features = projector(tower(tiles)), and whatever other source there is, one after the other
+    features = projector(tower(tiles)), audio_tower(clips), and any other source, one after the other
     x        = where(feature_index >= 0, features[feature_index], embedding[tokens])
     hidden   = decoder(x)
 
-with static shapes, any number of pictures per row, and rows packed with several conversations.
+with static shapes, any number of pictures and clips per row, and rows packed with several conversations.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from einops import rearrange
 from flax import struct
 
 from vita_jax.errors import UserError
+from vita_jax.models.audio.encoder import MIN_FRAMES
+from vita_jax.models.audio.tower import AudioFeatures, AudioTower, AudioTowerConfig, audio_vita_1_5
 from vita_jax.models.connectors.projectors import Projector, ProjectorConfig
 from vita_jax.models.language.decoder import Decoder, DecoderConfig, qwen2_7b
 from vita_jax.models.vision.frame_pooling import pool_tokens
@@ -40,6 +42,7 @@ class VitaConfig:
       image_mean, image_std: per channel, of pixel values in 0..1; applied to uint8 tiles.
       pooled_grids: sides of pooled copies of every tile's features that the table also holds (slow-fast video pooling
         is (12, 7)); empty for the released models. `vita_jax.data.splice.FeatureLayout` describes the table.
+      audio: the speech encoder and its adapter; None for a model that does not hear.
     """
 
     vision: InternViTConfig
@@ -48,12 +51,16 @@ class VitaConfig:
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
     image_std: tuple[float, float, float] = IMAGENET_STD
     pooled_grids: tuple[int, ...] = ()
+    audio: AudioTowerConfig | None = None
 
     def __post_init__(self) -> None:
-        for name, got, want in (
+        widths = [
             ("projector.input_size", self.projector.input_size, self.vision.output_size),
             ("projector.output_size", self.projector.output_size, self.language.hidden_size),
-        ):
+        ]
+        if self.audio is not None:
+            widths.append(("audio.adapter.output_size", self.audio.adapter.output_size, self.language.hidden_size))
+        for name, got, want in widths:
             if got != want:
                 raise UserError(f"{name} is {got}, but the part it joins has width {want}; set it to {want}")
 
@@ -66,13 +73,13 @@ class VitaConfig:
 
 
 def vita_1_5() -> VitaConfig:
-    """VITA-1.5 at full size, its vision and language side."""
+    """VITA-1.5 at full size: what it sees, hears and reads; its voice is a model of its own."""
     vision, language = internvit_300m_448px(), qwen2_7b()
     projector = ProjectorConfig("mlp2x_gelu", input_size=vision.output_size, output_size=language.hidden_size)
-    return VitaConfig(vision, projector, language)
+    return VitaConfig(vision, projector, language, audio=audio_vita_1_5())
 
 
-def vita_small(width: int = 128, num_layers: int = 4, tower_width: int = 96, vocab_size: int = 640) -> VitaConfig:
+def vita_small(width: int = 192, num_layers: int = 4, tower_width: int = 96, vocab_size: int = 1024) -> VitaConfig:
     """VITA-1.5's architecture with few layers and channels, for a laptop: 32 px tiles of 2x2 visual tokens.
 
     Args:
@@ -89,16 +96,18 @@ def vita_small(width: int = 128, num_layers: int = 4, tower_width: int = 96, voc
         patch_size=8,
         embedding_init_stddev=0.02,
     )
+    num_heads = max(2, width // 32)
     language = DecoderConfig(
         vocab_size=vocab_size,
         hidden_size=width,
         num_layers=num_layers,
-        num_heads=4,
+        num_heads=num_heads,
         num_kv_heads=2,
-        head_dim=width // 4,
+        head_dim=width // num_heads,
         intermediate_size=width * 11 // 4,
         rope_theta=1e4,  # short contexts: the longest wavelengths of 1e6 would carry nothing
         max_positions=2048,
+        initializer_range=width**-0.5,
     )
     return VitaConfig(vision, ProjectorConfig("mlp2x_gelu", vision.output_size, width), language)
 
@@ -113,7 +122,10 @@ class VitaInputs:
       segment_ids: (b s) int32; attention stays within a segment; 0 = padding.
       feature_index: (b s) int32; -1 = text, else a row of this row's feature table.
       tiles: (b t S S 3) uint8, or float if already normalised; t may be 0 (text only).
-      extra_features: (b m d) features from another source, which follow those of the tiles in the table; or None.
+      extra_features: (b m d) features from another source, which come last in the table; or None.
+      audio: (b a f m) log-mel features of a clips per row, not normalised, padded on the right; or None. Their tokens,
+        `config.audio.num_tokens(f)` for every clip however short it is, follow those of the tiles in the table.
+      audio_lengths: (b a) int32 frames of each clip, 0 = none; or None.
     """
 
     tokens: jax.Array
@@ -122,6 +134,8 @@ class VitaInputs:
     feature_index: jax.Array
     tiles: jax.Array
     extra_features: jax.Array | None = None
+    audio: jax.Array | None = None
+    audio_lengths: jax.Array | None = None
 
 
 def splice(text_embeds: jax.Array, features: jax.Array, feature_index: jax.Array) -> jax.Array:
@@ -164,7 +178,7 @@ def append_pooled(features: jax.Array, grids: tuple[int, ...]) -> jax.Array:
 
 
 class Vita(nn.Module):
-    """The whole model. Parameters: `vision/...`, `projector/...`, `language/...`."""
+    """The whole model. Parameters: `vision/...`, `projector/...`, `language/...`, and `audio/...` if it hears."""
 
     config: VitaConfig
     dtype: jnp.dtype = jnp.float32
@@ -173,6 +187,8 @@ class Vita(nn.Module):
         self.vision = InternViT(self.config.vision, dtype=self.dtype)
         self.projector = Projector(self.config.projector, dtype=self.dtype)
         self.language = Decoder(self.config.language, dtype=self.dtype)
+        if self.config.audio is not None:
+            self.audio = AudioTower(self.config.audio, dtype=self.dtype)
 
     @property
     def decoder(self) -> Decoder:
@@ -204,13 +220,48 @@ class Vita(nn.Module):
         features = rearrange(features, "(b t) k d -> b (t k) d", b=b)
         return features if t else features[:, :0]
 
+    def audio_features(self, features: jax.Array, lengths: jax.Array, deterministic: bool = True) -> AudioFeatures:
+        """What the audio tower makes of clips: features (n f m), lengths (n,) -> see `AudioFeatures`.
+
+        Raises:
+          UserError: the model has no audio tower.
+        """
+        if self.config.audio is None:
+            raise UserError("the inputs hold audio, but the model has no audio tower; set the config's `audio`")
+        return self.audio(features, lengths, deterministic)
+
+    def encode_audio(self, features: jax.Array, lengths: jax.Array, deterministic: bool = True) -> jax.Array:
+        """The clips' part of the feature table.
+
+        Args:
+          features: (b a f m) log-mel features.
+          lengths: (b a) int32 frames of each clip, 0 = none.
+          deterministic: False applies dropout (needs the rng `dropout`).
+
+        Returns:
+          (b a*n d), clip by clip, n = `config.audio.num_tokens(f)`; of a clip's n features the first
+          `num_tokens(length)` are its own, the others arbitrary but finite.
+        """
+        clips = rearrange(features, "b a f m -> (b a) f m")
+        embeds = self.audio_features(clips, lengths.reshape(-1), deterministic).embeds
+        return rearrange(embeds, "(b a) n d -> b (a n) d", b=features.shape[0])
+
     def embed_inputs(self, batch: VitaInputs, deterministic: bool = True) -> jax.Array:
         """Text embeddings with the features in their places: (b s d)."""
         chex.assert_equal_shape([batch.tokens, batch.positions, batch.segment_ids, batch.feature_index])
         chex.assert_shape(batch.tiles, (batch.tokens.shape[0], None, None, None, self.config.vision.num_channels))
         features = self.encode_tiles(batch.tiles, deterministic)
+        sources = [features]
+        if batch.audio is not None and batch.audio.shape[1]:
+            chex.assert_shape(batch.audio_lengths, (batch.tokens.shape[0], batch.audio.shape[1]))
+            sources.append(self.encode_audio(batch.audio, batch.audio_lengths, deterministic))
+        elif self.is_initializing() and self.config.audio is not None:
+            # `init` only makes the parameters of what runs.
+            shortest = jnp.zeros((1, MIN_FRAMES, self.config.audio.encoder.input_dim), jnp.float32)
+            self.audio_features(shortest, jnp.full((1,), MIN_FRAMES))
         if batch.extra_features is not None:
-            features = jnp.concatenate([features, batch.extra_features.astype(features.dtype)], axis=1)
+            sources.append(batch.extra_features.astype(features.dtype))
+        features = jnp.concatenate(sources, axis=1)
         return splice(self.language.embed(batch.tokens), features, batch.feature_index)
 
     def __call__(self, batch: VitaInputs, deterministic: bool = True) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vita_jax.conversion.tables import Table
+from vita_jax.models.audio import tower_weights
 from vita_jax.models.connectors.projectors_weights import weight_table as projector_table
 from vita_jax.models.language.decoder_weights import weight_table as decoder_table
 from vita_jax.models.vision.internvit_weights import weight_table as internvit_table
@@ -11,15 +12,19 @@ from vita_jax.models.vita import VitaConfig
 # The doubled name is real: a wrapper module holding the tower.
 VISION_PREFIX = "model.vision_tower.vision_tower."
 PROJECTOR_PREFIX = "model.mm_projector."
-# Tensors of the checkpoint that this model has no parameters for, because it has no audio side.
+# What a model without an audio tower passes over.
 AUDIO_PATTERN = r"model\.audio_encoder\..*"
 
 
 def weight_table(config: VitaConfig) -> Table:
-    """The table of the model's vision and language side; the audio side of a checkpoint is passed over."""
+    """The table of the model; without an audio tower that side of a checkpoint is passed over."""
+    if config.audio is None:
+        audio = Table((), ignore=(AUDIO_PATTERN,))
+    else:
+        audio = tower_weights.weight_table(config.audio).prefixed(torch=tower_weights.VITA_PREFIX, path="audio/")
     return (
         internvit_table(config.vision).prefixed(torch=VISION_PREFIX, path="vision/")
         + projector_table(config.projector).prefixed(torch=PROJECTOR_PREFIX, path="projector/")
         + decoder_table(config.language).prefixed(path="language/")
-        + Table((), ignore=(AUDIO_PATTERN,))
+        + audio
     )

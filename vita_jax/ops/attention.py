@@ -43,17 +43,22 @@ def dot_product_attention(
     """
     if implementation != "xla":
         raise UnsupportedOption(f"attention implementation {implementation!r} is not available; use 'xla'")
-    num_heads, num_kv_heads = q.shape[2], k.shape[2]
+    length, num_heads, num_kv_heads = q.shape[1], q.shape[2], k.shape[2]
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads cannot be shared evenly by {num_kv_heads} kv heads")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q = rearrange(q * scale, "b s (k g) h -> b s k g h", k=num_kv_heads)
-    scores = jnp.einsum("bskgh,btkh->bkgst", q, k, preferred_element_type=jnp.float32)
+    # One plain matrix product per row and kv head, which every backend has a fast kernel for; the sums of the softmax
+    # divide the output, which is smaller than the weights.
+    q = rearrange(q * scale, "b s (k g) h -> b k (g s) h", k=num_kv_heads)
+    k, v = rearrange(k, "b t k h -> b k h t"), rearrange(v, "b t k h -> b k t h")
+    scores = jnp.matmul(q, k, preferred_element_type=jnp.float32)
     if mask is not None:
-        mask = mask[:, :, None]  # (b 1 s t) -> (b 1 1 s t): every head and group sees the same mask
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, mask.shape[3]))
+        mask = jnp.tile(mask, (1, 1, num_heads // num_kv_heads, 1))  # (b 1 g*s t)
         scores = jnp.where(mask, scores, MASKED_SCORE)
-    weights = jax.nn.softmax(scores, axis=-1)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
     if mask is not None:
-        weights = jnp.where(jnp.any(mask, axis=-1, keepdims=True), weights, 0.0)
-    out = jnp.einsum("bkgst,btkh->bskgh", weights.astype(v.dtype), v)
-    return rearrange(out, "b s k g h -> b s (k g) h")
+        out = jnp.where(jnp.any(mask, axis=-1, keepdims=True), out, 0.0)
+    return rearrange(out, "b k (g s) h -> b s (k g) h", g=num_heads // num_kv_heads).astype(q.dtype)

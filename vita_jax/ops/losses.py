@@ -26,25 +26,20 @@ def shift_labels(labels: jax.Array, segment_ids: jax.Array | None = None) -> jax
     return jnp.where((segment_ids > 0) & (segment_ids == next_segment), following, IGNORE_LABEL)
 
 
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Summed cross entropy of (... v) logits against (...) targets, -100 = ignored; float32.
-
-    Returns:
-      (sum, number of targets), both () float32.
-    """
+def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Cross entropy of (... v) logits against (...) targets, 0 where the target is -100; float32 (...)."""
     valid = targets != IGNORE_LABEL
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, jnp.where(valid, targets, 0)[..., None], axis=-1)[..., 0]
-    losses = jax.nn.logsumexp(logits, axis=-1) - picked
-    return jnp.sum(jnp.where(valid, losses, 0.0)), jnp.sum(valid, dtype=jnp.float32)
+    return jnp.where(valid, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
 
 
-def num_correct(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """How many (...) targets, -100 = ignored, have the largest of their (... v) logits: () float32, no gradient."""
+def is_correct(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Which (...) targets have the largest of their (... v) logits: bool (...), False where the target is -100."""
     logits = jax.lax.stop_gradient(logits)
     picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
     # Compared with the maximum, since an arg-max is several times slower than a plain reduction on CPU.
-    return jnp.sum((targets != IGNORE_LABEL) & (picked >= jnp.max(logits, axis=-1)), dtype=jnp.float32)
+    return (targets != IGNORE_LABEL) & (picked >= jnp.max(logits, axis=-1))
 
 
 def next_token_loss(
@@ -73,25 +68,41 @@ def next_token_scores(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Summed next-token cross entropy, the number of tokens it covers, and how many of them have the largest logit.
 
+    Args:
+      hidden, lm_head_kernel, chunk_size: see `position_scores`.
+      labels: (b s) int, aligned with the tokens, -100 = ignored. The shift by one happens here.
+      segment_ids: (b s) int, 0 = padding. A token never predicts one of another segment.
+
+    Returns:
+      (sum, count, correct), all () float32.
+    """
+    targets = shift_labels(labels, segment_ids)
+    losses, correct = position_scores(hidden, lm_head_kernel, targets, chunk_size=chunk_size)
+    return jnp.sum(losses), jnp.sum(targets != IGNORE_LABEL, dtype=jnp.float32), jnp.sum(correct, dtype=jnp.float32)
+
+
+def position_scores(
+    hidden: jax.Array, lm_head_kernel: jax.Array, targets: jax.Array, *, chunk_size: int = 512
+) -> tuple[jax.Array, jax.Array]:
+    """Cross entropy of every position, and whether its target has the largest logit.
+
     The row is cut into chunks of `chunk_size` positions. A scan makes the logits of one chunk at a time and the
     backward pass makes them again, so the largest temporary is (b chunk_size v) instead of (b s v).
 
     Args:
       hidden: (b s d) after the final norm, any float dtype.
       lm_head_kernel: (d v); multiplied in the dtype of `hidden`, accumulated in float32.
-      labels: (b s) int, aligned with the tokens, -100 = ignored. The shift by one happens here.
-      segment_ids: (b s) int, 0 = padding. A token never predicts one of another segment.
+      targets: (b s) int, what each position predicts, -100 = nothing.
       chunk_size: positions per chunk.
 
     Returns:
-      (sum, count, correct), all () float32.
+      losses (b s) float32, 0 without a target; correct (b s) bool.
     """
-    targets = shift_labels(labels, segment_ids)
     kernel = lm_head_kernel.astype(hidden.dtype)
 
-    def chunk_scores(hidden: jax.Array, targets: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
+    def chunk_scores(hidden: jax.Array, targets: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = jnp.einsum("bsd,dv->bsv", hidden, kernel, preferred_element_type=jnp.float32)
-        return *cross_entropy(logits, targets), num_correct(logits, targets)
+        return token_losses(logits, targets), is_correct(logits, targets)
 
     length = hidden.shape[1]
     if length <= chunk_size:
@@ -103,10 +114,6 @@ def next_token_scores(
         rearrange(hidden, "b (c s) d -> c b s d", s=chunk_size),
         rearrange(targets, "b (c s) -> c b s", s=chunk_size),
     )
-
-    def body(totals: tuple[jax.Array, ...], chunk: tuple[jax.Array, jax.Array]) -> tuple:
-        scores = jax.checkpoint(chunk_scores)(*chunk, kernel)
-        return tuple(total + score for total, score in zip(totals, scores, strict=True)), None
-
-    totals, _ = jax.lax.scan(body, (jnp.zeros((), jnp.float32),) * 3, chunks)
-    return totals
+    _, scores = jax.lax.scan(lambda _, chunk: (None, jax.checkpoint(chunk_scores)(*chunk, kernel)), None, chunks)
+    losses, correct = (rearrange(score, "c b s -> b (c s)")[:, :length] for score in scores)
+    return losses, correct

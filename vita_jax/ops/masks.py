@@ -58,3 +58,70 @@ def make_attention_mask(
     query_slots = first_query_slot + jnp.arange(query_segments.shape[1])
     key_slots = jnp.arange(key_segments.shape[1])
     return causal_mask(query_slots, key_slots) & segment_mask(query_segments, key_segments)
+
+
+def padding_mask(lengths: jax.Array, size: int) -> jax.Array:
+    """Which positions are real: (b,) int lengths -> (b size) bool, position < length."""
+    return jnp.arange(size) < lengths[:, None]
+
+
+def chunk_mask(size: int, chunk_size: jax.Array | int, left_chunks: jax.Array | int) -> jax.Array:
+    """A query sees its own whole chunk, and `left_chunks` chunks before it (`add_optional_chunk_mask` of VITA's whale).
+
+    size 4, chunk_size 2, left_chunks 0    left_chunks 1, or negative (all)
+    1 1 0 0                                1 1 0 0
+    1 1 0 0                                1 1 0 0
+    0 0 1 1                                1 1 1 1
+    0 0 1 1                                1 1 1 1
+
+    Args:
+      size: s = t.
+      chunk_size: positions per chunk, at least 1; may be traced.
+      left_chunks: chunks to the left; negative for all; may be traced.
+
+    Returns:
+      (1 1 s t) bool.
+    """
+    chunk = jnp.arange(size) // chunk_size
+    behind = chunk[:, None] - chunk[None, :]
+    return ((behind >= 0) & ((left_chunks < 0) | (behind <= left_chunks)))[None, None]
+
+
+def chunked_attention_mask(valid: jax.Array, chunk_size: jax.Array | int, left_chunks: jax.Array | int) -> jax.Array:
+    """Real keys within the chunks that a query sees. Queries are not masked.
+
+    Args:
+      valid: (b t) bool, which positions are real.
+      chunk_size: a Python int below 1 means full context; see `chunk_mask`.
+      left_chunks: see `chunk_mask`.
+
+    Returns:
+      (b 1 1 t) bool with full context, else (b 1 s t).
+    """
+    keys = valid[:, None, None, :]
+    if isinstance(chunk_size, int) and chunk_size < 1:
+        return keys
+    return keys & chunk_mask(valid.shape[1], chunk_size, left_chunks)
+
+
+def random_chunk(key: jax.Array, size: int, *, largest: int = 25) -> tuple[jax.Array, jax.Array]:
+    """One draw of chunk size and left context for dynamic-chunk training (WeNet, arXiv 2012.05481, section 3).
+
+    c is uniform in 1 .. size-1; above size // 2 the context is full, else the chunk is c mod `largest` + 1 and the left
+    context uniform in 0 .. (size-1) // chunk - 1.
+
+    Args:
+      key: random key.
+      size: positions of the (padded) sequence.
+      largest: largest chunk.
+
+    Returns:
+      chunk_size, left_chunks: () int32, for `chunk_mask`; full context is (size, -1).
+    """
+    chunk_key, left_key = jax.random.split(key)
+    drawn = jax.random.randint(chunk_key, (), 1, max(size, 2))
+    chunk = drawn % largest + 1
+    # At least one choice: the original fails where a chunk longer than the sequence leaves none.
+    left = jax.random.randint(left_key, (), 0, jnp.maximum((size - 1) // chunk, 1))
+    full = drawn > size // 2
+    return jnp.where(full, size, chunk), jnp.where(full, -1, left)

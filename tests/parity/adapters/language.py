@@ -1,13 +1,12 @@
-"""Golden cases of the language model and of the whole composition: `qwen2`, `vita`.
+"""Golden cases of the language model, of the whole composition and of its training: `qwen2`, `vita`, `vita_train_step`.
 
-`vita` cases hold an audio side too. The audio tower is not built yet, so its own outputs are reported as pending and
-its features are taken from the case's `audio_features`; everything after them (splice, labels, masks, positions,
-hidden states, logits, loss, greedy tokens) is computed here and compared. Cases with a mixture-of-experts decoder are
-pending as a whole.
+Cases with a mixture-of-experts decoder are pending as a whole.
 """
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from tests.parity.adapters.audio import tower_config
 from tests.parity.cases import Case, Pending, Result
-from vita_jax.conversion.tables import import_params
+from vita_jax.conversion.tables import Table, export_params, flatten, import_params
 from vita_jax.data.splice import (
     AUDIO_PLACEHOLDER,
     IMAGE_PLACEHOLDER,
     FeatureLayout,
-    FeatureSpan,
     Spliced,
     expand_placeholders,
     pad_rows,
@@ -36,9 +35,14 @@ from vita_jax.models.vision.frame_pooling import frame_lengths
 from vita_jax.models.vita import Vita, VitaConfig, VitaInputs
 from vita_jax.models.vita_weights import weight_table
 from vita_jax.ops.losses import next_token_loss
+from vita_jax.training.objectives import LossSums, language_modeling_loss
+from vita_jax.training.optimizer import OptimizerConfig, learning_rate_multipliers, make_optimizer
+from vita_jax.training.stages import unflatten
+from vita_jax.training.step import init_state, train_step
 
-AUDIO_OUTPUTS = ("audio_encoder_out", "audio_features", "audio_attention_mask")
 SLOW_FAST_GRIDS = (12, 7)
+# What each `trainable_mode` of the cases trains, as paths of the parameter tree.
+TRAINABLE = {"projector": r"projector/", "adapter": r"audio/adapter/", "full": r"(vision|projector|language)/"}
 
 
 def _greedy(decoder: Decoder, params: Any, embeds: Any, positions: Any, segment_ids: Any, count: int) -> jax.Array:
@@ -91,7 +95,7 @@ def vita(case: Case) -> Result:
     batch, labels = _spliced_batch(case, config, images)
 
     @jax.jit
-    def run(params: Any, images: jax.Array, batch: VitaInputs) -> dict[str, jax.Array]:
+    def run(params: Any, images: jax.Array, audios: jax.Array, lengths: jax.Array, batch: VitaInputs) -> dict[str, Any]:
         def apply(*args: Any, method: str) -> Any:
             return model.apply({"params": params}, *args, method=method)
 
@@ -99,12 +103,19 @@ def vita(case: Case) -> Result:
         return {
             "vision_features": apply(images, method="tower_features"),
             "image_features": apply(images[:, None], method="encode_tiles")[:, :tokens_per_tile],
+            "audio": apply(audios, lengths, method="audio_features"),
             "inputs_embeds": apply(batch, method="embed_inputs"),
             "last_hidden_state": hidden,
             "logits": apply(hidden, method="logits"),
         }
 
-    outputs: dict[str, Any] = run(params, images, batch)
+    outputs = run(params, images, case.inputs["audios"], case.inputs["audio_lengths"], batch)
+    audio = outputs.pop("audio")
+    outputs |= {
+        "audio_encoder_out": audio.hidden,
+        "audio_features": audio.embeds,
+        "audio_attention_mask": np.asarray(audio.valid, np.int32),
+    }
     kernel = params["language"]["lm_head"]["kernel"]
     lm_labels = language_labels(labels)  # some cases have state labels among them
     total, count = next_token_loss(outputs["last_hidden_state"], kernel, lm_labels, batch.segment_ids, chunk_size=7)
@@ -115,9 +126,56 @@ def vita(case: Case) -> Result:
         args = (params["language"], embeds, batch.positions, batch.segment_ids, steps)
         outputs["greedy_ids"] = _greedy(model.decoder, *args)
     valid = {name: mask[..., None] for name in ("inputs_embeds", "last_hidden_state", "logits")}
-    if "position_ids" in case.outputs:
-        valid["position_ids"] = mask
-    return Result(outputs, valid, pending={name: "audio" for name in AUDIO_OUTPUTS if name in case.outputs})
+    prompts = config.audio.num_prompt_tokens
+    own_embeds = np.pad(audio.valid, ((0, 0), (prompts, 0)), constant_values=True)
+    valid |= {"audio_encoder_out": audio.hidden_valid[..., None], "audio_features": own_embeds[..., None]}
+    valid |= {"position_ids": mask}
+    return Result(outputs, {name: where for name, where in valid.items() if name in case.outputs})
+
+
+def vita_train_step(case: Case) -> Result:
+    """One optimiser step of the training code, from the weights of the case."""
+    if case.config["llm_kind"] == "mixtral":
+        raise Pending("mixtral")
+    config, settings = _vita_config(case), case.config["optimizer"]
+    table = weight_table(config)
+    batch, labels = _spliced_batch(case, config, rearrange(case.inputs["images"], "n c h w -> n h w c"))
+    arrays = {name: value for name, value in vars(batch).items() if value is not None} | {"labels": labels}
+    params = flatten(import_params(table, case.weights))
+    pattern = TRAINABLE[case.config["trainable_mode"]]
+    trainable = {path: jnp.asarray(x) for path, x in params.items() if re.match(pattern, path)}
+    frozen = {path: x for path, x in params.items() if path not in trainable}
+    vision_rate = settings.get("vision_tower_lr")
+    scales = ()
+    if vision_rate and any(path.startswith("vision/") for path in trainable):
+        scales = (("^vision/", vision_rate / settings["lr"]),)
+    optimizer = make_optimizer(
+        OptimizerConfig(
+            beta1=settings["betas"][0],
+            beta2=settings["betas"][1],
+            epsilon=settings["eps"],
+            weight_decay=settings["weight_decay"],
+            clip_norm=settings["max_grad_norm"],
+        ),
+        learning_rate_multipliers(scales, list(trainable)),
+    )
+    model = Vita(config)
+
+    def loss_fn(params: Any, batch: Any, key: jax.Array) -> LossSums:
+        return language_modeling_loss(model, params, batch, key)
+
+    def mean_loss(trainable: Any) -> jax.Array:
+        sums = loss_fn(unflatten({**frozen, **trainable}), arrays, jax.random.key(0))
+        return sums.loss / sums.count
+
+    before, grads = jax.jit(jax.value_and_grad(mean_loss))(trainable)
+    step = partial(train_step, loss_fn=loss_fn, optimizer=optimizer, schedule=lambda _: jnp.float32(settings["lr"]))
+    state = init_state(trainable, optimizer, jax.random.key_data(jax.random.key(0)))
+    state, metrics = jax.jit(step)(state, frozen, arrays)
+    rules = Table(tuple(rule for rule in table.rules if rule.path in trainable))
+    outputs = {"loss_before": before, "grad_norm": metrics["grad_norm"], "loss_after": mean_loss(state.trainable)}
+    outputs |= export_params(rules, unflatten(grads), prefix="grad/")
+    return Result(outputs | export_params(rules, unflatten(state.trainable), prefix="updated/"))
 
 
 def _vita_config(case: Case) -> VitaConfig:
@@ -126,7 +184,10 @@ def _vita_config(case: Case) -> VitaConfig:
     kind = case.config.get("mm_projector_type", "mlp2x_gelu")
     projector = ProjectorConfig(kind, input_size=vision.output_size, output_size=language.hidden_size)
     grids = SLOW_FAST_GRIDS if "sf_masks" in case.inputs else ()
-    return VitaConfig(vision, projector, language, pooled_grids=grids)
+    values = case.config["audio"]
+    values = {**values, "llm_dim": language.hidden_size, "kernel": values.get("kernel_size", 5)}
+    audio = tower_config(values, dropout=0.0, positional_dropout=0.0)
+    return VitaConfig(vision, projector, language, pooled_grids=grids, audio=audio)
 
 
 def _spliced_batch(case: Case, config: VitaConfig, images: np.ndarray) -> tuple[VitaInputs, np.ndarray]:
@@ -144,21 +205,23 @@ def _spliced_batch(case: Case, config: VitaConfig, images: np.ndarray) -> tuple[
     kept = frame_lengths(inputs["sf_masks"], whole) if "sf_masks" in inputs else [whole] * len(images)
 
     num_tiles, num_clips = (max(len(own) for own in owned) for owned in (own_tiles, own_clips))
-    audio = case.outputs["audio_features"]  # see the docstring of this file
+    audio, num_frames = inputs["audios"], inputs["audios"].shape[1]
+    per_clip = config.audio.num_tokens(num_frames)
     tiles = np.zeros((len(ids), num_tiles, *images.shape[1:]), images.dtype)
-    extra = np.zeros((len(ids), num_clips, *audio.shape[1:]), audio.dtype)
+    clips = np.zeros((len(ids), num_clips, *audio.shape[1:]), audio.dtype)
+    clip_lengths = np.zeros((len(ids), num_clips), np.int32)
     rows: list[Spliced] = []
     for i, (tile_numbers, clip_numbers) in enumerate(zip(own_tiles, own_clips, strict=True)):
         tiles[i, : len(tile_numbers)] = images[tile_numbers]
-        extra[i, : len(clip_numbers)] = audio[clip_numbers]
-        lengths = case.config["audio"].get("prompt_num", 0) + inputs["audio_lengths_for_llm"][clip_numbers]
-        starts = layout.extra_start(num_tiles) + np.arange(len(clip_numbers)) * audio.shape[1]
+        clips[i, : len(clip_numbers)] = audio[clip_numbers]
+        clip_lengths[i, : len(clip_numbers)] = inputs["audio_lengths"][clip_numbers]
+        kept_tokens = config.audio.num_prompt_tokens + inputs["audio_lengths_for_llm"][clip_numbers]
         rows.append(
             expand_placeholders(
                 ids[i],
                 labels[i],
                 [layout.tile_span(slot, kept[number]) for slot, number in enumerate(tile_numbers)],
-                [FeatureSpan(int(start), int(length)) for start, length in zip(starts, lengths, strict=True)],
+                [layout.clip_span(num_tiles, slot, per_clip, int(count)) for slot, count in enumerate(kept_tokens)],
                 audio_labels=inputs["state_labels"][clip_numbers] if "state_labels" in inputs else None,
                 max_length=case.config.get("tokenizer_model_max_length"),
                 visual_position_stride=case.config.get("shared_v_pid_stride"),
@@ -166,8 +229,7 @@ def _spliced_batch(case: Case, config: VitaConfig, images: np.ndarray) -> tuple[
         )
     padded = pad_rows(rows, side=case.config.get("tokenizer_padding_side", "right"))
     spliced_labels = padded.pop("labels")
-    extra = rearrange(extra, "b m n d -> b (m n) d")
-    return VitaInputs(tiles=jnp.asarray(tiles), extra_features=jnp.asarray(extra), **padded), spliced_labels
+    return VitaInputs(tiles=tiles, audio=clips, audio_lengths=clip_lengths, **padded), spliced_labels
 
 
 def _owned(counts: list[int]) -> list[list[int]]:
@@ -179,4 +241,4 @@ def _owned(counts: list[int]) -> list[list[int]]:
     return owned
 
 
-MODULES = {"qwen2": qwen2, "vita": vita}
+MODULES = {"qwen2": qwen2, "vita": vita, "vita_train_step": vita_train_step}

@@ -84,6 +84,10 @@ class Codec(nn.Module):
 
 
 def consistency_loss(a: jax.Array, b: jax.Array) -> jax.Array:
-    """One minus the mean cosine of the rows of (b g) and (b g)."""
-    norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
-    return 1 - jnp.mean(jnp.sum(a * b, axis=-1) / jnp.maximum(norms, 1e-8))
+    """One minus the mean cosine of the rows of (b g) and (b g); the cosine with a zero row is 0."""
+
+    def unit(x: jax.Array) -> jax.Array:
+        # The floor is under the root: fresh models give rows of zeros, where the root itself has no gradient.
+        return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-16))
+
+    return 1 - jnp.mean(jnp.sum(unit(a) * unit(b), axis=-1))

@@ -50,7 +50,8 @@ class DecoderConfig:
       qkv_bias: biases on the query, key and value projections.
       max_positions: longest sequence the weights were trained for; information for callers, not a limit of the maths.
       remat: "none", "full" or "dots", see `REMAT_POLICIES`.
-      initializer_range: standard deviation of new matrices; None draws them as `torch.nn.Linear` does.
+      initializer_range: standard deviation of every matrix of a fresh model. Small models learn faster from about
+        `hidden_size ** -0.5`. None draws matrices as `torch.nn.Linear` does.
     """
 
     vocab_size: int

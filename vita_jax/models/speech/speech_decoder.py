@@ -21,7 +21,7 @@ from vita_jax.models.language.decoder import make_cache
 from vita_jax.models.speech.ar_decoder import ArDecoder, PrefixDecoder
 from vita_jax.models.speech.config import SpeechDecoderConfig
 from vita_jax.models.speech.nar_decoder import NarDecoder, length_mask
-from vita_jax.ops.losses import IGNORE_LABEL, cross_entropy
+from vita_jax.ops.losses import IGNORE_LABEL, token_losses
 
 
 @struct.dataclass
@@ -219,4 +219,6 @@ def speech_loss(logits: jax.Array, labels: jax.Array, config: SpeechDecoderConfi
     Returns:
       (sum, number of labels), both () float32. The original trains on the sum.
     """
-    return cross_entropy(logits, jnp.where(labels == config.pad, IGNORE_LABEL, labels))
+    real = labels != config.pad
+    losses = token_losses(logits, jnp.where(real, labels, IGNORE_LABEL))
+    return jnp.sum(losses), jnp.sum(real, dtype=jnp.float32)

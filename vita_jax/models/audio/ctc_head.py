@@ -1,0 +1,25 @@
+"""The CTC head of stage 2.1: one linear layer on the encoder's frames (25 a second), before the adapter.
+
+The public code of VITA has no CTC training; names and conventions are those of WeNet, which it descends from.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vita_jax.nn.layers import Dense
+
+
+class CtcHead(nn.Module):
+    """Logits over a vocabulary with a blank. Parameters `ctc_lo/{kernel (d v), bias (v)}`."""
+
+    vocab_size: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """hidden: (b s d) -> (b s v) float32, for `vita_jax.ops.ctc`."""
+        logits = Dense((self.vocab_size,), ("embed", "vocab"), dtype=self.dtype, name="ctc_lo")(hidden)
+        return logits.astype(jnp.float32)

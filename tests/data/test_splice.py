@@ -89,3 +89,12 @@ def test_layout_with_pooled_copies():
     assert layout.extra_start(2) == 58
     with pytest.raises(UserError, match="25 features of a tile"):
         layout.tile_span(0, 25)
+
+
+def test_state_labels_stand_at_the_last_position_of_each_clip() -> None:
+    ids = [5, AUDIO, 6, AUDIO, AUDIO]
+    spans = [FeatureSpan(0, 3), FeatureSpan(3, 0), FeatureSpan(3, 2)]
+    row = expand_placeholders(ids, [-100, -100, 6, -100, -100], (), spans, audio_labels=[-101, -102, -102])
+    assert row.labels.tolist() == [-100, -100, -100, -101, 6, -100, -102]
+    with pytest.raises(UserError, match="2 labels were given for 3 audio placeholders"):
+        expand_placeholders(ids, None, (), spans, audio_labels=[-101, -102])

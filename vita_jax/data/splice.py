@@ -100,7 +100,7 @@ class Spliced:
 
     Attributes:
       tokens: ids, 0 where a feature goes.
-      labels: the label of the token at each position, -100 = ignored (always at features).
+      labels: the label of the token at each position, -100 = ignored (always at features, but for `audio_labels`).
       feature_index: -1 for text, else a row of the feature table.
       positions: rotary positions, starting at 0.
     """
@@ -120,6 +120,7 @@ def expand_placeholders(
     image_spans: Sequence[FeatureSpan] = (),
     audio_spans: Sequence[FeatureSpan] = (),
     *,
+    audio_labels: Sequence[int] | np.ndarray | None = None,
     max_length: int | None = None,
     visual_position_stride: int | None = None,
 ) -> Spliced:
@@ -130,6 +131,8 @@ def expand_placeholders(
       labels: (s,) aligned with `ids`, or None for all ignored.
       image_spans: one span per -200, in order of appearance.
       audio_spans: one span per -500, in order of appearance.
+      audio_labels: a label for the last position of each clip, such as the state labels of
+        `vita_jax.models.state_head`; None = features have no label.
       max_length: keeps this many positions from the left (the original's `tokenizer_model_max_length`, which counts
         positions after the expansion).
       visual_position_stride: None numbers the positions 0, 1, 2, ...; a stride shares them, see `shared_positions`.
@@ -158,11 +161,24 @@ def expand_placeholders(
         positions = shared_positions(ids[source] == IMAGE_PLACEHOLDER, visual_position_stride)
     arrays = (
         np.where(is_feature, FEATURE_TOKEN, ids[source]),
-        np.where(is_feature, IGNORE_LABEL, labels[source]),
+        np.where(is_feature, _feature_labels(ids, audio_labels, source), labels[source]),
         feature_index,
         positions,
     )
     return Spliced(*(array[:max_length].astype(np.int32) for array in arrays))
+
+
+def _feature_labels(ids: np.ndarray, audio_labels: Sequence[int] | np.ndarray | None, source: np.ndarray) -> np.ndarray:
+    """Label of every expanded position that is a feature: that of a clip at its last position, else -100."""
+    out = np.full(source.shape, IGNORE_LABEL, np.int64)
+    if audio_labels is None:
+        return out
+    at = np.flatnonzero(ids == AUDIO_PLACEHOLDER)
+    if len(audio_labels) != len(at):
+        raise UserError(f"{len(audio_labels)} labels were given for {len(at)} audio placeholders; give one for each")
+    kept = np.isin(at, source)  # a clip without features has no last position
+    out[np.searchsorted(source, at[kept], side="right") - 1] = np.asarray(audio_labels)[kept]
+    return out
 
 
 def _check_pairing(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vita_jax.errors import UserError
+from vita_jax.ops.sampling_filters import filtered_probabilities
 
 # Given to the logits of tokens that must not be drawn.
 REMOVED = float("-inf")
@@ -106,3 +107,26 @@ class TopP:
 
     def __call__(self, logits: jax.Array, key: jax.Array) -> jax.Array:
         return _draw(keep_top_p(logits.astype(jnp.float32) / self.temperature, self.p), key)
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """Temperature, then top-k, then top-p as the original text sampler of the speech models applies them.
+
+    See `vita_jax.ops.sampling_filters`: its top-p also removes the token that crosses `p`.
+    """
+
+    temperature: float = 0.7
+    top_k: int = 5
+    top_p: float = 0.8
+
+    def __post_init__(self) -> None:
+        _check_temperature(self.temperature)
+        if self.top_k < 0:
+            raise UserError(f"top-k {self.top_k} must be at least 1, or 0 for no such filter")
+        if not 0 <= self.top_p <= 1:
+            raise UserError(f"top-p {self.top_p} must be above 0 and at most 1, or 0 for no such filter")
+
+    def __call__(self, logits: jax.Array, key: jax.Array) -> jax.Array:
+        probabilities = filtered_probabilities(logits, self.temperature, self.top_k, self.top_p)
+        return _draw(jnp.log(probabilities), key)

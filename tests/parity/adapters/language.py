@@ -29,6 +29,7 @@ from vita_jax.inference.generate import generate_from_embeds
 from vita_jax.models.connectors.projectors import ProjectorConfig
 from vita_jax.models.language import decoder_weights
 from vita_jax.models.language.decoder import Decoder
+from vita_jax.models.state_head import language_labels
 from vita_jax.models.vision import internvit_weights
 from vita_jax.models.vision.frame_pooling import frame_lengths
 from vita_jax.models.vita import Vita, VitaConfig, VitaInputs
@@ -116,7 +117,8 @@ def vita(case: Case) -> Result:
         "audio_attention_mask": np.asarray(audio.valid, np.int32),
     }
     kernel = params["language"]["lm_head"]["kernel"]
-    total, count = next_token_loss(outputs["last_hidden_state"], kernel, labels, batch.segment_ids, chunk_size=7)
+    lm_labels = language_labels(labels)  # some cases have state labels among them
+    total, count = next_token_loss(outputs["last_hidden_state"], kernel, lm_labels, batch.segment_ids, chunk_size=7)
     mask = np.asarray(batch.segment_ids)
     outputs |= {"labels": labels, "attention_mask": mask, "position_ids": batch.positions, "loss": total / count}
     if "greedy_ids" in case.outputs:
@@ -220,6 +222,7 @@ def _spliced_batch(case: Case, config: VitaConfig, images: np.ndarray) -> tuple[
                 labels[i],
                 [layout.tile_span(slot, kept[number]) for slot, number in enumerate(tile_numbers)],
                 [layout.clip_span(num_tiles, slot, per_clip, int(count)) for slot, count in enumerate(kept_tokens)],
+                audio_labels=inputs["state_labels"][clip_numbers] if "state_labels" in inputs else None,
                 max_length=case.config.get("tokenizer_model_max_length"),
                 visual_position_stride=case.config.get("shared_v_pid_stride"),
             )

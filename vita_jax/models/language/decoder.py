@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from vita_jax.errors import UserError
 from vita_jax.models.language.cache import KVCache, advance, empty_cache, mark_written, write_layer
-from vita_jax.nn.layers import Dense, Embed, RMSNorm, normal_init
+from vita_jax.nn.layers import Dense, Embed, Initializer, RMSNorm, normal_init
 from vita_jax.ops.attention import dot_product_attention
 from vita_jax.ops.masks import make_attention_mask
 from vita_jax.ops.rope import apply_rotary, rotary_tables
@@ -29,6 +29,8 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the layer's input only
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep products with weights, not scores
 }
+
+INITIALIZER_RANGE = 0.02
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class DecoderConfig:
       max_positions: longest sequence the weights were trained for; information for callers, not a limit of the maths.
       remat: "none", "full" or "dots", see `REMAT_POLICIES`.
       initializer_range: standard deviation of every matrix of a fresh model. Small models learn faster from about
-        `hidden_size ** -0.5`.
+        `hidden_size ** -0.5`. None draws matrices as `torch.nn.Linear` does.
     """
 
     vocab_size: int
@@ -64,7 +66,17 @@ class DecoderConfig:
     qkv_bias: bool = True
     max_positions: int = 32768
     remat: str = "none"
-    initializer_range: float = 0.02
+    initializer_range: float | None = INITIALIZER_RANGE
+
+    @property
+    def kernel_init(self) -> Initializer | None:
+        """How new matrices are drawn; None is `Dense`'s own way."""
+        return None if self.initializer_range is None else normal_init(self.initializer_range)
+
+    @property
+    def embedding_stddev(self) -> float:
+        """Standard deviation of a new embedding table."""
+        return INITIALIZER_RANGE if self.initializer_range is None else self.initializer_range
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -103,7 +115,7 @@ class Attention(nn.Module):
                 (heads, c.head_dim),
                 ("embed", name, "head_dim"),
                 use_bias=c.qkv_bias,
-                kernel_init=normal_init(c.initializer_range),
+                kernel_init=c.kernel_init,
                 dtype=self.dtype,
             )
 
@@ -115,7 +127,7 @@ class Attention(nn.Module):
             ("q_heads", "head_dim", "embed"),
             num_input_axes=2,
             use_bias=False,
-            kernel_init=normal_init(c.initializer_range),
+            kernel_init=c.kernel_init,
             dtype=self.dtype,
         )
 
@@ -160,7 +172,7 @@ class SwiGLU(nn.Module):
         """x: (b s d) -> (b s d)."""
 
         def linear(features: int, axes: tuple[str, str], name: str) -> Dense:
-            init = normal_init(self.config.initializer_range)
+            init = self.config.kernel_init
             return Dense((features,), axes, use_bias=False, kernel_init=init, dtype=self.dtype, name=name)
 
         gate = linear(self.config.intermediate_size, ("embed", "mlp"), "gate_proj")(x)
@@ -200,6 +212,22 @@ class Block(nn.Module):
         return (x, stacks), None
 
 
+def block_stack(config: DecoderConfig, dtype: jnp.dtype) -> nn.Module:
+    """All layers of a decoder as one scanned `Block`: called as a block is, with the numbers of the layers (l,)."""
+    block = Block
+    if config.remat != "none":
+        # Inside a scan XLA cannot merge the second computation with the first, so the barrier is not needed.
+        block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        length=config.num_layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )(config, dtype=dtype)
+
+
 class Decoder(nn.Module):
     """Embedding table, scanned blocks, final norm and output head.
 
@@ -211,25 +239,14 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.embed_tokens = Embed(c.vocab_size, c.hidden_size, init_stddev=c.initializer_range, dtype=self.dtype)
-        block = Block
-        if c.remat != "none":
-            # Inside a scan XLA cannot merge the second computation with the first, so the barrier is not needed.
-            block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
-        self.layers = nn.scan(
-            block,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, dtype=self.dtype)
+        self.embed_tokens = Embed(c.vocab_size, c.hidden_size, init_stddev=c.embedding_stddev, dtype=self.dtype)
+        self.layers = block_stack(c, self.dtype)
         self.norm = RMSNorm(c.rms_norm_eps, dtype=self.dtype)
         self.lm_head = Dense(
             (c.vocab_size,),
             ("embed", "vocab"),
             use_bias=False,
-            kernel_init=normal_init(c.initializer_range),
+            kernel_init=c.kernel_init,
             dtype=self.dtype,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vita_jax.conversion.tables import Table, copy, linear, norm
+from vita_jax.conversion.tables import Rule, Table, copy, linear, norm
 from vita_jax.errors import UnsupportedOption
 from vita_jax.models.language.decoder import DecoderConfig
 
@@ -19,8 +19,21 @@ def weight_table(config: DecoderConfig) -> Table:
     The number of vocabulary rows is `config.vocab_size`. Released tools also write files cut to the tokenizer's length
     (151665 rows instead of 152064): read those with a config that says so.
     """
-    c = config
-    layer, stacked = "model.layers.{i}", {"layers": c.num_layers}
+    c, hidden = config, (config.hidden_size,)
+    return Table(
+        (
+            copy("model.embed_tokens.weight", "embed_tokens/embedding", (c.vocab_size, c.hidden_size)),
+            *layer_rules(c, "model.layers"),
+            *norm("model.norm", "norm", c.hidden_size, bias=False),
+            *linear("lm_head", "lm_head", hidden, (c.vocab_size,), bias=False),
+        ),
+        ignore=IGNORED,
+    )
+
+
+def layer_rules(config: DecoderConfig, torch: str, path: str = "layers") -> tuple[Rule, ...]:
+    """The rules of a stack of layers that the checkpoint names `<torch>.<i>...` and the parameter tree `<path>/...`."""
+    c, layer, stacked = config, f"{torch}.{{i}}", {"layers": config.num_layers}
     query, key_value, hidden, wide = (
         (c.num_heads, c.head_dim),
         (c.num_kv_heads, c.head_dim),
@@ -28,24 +41,17 @@ def weight_table(config: DecoderConfig) -> Table:
         (c.intermediate_size,),
     )
     attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
-    return Table(
-        (
-            copy("model.embed_tokens.weight", "embed_tokens/embedding", (c.vocab_size, c.hidden_size)),
-            *linear(f"{attention}.q_proj", "layers/attention/q_proj", hidden, query, bias=c.qkv_bias, **stacked),
-            *linear(f"{attention}.k_proj", "layers/attention/k_proj", hidden, key_value, bias=c.qkv_bias, **stacked),
-            *linear(f"{attention}.v_proj", "layers/attention/v_proj", hidden, key_value, bias=c.qkv_bias, **stacked),
-            *linear(f"{attention}.o_proj", "layers/attention/o_proj", query, hidden, bias=False, **stacked),
-            *linear(f"{mlp}.gate_proj", "layers/mlp/gate_proj", hidden, wide, bias=False, **stacked),
-            *linear(f"{mlp}.up_proj", "layers/mlp/up_proj", hidden, wide, bias=False, **stacked),
-            *linear(f"{mlp}.down_proj", "layers/mlp/down_proj", wide, hidden, bias=False, **stacked),
-            *norm(f"{layer}.input_layernorm", "layers/input_norm", c.hidden_size, bias=False, **stacked),
-            *norm(
-                f"{layer}.post_attention_layernorm", "layers/post_attention_norm", c.hidden_size, bias=False, **stacked
-            ),
-            *norm("model.norm", "norm", c.hidden_size, bias=False),
-            *linear("lm_head", "lm_head", hidden, (c.vocab_size,), bias=False),
-        ),
-        ignore=IGNORED,
+    after = f"{layer}.post_attention_layernorm"
+    return (
+        *linear(f"{attention}.q_proj", f"{path}/attention/q_proj", hidden, query, bias=c.qkv_bias, **stacked),
+        *linear(f"{attention}.k_proj", f"{path}/attention/k_proj", hidden, key_value, bias=c.qkv_bias, **stacked),
+        *linear(f"{attention}.v_proj", f"{path}/attention/v_proj", hidden, key_value, bias=c.qkv_bias, **stacked),
+        *linear(f"{attention}.o_proj", f"{path}/attention/o_proj", query, hidden, bias=False, **stacked),
+        *linear(f"{mlp}.gate_proj", f"{path}/mlp/gate_proj", hidden, wide, bias=False, **stacked),
+        *linear(f"{mlp}.up_proj", f"{path}/mlp/up_proj", hidden, wide, bias=False, **stacked),
+        *linear(f"{mlp}.down_proj", f"{path}/mlp/down_proj", wide, hidden, bias=False, **stacked),
+        *norm(f"{layer}.input_layernorm", f"{path}/input_norm", c.hidden_size, bias=False, **stacked),
+        *norm(after, f"{path}/post_attention_norm", c.hidden_size, bias=False, **stacked),
     )
 
 

@@ -1,0 +1,205 @@
+"""Codec tokens to sound while they are being drawn (`llm2tts.py`), and the ends of what is played.
+
+    tokens -> windows of `chunk` frames with `context` frames on both sides -> decode -> trim the context
+           -> cut at the quietest place -> segments for the player
+
+With the generator's receptive field as context (the default) the segments joined are what one decode of all tokens
+gives. The original takes 10 frames instead, less than the full-size generator sees, and so differs a little at the
+joints. Waves are (n,) float32 arrays in -1 .. 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vita_jax.errors import UserError
+from vita_jax.models.codec.codec import Codec
+from vita_jax.models.codec.generator import context_frames
+
+ORIGINAL_CONTEXT = 10  # frames
+SPEECH_LEVEL = 0.03  # a sample above it is no longer leading silence
+PCM_SCALE = 32768
+
+Decode = Callable[[np.ndarray], np.ndarray]  # (n,) int32 codec ids -> (n * hop,) samples
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How a stream is cut.
+
+    Attributes:
+      chunk: frames per decode.
+      context: frames on either side of a chunk that are decoded with it; None = the generator's receptive field.
+      quiet_window: samples that are summed to find the quietest place of a chunk.
+      quiet_level: mean magnitude below which a place is quiet enough to cut at.
+    """
+
+    chunk: int = 40
+    context: int | None = None
+    quiet_window: int = 2401
+    quiet_level: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("chunk", self.chunk, 1),
+            ("context", self.context or 0, 0),
+            ("quiet_window", self.quiet_window, 1),
+        ):
+            if value < least:
+                raise UserError(f"{name} {value} must be at least {least}")
+
+
+# The settings of VITA-1.5's server: the first sentence starts sooner and is cut at louder places.
+FIRST_SENTENCE = StreamOptions(chunk=20, quiet_level=0.1)
+LATER_SENTENCES = StreamOptions(chunk=40, quiet_level=0.015)
+
+
+def stream_chunks(
+    tokens: Iterable[int], decode: Decode, hop: int, chunk: int, context: int
+) -> Iterator[tuple[np.ndarray, bool]]:
+    """Decodes a growing sequence of tokens in windows that overlap.
+
+    Args:
+      tokens: codec ids, as they come.
+      decode: decodes a window.
+      hop: samples per frame.
+      chunk, context: frames, see `StreamOptions`.
+
+    Yields:
+      (chunk * hop,) samples and False for each window, then the rest and True. Joined they are as long as all tokens.
+      Nothing without tokens.
+    """
+    window: list[int] = []
+    left = 0  # frames of the window that have been given already
+    for token in tokens:
+        window.append(token)
+        if len(window) == left + chunk + context:
+            wave = decode(np.asarray(window, np.int32))
+            yield wave[left * hop : (left + chunk) * hop], False
+            left = min(context, left + chunk)
+            window = window[len(window) - left - context :]
+    if len(window) > left:
+        yield decode(np.asarray(window, np.int32))[left * hop :], True
+
+
+def split_at_quiet(
+    held: np.ndarray, wave: np.ndarray, window: int, level: float
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Cuts a new chunk at its quietest place, if that is quiet enough (`find_min_sum_index`).
+
+    The window with the smallest sum of magnitudes is looked for in the later half of the chunk; the cut is at the
+    smallest sample from there on. As in the original, the search for that sample reaches beyond the window, since the
+    window's place is added to its end twice.
+
+    Args:
+      held: (m,) samples that no segment has had yet.
+      wave: (n,) new samples, n >= `window`.
+      window: samples.
+      level: largest mean magnitude of a window that may be cut.
+
+    Returns:
+      What is held from now on, and a segment to play, or None.
+
+    Raises:
+      UserError: the chunk is shorter than the window.
+    """
+    if len(wave) < window:
+        raise UserError(f"a chunk of {len(wave)} samples is shorter than quiet_window {window}; lower it")
+    running = np.cumsum(np.concatenate([[0.0], np.abs(wave)]))  # float64: the sums are differences
+    sums = running[window:] - running[:-window]
+    start = len(wave) // 2 - window // 2
+    searched = sums[start:]  # a negative start counts from the end, as in the original
+    quietest = int(np.argmin(searched))
+    first = max(0, quietest + start)
+    last = min(len(wave), quietest + window + first)
+    cut = first + int(np.argmin(np.abs(wave[first:last])))
+    if searched[quietest] / window < level:
+        return wave[cut:], np.concatenate([held, wave[:cut]])
+    return np.concatenate([held, wave]), None
+
+
+def stream_segments(
+    tokens: Iterable[int], decode: Decode, hop: int, options: StreamOptions, context: int
+) -> Iterator[np.ndarray]:
+    """Segments for the player: the chunks of `stream_chunks`, cut at quiet places. Joined they are the whole stream."""
+    held = np.zeros((0,), np.float32)
+    for wave, last in stream_chunks(tokens, decode, hop, options.chunk, context):
+        if last:
+            yield np.concatenate([held, wave])
+            return
+        held, segment = split_at_quiet(held, wave, options.quiet_window, options.quiet_level)
+        if segment is not None:
+            yield segment
+    if len(held):
+        yield held
+
+
+class CodecStreamer:
+    """Plays token streams with one voice: holds the codec's parameters and the compiled decode.
+
+    Windows are padded to their full size, so one shape is compiled per chunk size; padding changes nothing.
+    """
+
+    def __init__(self, codec: Codec, params: Any, global_codes: np.ndarray) -> None:
+        """
+        Args:
+          codec, params: the codec; only `quantizer` and `generator` are used.
+          global_codes: (g,) int, codes of the voice.
+
+        Raises:
+          UserError: the codec has several codes per frame, or another number of codes for the voice.
+        """
+        c = codec.config
+        if c.num_quantizers != 1:
+            raise UserError(
+                f"streaming takes one code per frame, but this codec has {c.num_quantizers}; use Codec.decode"
+            )
+        if len(global_codes) != c.num_global_codes:
+            raise UserError(f"{len(global_codes)} codes for the voice, but this codec has {c.num_global_codes}")
+        self.codec, self.context = codec, context_frames(c)
+        self._voice = jnp.asarray(global_codes, jnp.int32)[None]
+        self._params = {name: params[name] for name in ("quantizer", "generator")}
+        self._decode = jax.jit(partial(codec.apply, method=Codec.decode))
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """A whole utterance at once: (t,) int32 -> (t * hop,) samples."""
+        codes = jnp.asarray(tokens, jnp.int32)[None, :, None]
+        return np.asarray(self._decode({"params": self._params}, codes, self._voice)[0])
+
+    def segments(self, tokens: Iterable[int], options: StreamOptions = LATER_SENTENCES) -> Iterator[np.ndarray]:
+        """Segments of a stream of codec ids, see `stream_segments`."""
+        hop = self.codec.config.hop
+        if options.chunk * hop < options.quiet_window:
+            raise UserError(
+                f"quiet_window {options.quiet_window} is longer than a chunk of {options.chunk} frames "
+                f"({options.chunk * hop} samples); lower it or enlarge the chunk"
+            )
+        context = self.context if options.context is None else options.context
+        size = options.chunk + 2 * context
+
+        def decode(window: np.ndarray) -> np.ndarray:
+            codes = np.zeros((1, size, 1), np.int32)
+            codes[0, : len(window), 0] = window
+            lengths = jnp.asarray([len(window)], jnp.int32)
+            wave = self._decode({"params": self._params}, jnp.asarray(codes), self._voice, lengths)
+            return np.asarray(wave[0, : len(window) * hop])
+
+        return stream_segments(tokens, decode, hop, options, context)
+
+
+def cut_leading_silence(wave: np.ndarray, level: float = SPEECH_LEVEL) -> np.ndarray:
+    """(n,) samples from the first one above `level` on; all of them if none is."""
+    loud = np.flatnonzero(np.abs(wave) > level)
+    return wave[loud[0] :] if len(loud) else wave
+
+
+def to_pcm16(wave: np.ndarray) -> np.ndarray:
+    """(n,) float -> (n,) int16. Full scale is clipped, where the original would wrap around."""
+    return np.clip(wave * PCM_SCALE, -PCM_SCALE, PCM_SCALE - 1).astype(np.int16)

@@ -84,7 +84,9 @@ def same_with_gradients(ours, direct, *arguments: jax.Array) -> None:
     numbers = tuple(range(len(arguments)))
     for function in (lambda f: f, lambda f: jax.grad(lambda *a: jnp.sum(f(*a) * weights), numbers)):
         for got, want in zip(
-            jax.tree.leaves(function(ours)(*arguments)), jax.tree.leaves(function(direct)(*arguments)), strict=True
+            jax.tree.leaves(jax.jit(function(ours))(*arguments)),
+            jax.tree.leaves(jax.jit(function(direct))(*arguments)),
+            strict=True,
         ):
             np.testing.assert_allclose(got, want, atol=2e-4, rtol=1e-4)
 

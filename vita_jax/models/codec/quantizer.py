@@ -13,7 +13,6 @@ from flax import struct
 
 from vita_jax.models.codec.config import CodecConfig
 
-
 INPUTS = "codebook_inputs"  # collection: codebook -> (vectors (... d), codes (...)) of the last call
 
 
@@ -91,9 +90,7 @@ class Quantizer(nn.Module):
             loss=sum(losses) / len(losses) + global_loss,
         )
 
-    def _nearest(
-        self, x: jax.Array, tables: list[jax.Array], name: str
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _nearest(self, x: jax.Array, tables: list[jax.Array], name: str) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x: (... d) in one slice per table -> chosen entries (... d), codes (... tables), loss ()."""
         c = self.config
         slices = jnp.split(x, len(tables), axis=-1)

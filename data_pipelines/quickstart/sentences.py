@@ -18,7 +18,8 @@ from vita_jax.errors import UserError
 
 Split = Literal["train", "held_out"]
 HELD_OUT_SHARE = 10  # one text in so many
-MAX_DIGITS = 6
+# Recited digits. Fewer are answers, too few to hold any out.
+MIN_DIGITS, MAX_DIGITS = 3, 6
 # Share of recited digits among drawn sentences: spoken answers are mostly digits.
 DIGITS_SHARE = 0.2
 
@@ -77,11 +78,11 @@ def draw_statement(language: str, split: Split, rng: np.random.Generator) -> str
             return text
 
 
-def draw_digits(language: str, split: Split, rng: np.random.Generator, shortest: int = 2) -> str:
-    """Digits recited one by one, `shortest` to `MAX_DIGITS` of them, as words."""
+def draw_digits(language: str, split: Split, rng: np.random.Generator) -> str:
+    """Digits recited one by one, `MIN_DIGITS` to `MAX_DIGITS` of them, as words."""
     _check_language(language)
     while True:
-        text = digits_aloud(rng.integers(0, 10, rng.integers(shortest, MAX_DIGITS + 1)), language)
+        text = digits_aloud(rng.integers(0, 10, rng.integers(MIN_DIGITS, MAX_DIGITS + 1)), language)
         if split_of(text) == split:
             return text
 

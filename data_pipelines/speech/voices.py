@@ -7,6 +7,7 @@ clip or play with effects are left out.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -89,11 +90,13 @@ def assistant_voice(language: str) -> Voice:
     return Voice(language, accent, variant, (175, 175), (50, 50), (50, 50))
 
 
+@functools.cache
 def held_out_voices(language: str) -> tuple[Voice, ...]:
     """Voices of the benchmark only, the one of `UNSEEN_VARIANT` last. Raises UserError for an unknown language."""
     return tuple(_voice(language, accent, variant) for accent, variant in _HELD_OUT[_checked(language)])
 
 
+@functools.cache
 def training_voices(language: str) -> tuple[Voice, ...]:
     """All other voices, the assistant's among them. Raises UserError for an unknown language."""
     held_out = set(_HELD_OUT[_checked(language)])

@@ -204,7 +204,7 @@ def make_crop_loader(sources: Sequence[SourceConfig], shape: CropShape, *, seed:
       sources: paths of manifests; `ratio` is honoured, `weight` is not offered.
       shape: of the crops.
       seed: of subset, order and crops.
-      options: see `_make_loader`.
+      options: see `make_element_loader`.
 
     Raises:
       UserError: a value out of range or a manifest that does not fit; from the iterator: too many bad records.
@@ -215,7 +215,7 @@ def make_crop_loader(sources: Sequence[SourceConfig], shape: CropShape, *, seed:
     def build(pair: SpokenText, rng: np.random.Generator) -> Arrays:
         return crops_of(pair, shape, rng)
 
-    return _make_loader(sources, build, seed=seed, **options)
+    return make_element_loader(sources, build, seed=seed, **options)
 
 
 def make_pair_loader(
@@ -237,10 +237,10 @@ def make_pair_loader(
     def build(pair: SpokenText, rng: np.random.Generator) -> Arrays:
         return padded_pair(pair, shape, tokenizer)
 
-    return _make_loader(sources, build, seed=seed, **options)
+    return make_element_loader(sources, build, seed=seed, **options)
 
 
-def _make_loader(
+def make_element_loader(
     sources: Sequence[SourceConfig],
     build: Callable[[SpokenText, np.random.Generator], Arrays],
     *,

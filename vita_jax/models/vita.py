@@ -22,6 +22,7 @@ from einops import rearrange
 from flax import struct
 
 from vita_jax.errors import UserError
+from vita_jax.models.audio.ctc_head import CtcHead
 from vita_jax.models.audio.encoder import MIN_FRAMES
 from vita_jax.models.audio.tower import AudioFeatures, AudioTower, AudioTowerConfig, audio_vita_1_5
 from vita_jax.models.codec.codec import Codec
@@ -48,6 +49,7 @@ class VitaConfig:
       pooled_grids: sides of pooled copies of every tile's features that the table also holds (slow-fast video pooling
         is (12, 7)); empty for the released models. `vita_jax.data.splice.FeatureLayout` describes the table.
       audio: the speech encoder and its adapter; None for a model that does not hear.
+      ctc_vocab_size: rows of the recogniser's head on the speech encoder (stage 2.1a); 0 for none.
       codec, speech: speech tokens to sound, and text to speech tokens; None for a model that does not speak. They are
         not part of the forward pass: the speech decoders read input embeddings of the language model.
       codec_training: how the codec is trained.
@@ -60,6 +62,7 @@ class VitaConfig:
     image_std: tuple[float, float, float] = IMAGENET_STD
     pooled_grids: tuple[int, ...] = ()
     audio: AudioTowerConfig | None = None
+    ctc_vocab_size: int = 0
     codec: CodecConfig | None = None
     speech: SpeechDecoderConfig | None = None
     codec_training: CodecTraining = CodecTraining()
@@ -74,6 +77,8 @@ class VitaConfig:
         for name, got, want in widths:
             if got != want:
                 raise UserError(f"{name} is {got}, but the part it joins has width {want}; set it to {want}")
+        if self.ctc_vocab_size and self.audio is None:
+            raise UserError(f"ctc_vocab_size is {self.ctc_vocab_size}, but there is no speech encoder; set `audio` too")
         self._check_speech()
 
     def _check_speech(self) -> None:
@@ -207,8 +212,8 @@ def append_pooled(features: jax.Array, grids: tuple[int, ...]) -> jax.Array:
 
 
 class Vita(nn.Module):
-    """The whole model. Parameters: `vision/...`, `projector/...`, `language/...`; `audio/...` if it hears, and
-    `codec/...`, `speech/...` if it speaks.
+    """The whole model. Parameters: `vision/...`, `projector/...`, `language/...`; `audio/...` if it hears,
+    `ctc_head/...` if it was taught by transcripts, and `codec/...`, `speech/...` if it speaks.
     """
 
     config: VitaConfig
@@ -220,6 +225,8 @@ class Vita(nn.Module):
         self.language = Decoder(self.config.language, dtype=self.dtype)
         if self.config.audio is not None:
             self.audio = AudioTower(self.config.audio, dtype=self.dtype)
+        if self.config.ctc_vocab_size:
+            self.ctc_head = CtcHead(self.config.ctc_vocab_size, dtype=self.dtype)
         if self.config.codec is not None:
             self.codec = Codec(self.config.codec)
         if self.config.speech is not None:
@@ -293,7 +300,9 @@ class Vita(nn.Module):
         elif self.is_initializing() and self.config.audio is not None:
             # `init` only makes the parameters of what runs.
             shortest = jnp.zeros((1, MIN_FRAMES, self.config.audio.encoder.input_dim), jnp.float32)
-            self.audio_features(shortest, jnp.full((1,), MIN_FRAMES))
+            hidden = self.audio_features(shortest, jnp.full((1,), MIN_FRAMES)).hidden
+            if self.config.ctc_vocab_size:
+                self.ctc_head(hidden)
         if self.is_initializing():
             self._make_speech_parameters()
         if batch.extra_features is not None:

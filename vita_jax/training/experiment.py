@@ -152,6 +152,9 @@ class ExperimentConfig:
 # computes.
 RESTARTABLE_FIELDS = ("run_dir", "checkpoint", "log", "mesh", "data.num_threads", "data.folder", "tokenizer.folder")
 
+# The recogniser's characters, in the data folder.
+CTC_VOCABULARY = "ctc_vocabulary.json"
+
 
 def data_folder(config: ExperimentConfig) -> Path:
     """Where the built data of the run is."""

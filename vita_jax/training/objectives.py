@@ -5,7 +5,7 @@ text_pretraining: the same on all text tokens, with a small weight on those that
 public pre-training of the language model.
 cell_naming: every visual token of the tower names the words that describe what its cell shows. It stands in for the
 public pre-training of the vision tower; its linear head is thrown away at the end of the stage.
-codec, speech_decoder: see `speech_objectives`.
+ctc: see `recognition_objective`. codec, speech_decoder: see `speech_objectives`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from vita_jax.models.vita import Vita, VitaInputs
 from vita_jax.nn.layers import Dense
 from vita_jax.ops.losses import IGNORE_LABEL, next_token_scores, position_scores, shift_labels
 from vita_jax.training.objective import Batch, LossSums, Objective, Params
+from vita_jax.training.recognition_objective import CTC
 from vita_jax.training.speech_objectives import CODEC, SPEECH_DECODER
 
 NAMING_HEAD = "naming_head"
@@ -188,6 +189,7 @@ OBJECTIVES: dict[str, Objective] = {
     "cell_naming": Objective(
         cell_naming_loss, naming_head_params, (NAMING_HEAD,), ("tiles", "cell_names"), _named_cells
     ),
+    "ctc": CTC,
     "codec": CODEC,
     "speech_decoder": SPEECH_DECODER,
 }

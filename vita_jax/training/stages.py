@@ -27,7 +27,7 @@ class Stage:
       steps: optimiser steps.
       learning_rate: peak of the schedule.
       batch_size: packed rows of one optimiser step, over all devices.
-      row_length: tokens of a packed row.
+      row_length: tokens of a packed row; for the objective `ctc` the longest clip in frames of 10 ms.
       row_tiles: image tiles (or frames) of a packed row.
       objective: a name of `vita_jax.training.objectives.OBJECTIVES`.
       warmup_ratio: share of the steps with a rising learning rate.

@@ -31,7 +31,7 @@ ALLOWED = {
     "vita_jax.inference": SERVICES | {"vita_jax.training"},  # `session` opens a training run
     "vita_jax.training": SERVICES,
     "vita_jax.evaluation": SERVICES | {"vita_jax.inference", "vita_jax.training"},
-    "data_pipelines": BASE | {"vita_jax.data"},
+    "data_pipelines": FUNCTIONS | {"vita_jax.data"},
 }
 COMMANDS = {"train", "evaluate", "chat", "serve", "duplex", "convert", "plan", "latency"}  # may import every room
 

@@ -1,4 +1,4 @@
-"""Builds everything the quickstart trains on and is measured with, from scikit-learn's digit scans.
+"""Builds everything the quickstart trains on and is measured with, from scikit-learn's digit scans and a synthesiser.
 
 Writes the public record format (JSON, PNG, MP4), as a user's own data would come, and takes the same way on from there:
 `data_pipelines.build` checks it and packs it into ArrayRecord files.
@@ -7,11 +7,15 @@ Writes the public record format (JSON, PNG, MP4), as a user's own data would com
     DIR/<set>/                            ArrayRecord files: text, cells, captions, questions
     DIR/benchmarks/quickstart/            held-out questions: items.jsonl and media
     DIR/tokenizer_text.txt                what the tokenizer is trained on
+
+With speech there are also the sets and the benchmark of `speech.py`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -37,6 +41,8 @@ from data_pipelines.quickstart.scenes import (
     sample_scene,
     transcript,
 )
+from data_pipelines.quickstart.speech import RECORD_SETS, build_speech
+from data_pipelines.quickstart.speech_sets import SpeechCounts
 from vita_jax.data.video import write_video
 
 SETS = ("text", "cells", "captions", "questions")
@@ -173,12 +179,15 @@ def _write_set(name: str, writer: Writer, counts: dict[str, int]) -> None:
     writer.finish()
 
 
+_PLACEHOLDERS = re.compile(r"<(?:image|video|audio)>\n?")
+
+
 def tokenizer_texts(records: Iterable[dict[str, Any]]) -> list[str]:
     """Every turn once; cells of written scenes apart from each other, so that each stays one token."""
     texts = {BLANK, OVERVIEW, *(str(digit) for digit in range(10))}
     for record in records:
         for turn in record["conversations"]:
-            text = turn["value"].replace("<image>\n", "").replace("<video>\n", "")
+            text = _PLACEHOLDERS.sub("", turn["value"])
             texts.update(part for part in text.replace(OVERVIEW, BLANK).split(BLANK) if part)
     return sorted(texts)
 
@@ -234,8 +243,10 @@ def build_benchmark(folder: Path, splits: dict[str, ScanSplit], counts: dict[str
     (folder / "items.jsonl").write_text(lines, encoding="utf-8")
 
 
-def build_quickstart(folder: Path, counts: dict[str, int], seed: int, progress: Progress = print) -> None:
-    """Builds all sets and the benchmark; does nothing if they are there for the same counts and seed.
+def build_quickstart(
+    folder: Path, counts: dict[str, int], seed: int, progress: Progress = print, speech: SpeechCounts | None = None
+) -> None:
+    """Builds all sets and the benchmarks; does nothing if they are there for the same counts and seed.
 
     Args:
       folder: where everything goes.
@@ -243,23 +254,32 @@ def build_quickstart(folder: Path, counts: dict[str, int], seed: int, progress: 
         `typed_unseen_writers` and `text_only`, and in all of `video_order`.
       seed: of the split of the scans and of everything drawn.
       progress: gets one line per finished part.
+      speech: amounts of speech; None leaves it out, and everything else as it is.
     """
     done = folder / DONE
-    wanted = {"counts": counts, "seed": seed}
+    wanted: dict[str, Any] = {"counts": counts, "seed": seed}
+    if speech is not None:
+        wanted["speech"] = dataclasses.asdict(dataclasses.replace(speech, processes=1))  # they change no file
     if done.is_file() and json.loads(done.read_text(encoding="utf-8")) == wanted:
         progress(f"data: {folder} is up to date")
         return
     done.unlink(missing_ok=True)
     splits = load_scan_splits(seed)
-    spoken: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     for index, name in enumerate(SETS):
         writer = Writer(folder / "raw" / name, splits["train"], seed * len(SETS) + index)
         _write_set(name, writer, counts)
-        spoken += writer.records
+        records += writer.records
         manifest = build_records(writer.folder / "records.json", writer.folder, folder / name)
         progress(f"data: {name}: {manifest.counts}")
+    if speech is not None:
+        records += build_speech(folder, splits, speech, seed, progress)
+        for name in RECORD_SETS:
+            raw = folder / "raw" / name
+            manifest = build_records(raw / "records.json", raw, folder / name)
+            progress(f"data: {name}: {manifest.counts}")
     (folder / "tokenizer_text.txt").write_text(
-        "\n".join(json.dumps(text, ensure_ascii=False) for text in tokenizer_texts(spoken)), encoding="utf-8"
+        "\n".join(json.dumps(text, ensure_ascii=False) for text in tokenizer_texts(records)), encoding="utf-8"
     )
     build_benchmark(folder / "benchmarks" / "quickstart", splits, counts, seed)
     progress("data: benchmark of held-out scans")

@@ -6,6 +6,7 @@ language model first learns them from words, and the picture later takes the pla
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,3 +126,15 @@ def ask(scene: Scene, kind: str, language: str, rng: np.random.Generator, k: int
     if k is None:
         k = int(rng.integers(len(scene.digits)))
     return Question(kind, language, text.format(ordinal=_ORDINALS[language][k]), _answer(detail, language, scene, k))
+
+
+def phrasings(kinds: Iterable[str], language: str) -> list[str]:
+    """Every question of these kinds ("colour" stands for "ink" and "paper"), as written; each once."""
+    details = [detail for kind in kinds for detail in (("ink", "paper") if kind == "colour" else (kind,))]
+    texts = [
+        text.format(ordinal=ordinal)
+        for detail in details
+        for text in _QUESTIONS[detail][language]
+        for ordinal in _ORDINALS[language]
+    ]
+    return list(dict.fromkeys(texts))

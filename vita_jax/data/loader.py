@@ -89,7 +89,9 @@ class RecordCounts:
 
 
 @dataclasses.dataclass(frozen=True)
-class _BadRecord:
+class BadRecord:
+    """Stands in the stream for a record that cannot be used, for `GoodRecords` to count."""
+
     message: str
     category: str
 
@@ -130,14 +132,14 @@ class RecordSource:
 
 @dataclasses.dataclass(frozen=True)
 class _Build:
-    """(source number, bytes) -> arrays ready for packing, or a _BadRecord."""
+    """(source number, bytes) -> arrays ready for packing, or a BadRecord."""
 
     sources: tuple[SourceConfig, ...]
     context: ExampleContext
     limits: Limits
     objective: Objective
 
-    def __call__(self, element: tuple[int, bytes]) -> Example | _BadRecord:
+    def __call__(self, element: tuple[int, bytes]) -> Example | BadRecord:
         number, data = element
         source = self.sources[number]
         try:
@@ -147,15 +149,15 @@ class _Build:
             example = training_example(record, self.context, split_rounds=source.split_rounds, limits=self.limits)
             return packing.to_columns(example)
         except RecordError as error:
-            return _BadRecord(f"{source.path}: {error}", error.category)
+            return BadRecord(f"{source.path}: {error}", error.category)
         except UserError as error:
-            return _BadRecord(f"{source.path}: {error}", "unusable")
+            return BadRecord(f"{source.path}: {error}", "unusable")
 
 
 # ---- bad records ----------------------------------------------------------------------------------------------------
 
 
-class _GoodRecords(grain.IterDataset):
+class GoodRecords(grain.IterDataset):
     """Drops bad records and counts them; fails when there are too many."""
 
     def __init__(self, parent: grain.IterDataset, counts: RecordCounts, max_fraction: float, at_least: int) -> None:
@@ -178,7 +180,7 @@ class _GoodRecordsIterator(grain.DatasetIterator):
         while True:
             element = next(self._parent)
             counts.seen += 1
-            if not isinstance(element, _BadRecord):
+            if not isinstance(element, BadRecord):
                 return element
             counts.bad += 1
             counts.reasons[element.category] = counts.reasons.get(element.category, 0) + 1
@@ -319,7 +321,7 @@ def make_loader(
     threads = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads * WAITING_PER_THREAD)
     examples = records.map(_Build(tuple(sources), context, limits, objective)).to_iter_dataset(threads)
     counts = RecordCounts()
-    examples = _GoodRecords(examples, counts, max_bad_fraction, min(BUDGET_RECORDS, max(total // shard_count, 1)))
+    examples = GoodRecords(examples, counts, max_bad_fraction, min(BUDGET_RECORDS, max(total // shard_count, 1)))
     bins = packing_bins or max(batch_size, 8)
     finish: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
     if objective == "cell_naming":

@@ -22,10 +22,16 @@ from einops import rearrange
 from flax import struct
 
 from vita_jax.errors import UserError
+from vita_jax.models.audio.ctc_head import CtcHead
 from vita_jax.models.audio.encoder import MIN_FRAMES
 from vita_jax.models.audio.tower import AudioFeatures, AudioTower, AudioTowerConfig, audio_vita_1_5
+from vita_jax.models.codec.codec import Codec
+from vita_jax.models.codec.config import CodecConfig
+from vita_jax.models.codec.losses import CodecTraining
 from vita_jax.models.connectors.projectors import Projector, ProjectorConfig
 from vita_jax.models.language.decoder import Decoder, DecoderConfig, qwen2_7b
+from vita_jax.models.speech.config import SpeechDecoderConfig
+from vita_jax.models.speech.speech_decoder import SpeechBatch, SpeechDecoder
 from vita_jax.models.vision.frame_pooling import pool_tokens
 from vita_jax.models.vision.internvit import InternViT, InternViTConfig, internvit_300m_448px, vita_tower_features
 
@@ -43,6 +49,10 @@ class VitaConfig:
       pooled_grids: sides of pooled copies of every tile's features that the table also holds (slow-fast video pooling
         is (12, 7)); empty for the released models. `vita_jax.data.splice.FeatureLayout` describes the table.
       audio: the speech encoder and its adapter; None for a model that does not hear.
+      ctc_vocab_size: rows of the recogniser's head on the speech encoder (stage 2.1a); 0 for none.
+      codec, speech: speech tokens to sound, and text to speech tokens; None for a model that does not speak. They are
+        not part of the forward pass: the speech decoders read input embeddings of the language model.
+      codec_training: how the codec is trained.
     """
 
     vision: InternViTConfig
@@ -52,6 +62,10 @@ class VitaConfig:
     image_std: tuple[float, float, float] = IMAGENET_STD
     pooled_grids: tuple[int, ...] = ()
     audio: AudioTowerConfig | None = None
+    ctc_vocab_size: int = 0
+    codec: CodecConfig | None = None
+    speech: SpeechDecoderConfig | None = None
+    codec_training: CodecTraining = CodecTraining()
 
     def __post_init__(self) -> None:
         widths = [
@@ -63,6 +77,26 @@ class VitaConfig:
         for name, got, want in widths:
             if got != want:
                 raise UserError(f"{name} is {got}, but the part it joins has width {want}; set it to {want}")
+        if self.ctc_vocab_size and self.audio is None:
+            raise UserError(f"ctc_vocab_size is {self.ctc_vocab_size}, but there is no speech encoder; set `audio` too")
+        self._check_speech()
+
+    def _check_speech(self) -> None:
+        if self.speech is None:
+            return
+        if self.language.hidden_size % self.speech.hidden_size:
+            raise UserError(
+                f"speech.hidden_size is {self.speech.hidden_size}; it must divide language.hidden_size "
+                f"{self.language.hidden_size}, whose vectors are cut into rows of it"
+            )
+        if self.codec is None:
+            raise UserError("speech needs a codec that makes sound of its tokens; set the config's `codec`")
+        for name, got, want in (
+            ("speech.num_codes", self.speech.num_codes, self.codec.num_codes),
+            ("codec.num_quantizers", self.codec.num_quantizers, 1),
+        ):
+            if got != want:
+                raise UserError(f"{name} is {got}, but the speech decoders speak with one codebook: set it to {want}")
 
     @property
     def tokens_per_tile(self) -> int:
@@ -178,7 +212,9 @@ def append_pooled(features: jax.Array, grids: tuple[int, ...]) -> jax.Array:
 
 
 class Vita(nn.Module):
-    """The whole model. Parameters: `vision/...`, `projector/...`, `language/...`, and `audio/...` if it hears."""
+    """The whole model. Parameters: `vision/...`, `projector/...`, `language/...`; `audio/...` if it hears,
+    `ctc_head/...` if it was taught by transcripts, and `codec/...`, `speech/...` if it speaks.
+    """
 
     config: VitaConfig
     dtype: jnp.dtype = jnp.float32
@@ -189,6 +225,12 @@ class Vita(nn.Module):
         self.language = Decoder(self.config.language, dtype=self.dtype)
         if self.config.audio is not None:
             self.audio = AudioTower(self.config.audio, dtype=self.dtype)
+        if self.config.ctc_vocab_size:
+            self.ctc_head = CtcHead(self.config.ctc_vocab_size, dtype=self.dtype)
+        if self.config.codec is not None:
+            self.codec = Codec(self.config.codec)
+        if self.config.speech is not None:
+            self.speech = SpeechDecoder(self.config.speech, dtype=self.dtype)
 
     @property
     def decoder(self) -> Decoder:
@@ -258,11 +300,25 @@ class Vita(nn.Module):
         elif self.is_initializing() and self.config.audio is not None:
             # `init` only makes the parameters of what runs.
             shortest = jnp.zeros((1, MIN_FRAMES, self.config.audio.encoder.input_dim), jnp.float32)
-            self.audio_features(shortest, jnp.full((1,), MIN_FRAMES))
+            hidden = self.audio_features(shortest, jnp.full((1,), MIN_FRAMES)).hidden
+            if self.config.ctc_vocab_size:
+                self.ctc_head(hidden)
+        if self.is_initializing():
+            self._make_speech_parameters()
         if batch.extra_features is not None:
             sources.append(batch.extra_features.astype(features.dtype))
         features = jnp.concatenate(sources, axis=1)
         return splice(self.language.embed(batch.tokens), features, batch.feature_index)
+
+    def _make_speech_parameters(self) -> None:
+        """The voice runs by itself (`speech_objectives`, `speak`); `init` only makes the parameters of what runs."""
+        if self.config.codec is not None:
+            wave = jnp.zeros((1, 2 * self.config.codec.hop))
+            self.codec(wave, wave, train=False)
+        if self.config.speech is not None:
+            one = jnp.ones((1,), jnp.int32)
+            rows = jnp.zeros((1, 1, self.config.speech.hidden_size))
+            self.speech(SpeechBatch(rows, one, jnp.zeros((1, 1), jnp.int32), one))
 
     def __call__(self, batch: VitaInputs, deterministic: bool = True) -> jax.Array:
         """The forward pass of training: hidden states after the final norm (b s d)."""

@@ -159,15 +159,16 @@ class GroupNorm(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x: (b t c) -> (b t c)."""
+    def __call__(self, x: jax.Array, inside: jax.Array | None = None) -> jax.Array:
+        """x: (b t c) -> (b t c); `inside` (b t 1) bool leaves padding, which must be zero, out of the statistics."""
         b, t, channels = x.shape
         ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
         scale = self.param("scale", nn.with_logical_partitioning(ones, ("embed",)), (channels,), jnp.float32)
         bias = self.param("bias", nn.with_logical_partitioning(zeros, ("embed",)), (channels,), jnp.float32)
         grouped = x.astype(jnp.float32).reshape(b, t, -1, self.group_size)
-        mean = jnp.mean(grouped, axis=(1, 3), keepdims=True)
+        real = None if inside is None else inside[..., None]
+        mean = jnp.mean(grouped, axis=(1, 3), keepdims=True, where=real)
         centred = grouped - mean
-        variance = jnp.mean(jnp.square(centred), axis=(1, 3), keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=(1, 3), keepdims=True, where=real)
         normed = (centred * jax.lax.rsqrt(variance + self.epsilon)).reshape(b, t, channels)
         return (normed * scale + bias).astype(self.dtype)

@@ -23,6 +23,7 @@ from vita_jax.models.vita import Vita, VitaConfig
 from vita_jax.parallel.mesh import MESH_AXES, MeshConfig, mesh_shape
 from vita_jax.training.objectives import OBJECTIVES
 from vita_jax.training.optimizer import OptimizerConfig
+from vita_jax.training.speech_objectives import SPEECH_OBJECTIVES
 from vita_jax.training.stages import Stage, starts_of
 
 
@@ -150,6 +151,9 @@ class ExperimentConfig:
 # What may change between two starts of one run: where it lies and how it is stored, shown and laid out, not what it
 # computes.
 RESTARTABLE_FIELDS = ("run_dir", "checkpoint", "log", "mesh", "data.num_threads", "data.folder", "tokenizer.folder")
+
+# The recogniser's characters, in the data folder.
+CTC_VOCABULARY = "ctc_vocabulary.json"
 
 
 def data_folder(config: ExperimentConfig) -> Path:
@@ -286,6 +290,8 @@ def _validate_numbers(stage: Stage) -> None:
     for field in ("steps", "batch_size", "row_length", "accumulation"):
         if getattr(stage, field) < 1:
             raise UserError(f"{where}.{field}={getattr(stage, field)}: must be at least 1")
+    if stage.objective in SPEECH_OBJECTIVES and stage.codec_frames < 1:
+        raise UserError(f"{where}.codec_frames={stage.codec_frames}: objective {stage.objective!r} needs at least 1")
     if stage.row_tiles < 0:
         raise UserError(f"{where}.row_tiles={stage.row_tiles}: must not be negative")
     if stage.learning_rate < 0:

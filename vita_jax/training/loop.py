@@ -55,6 +55,7 @@ from vita_jax.training.experiment import (
 )
 from vita_jax.training.metrics import MetricsWriter, Reporter, format_duration
 from vita_jax.training.plan import StagePlan, initial_params, plan_stage
+from vita_jax.training.speech_batches import SPEECH_BATCHES, speech_batches
 from vita_jax.training.stages import Stage, count_parameters, flatten, parameter_counts, stage_table, unflatten
 from vita_jax.training.step import FlatParams, TrainState, train_step
 
@@ -194,6 +195,8 @@ def claim_run_dir(config: ExperimentConfig, file: str = CONFIG) -> None:
 def record_batches(config: ExperimentConfig, stage: Stage, *, tokenizer: Tokenizer) -> Loader:
     """Packed batches of this process from the stage's sources; relative source paths are below the data folder."""
     sources = [dataclasses.replace(source, path=str(data_folder(config) / source.path)) for source in stage.sources]
+    if stage.objective in SPEECH_BATCHES:
+        return speech_batches(config, stage, sources, tokenizer)
     return make_loader(
         sources,
         example_context(config, tokenizer),

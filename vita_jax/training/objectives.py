@@ -5,12 +5,13 @@ text_pretraining: the same on all text tokens, with a small weight on those that
 public pre-training of the language model.
 cell_naming: every visual token of the tower names the words that describe what its cell shows. It stands in for the
 public pre-training of the vision tower; its linear head is thrown away at the end of the stage.
+ctc: see `recognition_objective`. codec, speech_decoder: see `speech_objectives`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,9 @@ from vita_jax.errors import UserError
 from vita_jax.models.vita import Vita, VitaInputs
 from vita_jax.nn.layers import Dense
 from vita_jax.ops.losses import IGNORE_LABEL, next_token_scores, position_scores, shift_labels
-
-Batch = Mapping[str, jax.Array]
-Params = Mapping[str, Any]
+from vita_jax.training.objective import Batch, LossSums, Objective, Params
+from vita_jax.training.recognition_objective import CTC
+from vita_jax.training.speech_objectives import CODEC, SPEECH_DECODER
 
 NAMING_HEAD = "naming_head"
 # Positions whose logits exist at one time in the language loss.
@@ -31,38 +32,6 @@ LOSS_CHUNK = 512
 # Weight of a token that is no answer in `text_pretraining`. Prompts are mostly random here, but predicting them makes
 # words of one kind alike, after which looking them up is learnt several times faster.
 PROMPT_WEIGHT = 0.08
-
-
-class LossSums(NamedTuple):
-    """Sums over a batch; sums of micro-batches add up to those of the whole batch.
-
-    Attributes:
-      loss: () float32, summed loss.
-      count: () float32, what the loss is divided by: answer tokens, or named cells.
-      metrics: name -> (sum, count), both () float32.
-    """
-
-    loss: jax.Array
-    count: jax.Array
-    metrics: dict[str, tuple[jax.Array, jax.Array]]
-
-
-class Objective(NamedTuple):
-    """The functions of one objective.
-
-    Attributes:
-      loss: (model, params, batch, rng key) -> LossSums.
-      extra_params: (model, rng key) -> parameters beside those of the model, by component name, in Linen's boxes.
-      extra_names: names of those components; dropped when the stage ends.
-      batch_keys: arrays the objective reads from a batch.
-      num_tokens: work in a host batch, for tokens per second.
-    """
-
-    loss: Callable[[Vita, Params, Batch, jax.Array], LossSums]
-    extra_params: Callable[[Vita, jax.Array], dict[str, Any]]
-    extra_names: tuple[str, ...]
-    batch_keys: tuple[str, ...]
-    num_tokens: Callable[[Mapping[str, np.ndarray]], int]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,6 +189,9 @@ OBJECTIVES: dict[str, Objective] = {
     "cell_naming": Objective(
         cell_naming_loss, naming_head_params, (NAMING_HEAD,), ("tiles", "cell_names"), _named_cells
     ),
+    "ctc": CTC,
+    "codec": CODEC,
+    "speech_decoder": SPEECH_DECODER,
 }
 
 

@@ -27,7 +27,7 @@ class Stage:
       steps: optimiser steps.
       learning_rate: peak of the schedule.
       batch_size: packed rows of one optimiser step, over all devices.
-      row_length: tokens of a packed row.
+      row_length: tokens of a packed row; for the objective `ctc` the longest clip in frames of 10 ms.
       row_tiles: image tiles (or frames) of a packed row.
       objective: a name of `vita_jax.training.objectives.OBJECTIVES`.
       warmup_ratio: share of the steps with a rising learning rate.
@@ -36,6 +36,8 @@ class Stage:
       start_from: initial weights: None = newly drawn; otherwise one or several of: an earlier stage's name, a run, a
         checkpoint folder. Of several, each contributes: a path all its parameters, a stage those that it or its own
         starts trained.
+      codec_frames: codec frames of a crop (objective `codec`) or of the longest sentence (`speech_decoder`, where
+        row_length counts the tokens of its text); 0 for all other objectives.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Stage:
     learning_rate_scale: tuple[tuple[str, float], ...] = ()
     accumulation: int = 1
     start_from: str | tuple[str, ...] | None = None
+    codec_frames: int = 0
 
 
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from vita_jax.training.objectives import LossSums
+from vita_jax.training.objective import LossSums
 from vita_jax.training.stages import unflatten
 
 FlatParams = dict[str, jax.Array]
@@ -99,7 +99,12 @@ def train_step(
         "tokens": sums.count,
         **{name: total / jnp.maximum(number, 1.0) for name, (total, number) in sums.metrics.items()},
     }
+    trainable |= {path: value for path, value in _means(sums, accumulation).items() if path in trainable}
     return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+
+
+def _means(sums: LossSums, parts: int) -> FlatParams:
+    return {path: total / parts for path, total in sums.updates.items()}
 
 
 def _split(batch: Mapping[str, jax.Array], parts: int) -> dict[str, jax.Array]:

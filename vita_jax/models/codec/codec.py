@@ -59,12 +59,14 @@ class Codec(nn.Module):
             codes=quantized.codes,
         )
 
-    def encode(self, wave: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Whole utterances of one length: (b n) samples -> codes (b t q), codes of the utterance (b g); int32.
+    def encode(self, wave: jax.Array, lengths: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """Whole utterances: (b n) samples -> codes (b t q), codes of the utterance (b g); int32.
 
-        Padding changes the codes: encode utterances of different lengths one by one.
+        Args:
+          wave: utterances of one length, or padded to one that is a multiple of the hop.
+          lengths: (b,) int32 real frames; a padded row then has the codes that it has alone, and arbitrary ones behind.
         """
-        latent, global_vector = self.encoder(wave)
+        latent, global_vector = self.encoder(wave, lengths=lengths)
         quantized = self.quantizer(latent, global_vector)
         return quantized.codes, quantized.global_codes
 

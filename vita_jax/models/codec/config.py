@@ -157,6 +157,7 @@ def codec_small(
     upsample_rates: tuple[int, ...] = (8, 5, 5, 3),
     num_codes: int = 256,
     sampling_rate: int = 24000,
+    resblock: str = "1",
 ) -> CodecConfig:
     """The same architecture with few channels, for training on a laptop.
 
@@ -165,6 +166,7 @@ def codec_small(
       upsample_rates: their product is the hop in samples.
       num_codes: entries of the codebook.
       sampling_rate: Hz.
+      resblock: "2" has half the convolutions and takes half the time.
     """
     stages = len(upsample_rates)
     latent, branch = base_channels * 2**stages, base_channels * 2 ** (stages // 2)
@@ -172,6 +174,7 @@ def codec_small(
         upsample_rates=tuple(upsample_rates),
         upsample_kernel_sizes=tuple(2 * rate + rate % 2 for rate in upsample_rates),
         upsample_initial_channel=latent,
+        resblock=resblock,
         resblock_kernel_sizes=(3, 7),
         resblock_dilation_sizes=((1, 3), (1, 3)),
         latent_dim=latent,
@@ -182,6 +185,14 @@ def codec_small(
         num_global_codes=4,
         sampling_rate=sampling_rate,
     )
+
+
+def codec_small_16k() -> CodecConfig:
+    """The quickstart's codec: 16 kHz, 400 samples per frame, 40 frames per second, one codebook of 256.
+
+    Small strides next to the wave are what makes it cheap: few channels at the full rate use little of a CPU.
+    """
+    return codec_small(upsample_rates=(5, 5, 4, 4), sampling_rate=16000, resblock="2")
 
 
 def config_from_published(values: Mapping[str, Any], *, weight_norm: bool = True) -> CodecConfig:

@@ -1,9 +1,12 @@
 """The codec's encoder: a wave to latent frames and the utterance's vector (`ticodec/models.py`, `Encoder`).
 
-Its group norms run over the whole utterance, so it cannot be streamed, and padding a batch changes what it gives.
+Its group norms run over the whole utterance, so it cannot be streamed. Padding changes what it gives unless it is told
+the length of every row, which then gives what the row alone would.
 """
 
 from __future__ import annotations
+
+import math
 
 import flax.linen as nn
 import jax
@@ -11,7 +14,7 @@ import jax.numpy as jnp
 
 from vita_jax.models.codec.config import CodecConfig
 from vita_jax.models.codec.global_encoder import CONV_STDDEV, GlobalTokenEncoder
-from vita_jax.models.codec.residual import ResBlock, leaky_relu
+from vita_jax.models.codec.residual import ResBlock, check_even, hold, inside_mask, leaky_relu
 from vita_jax.nn.convolution import Conv, GroupNorm
 from vita_jax.nn.layers import Dense
 
@@ -58,24 +61,30 @@ class Encoder(nn.Module):
         self.global_encoder = GlobalTokenEncoder(c, dtype=self.dtype)
         self.linear = Dense((c.global_dim,), (None, "embed"))
 
-    def __call__(self, wave: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
-        """Encodes whole utterances of one length.
+    def __call__(
+        self, wave: jax.Array, train: bool = False, lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Encodes whole utterances.
 
         Args:
           wave: (b n) samples in -1 .. 1.
           train: batch statistics in the utterance branch, see `BatchNorm`.
+          lengths: (b,) int32 real frames of each row, at least 1; n is then a multiple of the hop. None = all are real.
 
         Returns:
           latent frames (b t c), t = n // hop where n is a multiple of the hop, and the utterance's vectors (b g).
         """
-        x = self.conv_pre(wave[..., None])
+        if lengths is not None:
+            check_even(self.config)
+        mask = inside_mask(lengths, wave.shape[1], self.config.hop)
+        x = hold(self.conv_pre(hold(wave[..., None], mask)), mask)
         self.sow("intermediates", "after_conv_pre", x)
         global_vector = None
         for i in range(len(self.ups)):
-            x = self._stage(i, x)
+            x, mask = self._stage(i, x, lengths)
             if i == self.config.global_stage:
-                global_vector = self.global_encoder(x, train)
-        x = self.conv_post(nn.leaky_relu(x, LAST_SLOPE))
+                global_vector = self.global_encoder(x, train, mask)
+        x = hold(self.conv_post(nn.leaky_relu(x, LAST_SLOPE)), mask)
         if self.is_initializing():
             self.linear(global_vector)
         return x, global_vector
@@ -84,17 +93,21 @@ class Encoder(nn.Module):
         """Only the utterance's vector: (b n) -> (b g)."""
         x = self.conv_pre(wave[..., None])
         for i in range(self.config.global_stage + 1):
-            x = self._stage(i, x)
+            x, _ = self._stage(i, x, None)
         return self.global_encoder(x, train)
 
-    def _stage(self, i: int, x: jax.Array) -> jax.Array:
-        """One stage. The running sum of its blocks is normalised after each block."""
+    def _stage(self, i: int, x: jax.Array, lengths: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """One stage and the mask of its samples. The running sum of its blocks is normalised after each block."""
         x = self.ups[i](leaky_relu(x))
+        # The encoder's strides are the generator's, reversed.
+        rate = math.prod(self.config.upsample_rates[: self.config.num_stages - 1 - i])
+        mask = inside_mask(lengths, x.shape[1], rate)
+        x = hold(x, mask)
         self.sow("intermediates", f"after_ups_{i}", x)
         blocks = len(self.config.resblock_kernel_sizes)
         total = None
         for n in range(i * blocks, (i + 1) * blocks):
-            y = self.resblocks[n](x)
-            total = self.normalize[n](y if total is None else total + y)
+            y = self.resblocks[n](x, mask)
+            total = hold(self.normalize[n](y if total is None else total + y, mask), mask)
             self.sow("intermediates", f"after_normalize_{n}", total)
-        return total / blocks
+        return total / blocks, mask

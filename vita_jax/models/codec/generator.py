@@ -6,9 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vita_jax.errors import UserError
 from vita_jax.models.codec.config import CodecConfig
-from vita_jax.models.codec.residual import ResBlock, hold, leaky_relu, used_dilations
+from vita_jax.models.codec.residual import ResBlock, check_even, hold, inside_mask, leaky_relu, used_dilations
 from vita_jax.nn.convolution import Conv
 
 END_KERNEL = 7  # taps of the first and the last convolution
@@ -48,7 +47,7 @@ class Generator(nn.Module):
                 features, (END_KERNEL,), padding=padding, weight_norm=c.weight_norm, dtype=self.dtype, name=name
             )
 
-        mask = _inside(lengths, latent.shape[1], rate)
+        mask = inside_mask(lengths, latent.shape[1], rate)
         x = hold(conv(c.upsample_initial_channel, "conv_pre")(hold(latent, mask)), mask)
         self.sow("intermediates", "after_conv_pre", x)
         for i, (stride, taps) in enumerate(zip(c.upsample_rates, c.upsample_kernel_sizes, strict=True)):
@@ -63,7 +62,7 @@ class Generator(nn.Module):
                 name=f"ups_{i}",
             )(leaky_relu(x))
             rate *= stride
-            mask = _inside(lengths, x.shape[1], rate)
+            mask = inside_mask(lengths, x.shape[1], rate)
             x = hold(x, mask)
             self.sow("intermediates", f"after_ups_{i}", x)
             blocks = [self._block(i, j)(x, mask) for j in range(len(c.resblock_kernel_sizes))]
@@ -84,21 +83,6 @@ class Generator(nn.Module):
             dtype=self.dtype,
             name=f"resblocks_{stage * len(c.resblock_kernel_sizes) + j}",
         )
-
-
-def _inside(lengths: jax.Array | None, size: int, rate: int) -> jax.Array | None:
-    """(b size 1) bool: which samples of a stage belong to the rows; `rate` samples per frame."""
-    return None if lengths is None else (jnp.arange(size)[None] < lengths[:, None] * rate)[..., None]
-
-
-def check_even(config: CodecConfig) -> None:
-    """Raises UserError where a stage adds samples, so that frames and samples do not correspond."""
-    for stride, taps in zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True):
-        if (taps - stride) % 2:
-            raise UserError(
-                f"upsample kernel size {taps} with rate {stride} adds a sample to every decode, so chunks cannot be "
-                "joined; kernel size minus rate must be even"
-            )
 
 
 def context_frames(config: CodecConfig) -> int:

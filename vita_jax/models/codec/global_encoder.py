@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from vita_jax.errors import UserError
 from vita_jax.models.codec.config import CodecConfig
-from vita_jax.models.codec.residual import leaky_relu
+from vita_jax.models.codec.residual import hold, leaky_relu
 from vita_jax.nn.convolution import Conv
 from vita_jax.nn.layers import Dense
 
@@ -80,9 +80,15 @@ class GlobalTokenEncoder(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """x: (b t c) -> (b g) float32; `train` as in `BatchNorm`."""
+    def __call__(self, x: jax.Array, train: bool = False, inside: jax.Array | None = None) -> jax.Array:
+        """x: (b t c), zeros where `inside` (b t 1) is False -> (b g) float32; `train` as in `BatchNorm`.
+
+        Raises:
+          UserError: `inside` for a branch that changes the number of frames.
+        """
         _, hidden, width, taps, stride = self.config.global_feature_conv
+        if inside is not None and (stride != 1 or taps % 2 == 0):
+            raise UserError(f"padded rows need a utterance branch of stride 1 and odd taps, not {stride} and {taps}")
         for index, features in ((0, hidden), (2, hidden), (4, width)):
             conv = Conv(
                 features,
@@ -95,7 +101,7 @@ class GlobalTokenEncoder(nn.Module):
                 dtype=self.dtype,
                 name=f"conv_{index}",
             )
-            x = leaky_relu(conv(x))
-        mean = jnp.mean(x.astype(jnp.float32), axis=1)
+            x = hold(leaky_relu(conv(x)), inside)
+        mean = jnp.mean(x.astype(jnp.float32), axis=1, where=inside)
         # A single vector per utterance: float32 from here on costs nothing, and batch statistics need it.
         return BatchNorm(name="fn_2")(leaky_relu(Dense((width,), (None, "embed"), name="fn_0")(mean)), train)

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from vita_jax.errors import UserError
+from vita_jax.models.codec.codebook_training import CodebookTraining
 from vita_jax.models.codec.codec import Reconstruction
-from vita_jax.models.codec.discriminators import Judgement
+from vita_jax.models.codec.discriminators import DiscriminatorConfig, Judgement, discriminators_small
 from vita_jax.ops.spectrogram import log_mel
 
 
@@ -32,6 +34,37 @@ class CodecLossConfig:
     feature_matching: float = 2.0
     quantizer: float = 10.0
     consistency: float = 5.0
+
+
+@dataclass(frozen=True)
+class CodecTraining:
+    """How a codec is trained.
+
+    Attributes:
+      losses: weights of the codec's own terms.
+      discriminators: what it trains against; None leaves the adversarial terms out altogether.
+      adversarial_start: steps of a stage that are trained without discriminators, which then do not run at all.
+      codebooks: how the codebooks follow their inputs; None moves them by the loss, as in the original.
+    """
+
+    losses: CodecLossConfig = CodecLossConfig()
+    discriminators: DiscriminatorConfig | None = DiscriminatorConfig()
+    adversarial_start: int = 0
+    codebooks: CodebookTraining | None = None
+
+    def __post_init__(self) -> None:
+        if self.adversarial_start < 0:
+            raise UserError(f"adversarial_start {self.adversarial_start} must be at least 0")
+
+
+def codec_training_small(adversarial_start: int = 2000) -> CodecTraining:
+    """For `codec_small_16k`: a few narrow discriminators late, and codebooks that are used from the start."""
+    return CodecTraining(
+        losses=CodecLossConfig(mel=((1024, 200, 30.0), (512, 120, 10.0), (256, 60, 5.0)), quantizer=5.0),
+        discriminators=discriminators_small(),
+        adversarial_start=adversarial_start,
+        codebooks=CodebookTraining(),
+    )
 
 
 def discriminator_loss(real: Sequence[Judgement], fake: Sequence[Judgement]) -> jax.Array:
@@ -57,12 +90,18 @@ def feature_matching_loss(real: Sequence[Judgement], fake: Sequence[Judgement]) 
 
 def mel_loss(wave: jax.Array, decoded: jax.Array, sampling_rate: int, config: CodecLossConfig) -> jax.Array:
     """Weighted mean distances of the mel spectra of (b n) and (b n) samples, () float32."""
+    return sum(
+        weight * mel_distance(wave, decoded, sampling_rate, size, hop, config.num_mels)
+        for size, hop, weight in config.mel
+    )
 
-    def distance(size: int, hop: int) -> jax.Array:
-        spectra = [log_mel(x, size, hop, config.num_mels, sampling_rate) for x in (wave, decoded)]
-        return jnp.mean(jnp.abs(spectra[0] - spectra[1]))
 
-    return sum(weight * distance(size, hop) for size, hop, weight in config.mel)
+def mel_distance(
+    wave: jax.Array, decoded: jax.Array, sampling_rate: int, size: int, hop: int, num_mels: int = 80
+) -> jax.Array:
+    """Mean distance of the log-mel spectra (natural logarithm) of (b n) and (b n) samples, () float32."""
+    spectra = [log_mel(x, size, hop, num_mels, sampling_rate) for x in (wave, decoded)]
+    return jnp.mean(jnp.abs(spectra[0] - spectra[1]))
 
 
 def codec_losses(

@@ -1,6 +1,7 @@
 """The codec's vector quantiser: groups, residual layers, and the codes of the utterance (`ticodec/models.py`).
 
-Codebooks are ordinary parameters, moved by the loss; there is no moving average and no restart of dead codes.
+Codebooks are ordinary parameters, moved by the loss as in the original. What each of them was asked for is left in the
+collection "codebook_inputs", from which `codebook_training` can move them by averages instead.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from vita_jax.models.codec.config import CodecConfig
+
+INPUTS = "codebook_inputs"  # collection: codebook -> (vectors (... d), codes (...)) of the last call
 
 
 def nearest_codes(x: jax.Array, codebook: jax.Array) -> jax.Array:
@@ -71,13 +74,13 @@ class Quantizer(nn.Module):
         """latent: (b t c), global_vector: (b g) -> `Quantized`; computed in float32."""
         residual = latent.astype(jnp.float32)
         total, losses, codes = jnp.zeros_like(residual), [], []
-        for tables in self.codebooks:
-            chosen, layer_codes, loss = self._nearest(residual, tables)
+        for layer, tables in enumerate(self.codebooks):
+            chosen, layer_codes, loss = self._nearest(residual, tables, f"codebook_{layer}_")
             total, residual = total + chosen, residual - chosen
             codes.append(layer_codes)
             losses.append(loss)
         global_chosen, global_codes, global_loss = self._nearest(
-            global_vector.astype(jnp.float32), self.global_codebooks
+            global_vector.astype(jnp.float32), self.global_codebooks, "global_codebook_"
         )
         return Quantized(
             latent=total,
@@ -87,11 +90,13 @@ class Quantizer(nn.Module):
             loss=sum(losses) / len(losses) + global_loss,
         )
 
-    def _nearest(self, x: jax.Array, tables: list[jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _nearest(self, x: jax.Array, tables: list[jax.Array], name: str) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x: (... d) in one slice per table -> chosen entries (... d), codes (... tables), loss ()."""
         c = self.config
         slices = jnp.split(x, len(tables), axis=-1)
         codes = [nearest_codes(part, table) for part, table in zip(slices, tables, strict=True)]
+        for j, asked in enumerate(zip(slices, codes, strict=True)):
+            self.sow(INPUTS, f"{name}{j}", asked, reduce_fn=lambda _, new: new, init_fn=lambda: None)
         chosen = jnp.concatenate([table[index] for table, index in zip(tables, codes, strict=True)], axis=-1)
         stop = jax.lax.stop_gradient
         loss = c.codebook_weight * jnp.mean(jnp.square(chosen - stop(x)))

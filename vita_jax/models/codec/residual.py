@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vita_jax.errors import UserError
 from vita_jax.models.codec.config import CodecConfig
 from vita_jax.nn.convolution import Conv
 
@@ -25,6 +26,21 @@ def leaky_relu(x: jax.Array) -> jax.Array:
 def hold(x: jax.Array, inside: jax.Array | None) -> jax.Array:
     """(b t c) with zeros where `inside` (b t 1) is False; None leaves all as it is."""
     return x if inside is None else jnp.where(inside, x, 0)
+
+
+def inside_mask(lengths: jax.Array | None, size: int, rate: int) -> jax.Array | None:
+    """(b size 1) bool: which samples of a stage belong to the rows; `rate` samples per frame."""
+    return None if lengths is None else (jnp.arange(size)[None] < lengths[:, None] * rate)[..., None]
+
+
+def check_even(config: CodecConfig) -> None:
+    """Raises UserError where a stage adds samples, so that frames and samples do not correspond."""
+    for stride, taps in zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True):
+        if (taps - stride) % 2:
+            raise UserError(
+                f"upsample kernel size {taps} with rate {stride} adds a sample to every decode, so chunks cannot be "
+                "joined; kernel size minus rate must be even"
+            )
 
 
 class ResBlock(nn.Module):

@@ -1,0 +1,138 @@
+"""Transcripts as characters, and batches of transcribed clips."""
+
+from __future__ import annotations
+
+import json
+import wave
+
+import numpy as np
+import pytest
+
+from vita_jax.data.ctc_vocabulary import (
+    CtcVocabulary,
+    build_ctc_vocabulary,
+    load_ctc_vocabulary,
+    normalise_transcript,
+)
+from vita_jax.data.loader import SourceConfig
+from vita_jax.data.recognition import RecognitionShape, make_recognition_loader, recognition_element
+from vita_jax.data.records import RecordError
+from vita_jax.data.speech_pairs import SpokenText
+from vita_jax.errors import UserError
+from vita_jax.ops.filter_bank import log_mel
+
+VOCABULARY = build_ctc_vocabulary(["abc", "你好 a"], size=16)
+SHAPE = RecognitionShape(frames=60)
+
+
+def write(path, seconds, rate=16_000):
+    samples = np.random.default_rng(len(path.name)).integers(-3000, 3000, int(seconds * rate))
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(samples.astype("<i2").tobytes())
+    return samples.astype(np.float32) / 32768
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("How many digits are there?", "how many digits are there"),
+        ("  It's  A\ttest. ", "it's a test"),
+        ("这里写了几个数字？", "这里写了几个数字"),
+        ("你 好，世界", "你好世界"),
+        ("第２ a", "第2 a"),
+        ("...", ""),
+    ],
+)
+def test_transcripts_are_compared_without_case_and_punctuation(text, expected):
+    assert normalise_transcript(text) == expected
+    assert normalise_transcript(expected) == expected
+
+
+def test_vocabulary_goes_both_ways_and_through_a_file(tmp_path):
+    assert len(VOCABULARY) == 1 + len("abc你好 ") - 1  # the space between Chinese and Latin is dropped
+    ids = VOCABULARY.encode("CAB 你好!")
+    assert min(ids) > 0
+    assert VOCABULARY.decode([0, *ids, 99]) == "cab你好"
+    VOCABULARY.save(tmp_path / "v.json")
+    assert load_ctc_vocabulary(tmp_path / "v.json") == VOCABULARY
+
+
+def test_vocabulary_errors(tmp_path):
+    with pytest.raises(UserError, match="'xy'"):
+        VOCABULARY.encode("abxy")
+    with pytest.raises(UserError, match="at least 4"):
+        build_ctc_vocabulary(["abc"], size=3)
+    with pytest.raises(UserError, match="no characters"):
+        build_ctc_vocabulary(["?!"], size=3)
+    with pytest.raises(UserError, match="missing.json"):
+        load_ctc_vocabulary(tmp_path / "missing.json")
+    for content in ('{"a": 1}', '["ab"]', '["a", "a"]', '"ab"'):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(UserError, match="bad.json"):
+            load_ctc_vocabulary(tmp_path / "bad.json")
+
+
+def test_an_element_holds_features_and_characters(tmp_path):
+    samples = write(tmp_path / "a.wav", 0.4)
+    element = recognition_element(SpokenText("line 1", tmp_path / "a.wav", "abc"), SHAPE, VOCABULARY)
+    assert element["lengths"] == 38  # 25 ms windows every 10 ms
+    np.testing.assert_array_equal(element["features"][:38], log_mel(samples))
+    assert element["features"].shape == (60, 80)
+    assert not element["features"][38:].any()
+    assert element["target_lengths"] == 3
+    assert VOCABULARY.decode(element["targets"].tolist()) == "abc"
+    assert element["targets"].shape == (SHAPE.targets,)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text", "category"),
+    [
+        (0.4, "xyz", "unknown character"),
+        (0.4, "?", "no text"),
+        (0.4, "abc" * 9, "too long"),
+        (2.0, "abc", "too long"),
+        (0.05, "abc", "too short"),
+    ],
+)
+def test_unusable_clips_say_why(tmp_path, seconds, text, category):
+    write(tmp_path / "a.wav", seconds)
+    with pytest.raises(RecordError) as caught:
+        recognition_element(SpokenText("line 7", tmp_path / "a.wav", text), SHAPE, VOCABULARY)
+    assert caught.value.category == category
+    assert "line 7" in str(caught.value)
+
+
+def test_batches_leave_out_bad_clips_and_resume(tmp_path):
+    rows = []
+    for number in range(8):
+        write(tmp_path / f"{number}.wav", 0.3 + 0.02 * number)
+        rows.append({"audio": f"{number}.wav", "text": "ab c" if number != 5 else "ab x"})
+    (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert CtcVocabulary(("a", "b", "c")).encode("abc") == [1, 2, 3]
+    vocabulary = build_ctc_vocabulary(["a b c"], 8)
+
+    def loader():
+        options = {"batch_size": 3, "num_threads": 0, "max_bad_fraction": 0.5}
+        return make_recognition_loader([SourceConfig(str(tmp_path))], SHAPE, vocabulary, seed=1, **options)
+
+    stream = loader()
+    batches = [next(stream) for _ in range(4)]
+    state = stream.get_state()
+    expected = next(stream)
+    assert stream.counts.bad >= 1
+    assert stream.counts.reasons.keys() == {"unknown character"}
+    assert batches[0]["features"].shape == (3, 60, 80)
+    stream.close()
+    again = loader()
+    again.set_state(state)
+    got = next(again)
+    assert all(np.array_equal(got[key], expected[key]) for key in expected)
+    again.close()
+
+
+def test_clips_too_short_for_the_encoder_are_refused():
+    with pytest.raises(UserError, match="6 frames"):
+        RecognitionShape(6)

@@ -1,0 +1,140 @@
+"""The CTC objective, and what the recogniser makes of sound afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vita_jax.data.ctc_vocabulary import build_ctc_vocabulary
+from vita_jax.errors import UserError
+from vita_jax.evaluation.recognition import ErrorCounts, chunked, count_errors, edit_distance, transcribe
+from vita_jax.models.audio.tower import audio_small
+from vita_jax.models.vita import Vita, vita_small
+from vita_jax.ops.filter_bank import log_mel
+from vita_jax.training.objectives import OBJECTIVES, init_params
+from vita_jax.training.recognition_objective import (
+    FREQUENCY_MASK_BINS,
+    FREQUENCY_MASKS,
+    TIME_MASK_FRAMES,
+    TIME_MASKS,
+    ctc_objective_loss,
+    spec_augment,
+)
+
+VOCABULARY = build_ctc_vocabulary(["abcd"], size=6)
+WORDS = ("ab", "cd", "dca", "b")
+
+
+@pytest.fixture(scope="module")
+def model():
+    tower = audio_small(32, width=24, num_layers=2)
+    encoder = dataclasses.replace(tower.encoder, dynamic_chunks=True, dropout=0.0, positional_dropout=0.0)
+    small = vita_small(32, 1, 24, 64)
+    return Vita(dataclasses.replace(small, audio=dataclasses.replace(tower, encoder=encoder), ctc_vocab_size=6))
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return nn.unbox(init_params(model, OBJECTIVES["ctc"], jax.random.key(0)))
+
+
+def tones(word: str) -> np.ndarray:
+    """A word as sound: 0.24 s of its own tone per letter."""
+    time = np.arange(3840) / 16_000
+    return np.concatenate([0.3 * np.sin(2 * np.pi * 400 * 2 ** ("abcd".index(c)) * time) for c in word]).astype("f")
+
+
+def batch_of(words, targets=None):
+    clips = [log_mel(tones(word)) for word in words]
+    features = np.zeros((len(words), 80, 80), np.float32)
+    rows = np.zeros((len(words), 19), np.int32)
+    targets = [VOCABULARY.encode(word) for word in words] if targets is None else targets
+    for i, (clip, ids) in enumerate(zip(clips, targets, strict=True)):
+        features[i, : len(clip)] = clip
+        rows[i, : len(ids)] = ids
+    lengths = np.array([len(clip) for clip in clips], np.int32)
+    return {
+        "features": jnp.asarray(features),
+        "lengths": jnp.asarray(lengths),
+        "targets": jnp.asarray(rows),
+        "target_lengths": jnp.asarray([len(ids) for ids in targets], jnp.int32),
+    }
+
+
+def test_the_recogniser_learns_and_hears_whole_and_in_chunks(model, params):
+    batch = batch_of(WORDS)
+    optimizer = optax.adam(5e-3)
+    parts = {name: params[name] for name in ("audio", "ctc_head")}
+
+    @jax.jit
+    def step(parts, state, key):
+        def loss(parts):
+            sums = ctc_objective_loss(model, parts, batch, key)
+            return sums.loss / sums.count
+
+        value, grads = jax.value_and_grad(loss)(parts)
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(parts, updates), state, value
+
+    state = optimizer.init(parts)
+    losses = []
+    for number in range(150):
+        parts, state, value = step(parts, state, jax.random.key(number))
+        losses.append(float(value))
+    assert np.mean(losses[-10:]) < 0.1 * losses[0]
+    waves = [tones(word) for word in WORDS]
+    assert transcribe(model, parts, VOCABULARY, waves) == list(WORDS)
+    in_chunks = Vita(chunked(model.config, 4, 2))
+    assert transcribe(in_chunks, parts, VOCABULARY, waves) == list(WORDS)
+
+
+def test_infeasible_targets_are_counted_and_dropped(model, params):
+    key = jax.random.key(0)
+    too_long = VOCABULARY.encode("abcdabcdabcdabcdab")
+    one = ctc_objective_loss(model, params, batch_of(WORDS[:2], [VOCABULARY.encode("ab"), too_long]), key)
+    assert float(one.count) == 1.0
+    assert [float(x) for x in one.metrics["infeasible"]] == [1.0, 2.0]
+    assert np.isfinite(float(one.loss))
+    assert float(one.metrics["per_character"][1]) == 2.0
+
+
+def test_augmentation_blanks_bounded_stripes_only():
+    features = jnp.asarray(np.random.default_rng(0).normal(size=(6, 100, 80)), jnp.float32) + 5
+    lengths = jnp.asarray([100, 80, 60, 40, 20, 10])
+    got = spec_augment(features, lengths, jax.random.key(1))
+    changed = np.asarray(got != features)
+    assert changed.any()
+    for row, length in zip(changed, lengths, strict=True):
+        whole_frames, whole_bins = row[: int(length)].all(axis=1), row.all(axis=0)
+        assert whole_frames.sum() <= TIME_MASKS * min(TIME_MASK_FRAMES, int(length) // 5)
+        assert whole_bins.sum() <= FREQUENCY_MASKS * FREQUENCY_MASK_BINS
+        assert not row[: int(length)][~whole_frames][:, ~whole_bins].any()
+
+
+def test_a_model_without_recogniser_says_what_to_set(model, params):
+    deaf = Vita(vita_small(32, 1, 24, 64))
+    with pytest.raises(UserError, match="ctc_vocab_size"):
+        ctc_objective_loss(deaf, params, batch_of(WORDS), jax.random.key(0))
+    with pytest.raises(UserError, match="no speech encoder"):
+        chunked(deaf.config, 4, 2)
+    with pytest.raises(UserError, match="ctc_vocab_size"):
+        dataclasses.replace(deaf.config, ctc_vocab_size=6)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "distance"), [("kitten", "sitting", 3), ("", "abc", 3), ("abc", "abc", 0), ("ab", "ba", 2)]
+)
+def test_edit_distance(a, b, distance):
+    assert edit_distance(a, b) == edit_distance(b, a) == distance
+
+
+def test_error_counts_add_up():
+    total = count_errors("How many?", "how many") + count_errors("一个", "一 共")
+    assert total == ErrorCounts(wrong=1, characters=10, clips=2, exact=1)
+    assert total.rate == 0.1

@@ -1,0 +1,292 @@
+"""Spoken sentences and their text, for training the voice: Grain, deterministic, resumable.
+
+A manifest has one JSON object per line, {"id": ..., "audio": path, "text": ...}; paths start from its folder; the audio
+is 16-bit mono WAV at the codec's sampling rate. manifest(s) -> seeded subset -> shuffle (anew every epoch) -> repeat ->
+shard -> crops or padded pairs (threads) -> leave out bad records -> batch -> prefetch. The state of a loader is a small
+dict, as in `loader`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import wave
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from vita_jax.data.loader import (
+    BUDGET_RECORDS,
+    WAITING_PER_THREAD,
+    BadRecord,
+    GoodRecords,
+    Loader,
+    RecordCounts,
+    SourceConfig,
+)
+from vita_jax.data.records import RecordError
+from vita_jax.data.tokenizer import Tokenizer
+from vita_jax.errors import UserError
+
+PCM_SCALE = 32768.0
+MANIFEST = "manifest.jsonl"
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class SpokenText:
+    """One line of a manifest: `place` names it in messages."""
+
+    place: str
+    audio: Path
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CropShape:
+    """Crops: their rate in Hz and their length in samples."""
+
+    sampling_rate: int
+    samples: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PairShape:
+    """Padded pairs.
+
+    Attributes:
+      sampling_rate: Hz.
+      hop: samples per codec frame.
+      frames: of the longest sentence; longer ones are bad records.
+      tokens: of the longest text; longer ones are bad records.
+    """
+
+    sampling_rate: int
+    hop: int
+    frames: int
+    tokens: int
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(path: str | Path) -> list[SpokenText]:
+    """The lines of a manifest, or of the `manifest.jsonl` in a folder.
+
+    Raises:
+      UserError: it cannot be read, is empty, or a line is not an object with `audio` and `text`; names the line.
+    """
+    path = Path(path)
+    path = path / MANIFEST if path.is_dir() else path
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"speech manifest {path} cannot be read: {error}") from None
+    pairs = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            audio, text = entry["audio"], entry["text"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            audio = text = None
+        if not isinstance(audio, str) or not isinstance(text, str):
+            raise UserError(f'{path}, line {number}: expected a JSON object with "audio" and "text", both text')
+        pairs.append(SpokenText(f"{path}, line {number}", path.parent / audio, text))
+    if not pairs:
+        raise UserError(f"speech manifest {path} is empty; there is nothing to train on")
+    return pairs
+
+
+def read_wave(path: str | Path, sampling_rate: int) -> np.ndarray:
+    """Samples of a 16-bit mono WAV file: (n,) float32 in -1 .. 1.
+
+    Raises:
+      RecordError: it cannot be read, is of another form or rate, or holds no samples.
+    """
+    try:
+        with wave.open(str(path), "rb") as file:
+            form = (file.getnchannels(), file.getsampwidth(), file.getframerate())
+            data = file.readframes(file.getnframes())
+    except OSError as error:
+        raise RecordError(str(path), "", f"cannot be read: {error.strerror}", "missing media") from None
+    except (wave.Error, EOFError) as error:
+        raise RecordError(str(path), "", f"is no PCM WAV file: {error}", "damaged media") from None
+    if form != (1, 2, sampling_rate):
+        raise RecordError(
+            str(path),
+            "",
+            f"has {form[0]} channels, {8 * form[1]} bits, {form[2]} Hz; expected mono, 16 bits, {sampling_rate} Hz",
+            "audio form",
+        )
+    samples = np.frombuffer(data[: len(data) // 2 * 2], "<i2").astype(np.float32) / PCM_SCALE
+    if not len(samples):
+        raise RecordError(str(path), "", "has no samples", "damaged media")
+    return samples
+
+
+class PairSource:
+    """Random access to the pairs of several manifests, of each a seeded share."""
+
+    def __init__(self, sources: Sequence[SourceConfig], seed: int) -> None:
+        if not sources:
+            raise UserError("there must be at least one speech source")
+        self._pairs: list[SpokenText] = []
+        for number, source in enumerate(sources):
+            if source.weight is not None:
+                raise UserError(f"source {source.path}: speech sources have no weight; leave it out, or use ratio")
+            pairs = read_manifest(source.path)
+            count = max(1, int(len(pairs) * source.ratio))
+            order = np.random.default_rng([seed, number]).permutation(len(pairs))
+            self._pairs += [pairs[i] for i in np.sort(order[:count])]
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> SpokenText:
+        return self._pairs[index]
+
+    def __repr__(self) -> str:
+        return f"PairSource({len(self)} pairs)"
+
+
+# ---- elements -------------------------------------------------------------------------------------------------------
+
+
+def crop(samples: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A random piece of (n,) samples, (size,); a shorter wave is followed by zeros."""
+    start = int(rng.integers(max(0, len(samples) - size) + 1))
+    piece = samples[start : start + size]
+    return np.pad(piece, (0, size - len(piece)))
+
+
+def crops_of(pair: SpokenText, shape: CropShape, rng: np.random.Generator) -> Arrays:
+    """Two independent crops of one utterance: `waves`, `other_waves` (n,) float32. Raises RecordError."""
+    samples = read_wave(pair.audio, shape.sampling_rate)
+    return {"waves": crop(samples, shape.samples, rng), "other_waves": crop(samples, shape.samples, rng)}
+
+
+def padded_pair(pair: SpokenText, shape: PairShape, tokenizer: Tokenizer) -> Arrays:
+    """`text_tokens` (s,) int32, `text_lengths` (), `waves` (n,) float32, `frames` (); a begun frame counts as one.
+
+    Raises:
+      RecordError: no or too much text, unreadable or too long audio.
+    """
+    ids = tokenizer.encode(pair.text, allow_special=False, add_bos=False)
+    if not ids:
+        raise RecordError(pair.place, "text", "is empty", "no text")
+    if len(ids) > shape.tokens:
+        raise RecordError(pair.place, "text", f"has {len(ids)} tokens, more than {shape.tokens}", "too long")
+    samples = read_wave(pair.audio, shape.sampling_rate)
+    frames = -(-len(samples) // shape.hop)
+    if frames > shape.frames:
+        raise RecordError(pair.place, "audio", f"has {frames} codec frames, more than {shape.frames}", "too long")
+    return {
+        "text_tokens": np.pad(np.asarray(ids, np.int32), (0, shape.tokens - len(ids))),
+        "text_lengths": np.int32(len(ids)),
+        "waves": np.pad(samples, (0, shape.frames * shape.hop - len(samples))),
+        "frames": np.int32(frames),
+    }
+
+
+# ---- loaders --------------------------------------------------------------------------------------------------------
+
+
+def make_crop_loader(sources: Sequence[SourceConfig], shape: CropShape, *, seed: int, **options: Any) -> Loader:
+    """Batches for the codec: `waves`, `other_waves` (b n) float32, new crops in every epoch.
+
+    Args:
+      sources: paths of manifests; `ratio` is honoured, `weight` is not offered.
+      shape: of the crops.
+      seed: of subset, order and crops.
+      options: see `make_element_loader`.
+
+    Raises:
+      UserError: a value out of range or a manifest that does not fit; from the iterator: too many bad records.
+    """
+    if shape.samples < 1:
+        raise UserError(f"crops of {shape.samples} samples: there must be at least 1")
+
+    def build(pair: SpokenText, rng: np.random.Generator) -> Arrays:
+        return crops_of(pair, shape, rng)
+
+    return make_element_loader(sources, build, seed=seed, **options)
+
+
+def make_pair_loader(
+    sources: Sequence[SourceConfig], shape: PairShape, tokenizer: Tokenizer, *, seed: int, **options: Any
+) -> Loader:
+    """Batches for the speech decoders: `text_tokens` (b s), `text_lengths` (b,), `waves` (b n), `frames` (b,).
+
+    Args:
+      sources, seed, options: as in `make_crop_loader`.
+      shape: what everything is padded to; longer pairs are bad records.
+      tokenizer: of the language model.
+
+    Raises:
+      UserError: as `make_crop_loader`.
+    """
+    if min(shape.frames, shape.tokens) < 1:
+        raise UserError(f"pairs of {shape.frames} frames and {shape.tokens} tokens: both must be at least 1")
+
+    def build(pair: SpokenText, rng: np.random.Generator) -> Arrays:
+        return padded_pair(pair, shape, tokenizer)
+
+    return make_element_loader(sources, build, seed=seed, **options)
+
+
+def make_element_loader(
+    sources: Sequence[SourceConfig],
+    build: Callable[[SpokenText, np.random.Generator], Arrays],
+    *,
+    batch_size: int,
+    seed: int,
+    num_threads: int = 1,
+    num_epochs: int | None = None,
+    shuffle: bool = True,
+    max_bad_fraction: float = 0.01,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    prefetch_batches: int = 2,
+) -> Loader:
+    """The stream of batches.
+
+    Args:
+      batch_size: b, of this shard.
+      num_threads: that read; 0 = none of their own. The result does not depend on it.
+      num_epochs: None = forever.
+      max_bad_fraction: of the records, at least `BUDGET_RECORDS` of them or one epoch.
+      shard_index, shard_count: this host's part of the pairs.
+      prefetch_batches: finished batches held ready by a background thread; 0 = none.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+    pairs = PairSource(sources, seed)
+    if len(pairs) < shard_count:
+        raise UserError(f"{len(pairs)} pairs cannot be shared by {shard_count} hosts")
+    # Independent numbers: Grain adds the epoch to the seed, so neighbouring seeds would share shuffles.
+    order_seed, crop_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
+    stream = grain.MapDataset.source(pairs)
+    stream = stream.shuffle(seed=order_seed) if shuffle else stream
+    stream = stream.repeat(num_epochs)
+    stream = stream[shard_index::shard_count] if shard_count > 1 else stream
+
+    def element(pair: SpokenText, rng: np.random.Generator) -> Mapping[str, np.ndarray] | BadRecord:
+        try:
+            return build(pair, rng)
+        except RecordError as error:
+            return BadRecord(str(error), error.category)
+
+    threads = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads * WAITING_PER_THREAD)
+    elements = stream.random_map(element, seed=crop_seed).to_iter_dataset(threads)
+    counts = RecordCounts()
+    budget = min(BUDGET_RECORDS, max(len(pairs) // shard_count, 1))
+    batches = GoodRecords(elements, counts, max_bad_fraction, budget).batch(batch_size, drop_remainder=True)
+    if prefetch_batches:
+        batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch_batches)
+    return Loader(batches, counts)

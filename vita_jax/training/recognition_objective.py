@@ -1,0 +1,128 @@
+"""What the speech encoder is trained on in stage 2.1a: transcripts, by connectionist temporal classification.
+
+VITA-1.5 (arXiv 2501.01957, section 3.3.2) trains its encoder so before it meets the language model; its code has no CTC
+training, so conventions are those of WeNet, which the encoder descends from. Chunks are drawn anew in every step when
+the encoder's config says so (`dynamic_chunks`), after which full and streamed recognition both work. Stretches of time
+and bands of frequency are blanked out (SpecAugment, arXiv 1904.08779, without warping).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vita_jax.errors import UserError
+from vita_jax.models.audio.ctc_head import CtcHead
+from vita_jax.models.audio.encoder import AudioEncoder
+from vita_jax.models.vita import Vita
+from vita_jax.ops.ctc import ctc_feasible, ctc_loss
+from vita_jax.ops.masks import padding_mask
+from vita_jax.training.objective import Batch, LossSums, Objective, Params
+
+# SpecAugment: how many stripes, and how wide they are at most.
+TIME_MASKS, TIME_MASK_FRAMES = 2, 20
+FREQUENCY_MASKS, FREQUENCY_MASK_BINS = 2, 12
+
+CTC_KEYS = ("features", "lengths", "targets", "target_lengths")
+
+
+def spec_augment(features: jax.Array, lengths: jax.Array, key: jax.Array) -> jax.Array:
+    """Blanks out stripes of a clip, with the clip's own mean.
+
+    Args:
+      features: (b f m) log-mel features.
+      lengths: (b,) int frames of each clip.
+      key: draws the stripes, others for every clip.
+
+    Returns:
+      (b f m).
+    """
+    b, f, m = features.shape
+    real = padding_mask(lengths, f)[..., None]
+    mean = jnp.sum(jnp.where(real, features, 0.0), axis=(1, 2), keepdims=True) / (jnp.maximum(lengths, 1) * m).reshape(
+        b, 1, 1
+    )
+    time_key, frequency_key = jax.random.split(key)
+    in_time = _stripes(time_key, b, lengths, f, TIME_MASKS, TIME_MASK_FRAMES)
+    in_frequency = _stripes(frequency_key, b, jnp.full((b,), m), m, FREQUENCY_MASKS, FREQUENCY_MASK_BINS)
+    return jnp.where(in_time[:, :, None] | in_frequency[:, None, :], mean, features)
+
+
+def _stripes(key: jax.Array, rows: int, lengths: jax.Array, size: int, count: int, widest: int) -> jax.Array:
+    """(rows size) bool, True within one of `count` stripes per row, each 0 .. widest wide and a fifth at most."""
+    width_key, start_key = jax.random.split(key)
+    widest_here = jnp.minimum(widest, lengths // 5)[:, None]
+    width = jnp.floor(jax.random.uniform(width_key, (rows, count)) * (widest_here + 1))
+    start = jnp.floor(jax.random.uniform(start_key, (rows, count)) * (lengths[:, None] - width + 1))
+    place = jnp.arange(size)[None, None]
+    return jnp.any((place >= start[..., None]) & (place < (start + width)[..., None]), axis=1)
+
+
+def recognition_logits(
+    model: Vita, params: Params, features: jax.Array, lengths: jax.Array, key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Scores of the characters, 25 a second.
+
+    Args:
+      model: the composition; only its speech encoder and CTC head run.
+      params: nested parameters.
+      features: (b f m) log-mel features; lengths: (b,) int frames.
+      key: of dropout and chunks, in training; None runs the encoder as its config says.
+
+    Returns:
+      logits (b s v) float32, and (b,) int32 how many of the s are real.
+
+    Raises:
+      UserError: the model has no audio tower or no CTC head.
+    """
+    if model.config.audio is None or not model.config.ctc_vocab_size:
+        raise UserError("recognition needs a speech encoder with a CTC head; set the model's audio and ctc_vocab_size")
+    hidden, valid = AudioEncoder(model.config.audio.encoder, dtype=model.dtype).apply(
+        {"params": params["audio"]["encoder"]},
+        features,
+        lengths,
+        deterministic=key is None,
+        rngs=None if key is None else {"dropout": key},
+    )
+    logits = CtcHead(model.config.ctc_vocab_size, dtype=model.dtype).apply({"params": params["ctc_head"]}, hidden)
+    return logits, jnp.sum(valid, axis=1, dtype=jnp.int32)
+
+
+def ctc_objective_loss(model: Vita, params: Params, batch: Batch, key: jax.Array) -> LossSums:
+    """CTC loss of the clips whose transcript fits.
+
+    Args:
+      model: the composition; only its speech encoder and CTC head run.
+      params: nested parameters.
+      batch: `features` (b f m), `lengths` (b), `targets` (b u) int32, `target_lengths` (b).
+      key: of dropout, chunks and blanked stripes.
+
+    Returns:
+      Sums over clips. Metrics: `per_character`, loss per character; `infeasible`, share of the clips whose transcript
+      is longer than what the encoder hears; they are left out.
+    """
+    augment_key, encoder_key = jax.random.split(key)
+    features = spec_augment(batch["features"], batch["lengths"], augment_key)
+    logits, frames = recognition_logits(model, params, features, batch["lengths"], encoder_key)
+    feasible = ctc_feasible(frames, batch["targets"], batch["target_lengths"])
+    losses = ctc_loss(logits, frames, batch["targets"], batch["target_lengths"])
+    total, count = jnp.sum(losses), jnp.sum(feasible, dtype=jnp.float32)
+    characters = jnp.sum(jnp.where(feasible, batch["target_lengths"], 0), dtype=jnp.float32)
+    left_out = (len(losses) - count, jnp.float32(len(losses)))
+    return LossSums(total, count, {"per_character": (total, characters), "infeasible": left_out})
+
+
+def _no_extra_params(model: Vita, key: jax.Array) -> dict[str, Any]:
+    return {}
+
+
+def _encoder_frames(batch: Mapping[str, np.ndarray]) -> int:
+    """Frames of 40 ms."""
+    return int(np.sum(batch["lengths"])) // 4
+
+
+CTC = Objective(ctc_objective_loss, _no_extra_params, (), CTC_KEYS, _encoder_frames)

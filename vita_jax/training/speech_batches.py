@@ -1,0 +1,53 @@
+"""Batches of the stages that train on speech alone: the recogniser and the voice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+
+from vita_jax.data.ctc_vocabulary import load_ctc_vocabulary
+from vita_jax.data.loader import Loader, SourceConfig
+from vita_jax.data.recognition import RecognitionShape, make_recognition_loader
+from vita_jax.data.speech_pairs import CropShape, PairShape, make_crop_loader, make_pair_loader
+from vita_jax.data.tokenizer import Tokenizer
+from vita_jax.errors import UserError
+from vita_jax.training.experiment import CTC_VOCABULARY, ExperimentConfig, data_folder
+from vita_jax.training.speech_objectives import SPEECH_OBJECTIVES
+from vita_jax.training.stages import Stage
+
+SPEECH_BATCHES = ("ctc", *SPEECH_OBJECTIVES)  # objectives that read manifests and not packed records
+
+
+def speech_batches(
+    config: ExperimentConfig, stage: Stage, sources: Sequence[SourceConfig], tokenizer: Tokenizer
+) -> Loader:
+    """Transcribed clips for the objective `ctc`, crops for `codec`, sentences with text for `speech_decoder`: this
+    process's part of them.
+
+    Args:
+      config, stage: the run and its stage.
+      sources: with the full paths of their manifests.
+      tokenizer: of the language model.
+
+    Raises:
+      UserError: the model has no codec, or a manifest does not fit.
+    """
+    options = {
+        "batch_size": stage.batch_size // jax.process_count(),
+        "seed": config.seed + config.stages.index(stage),
+        "num_threads": config.data.num_threads,
+        "max_bad_fraction": config.data.max_bad_fraction,
+        "shard_index": jax.process_index(),
+        "shard_count": jax.process_count(),
+    }
+    if stage.objective == "ctc":
+        vocabulary = load_ctc_vocabulary(data_folder(config) / CTC_VOCABULARY)
+        return make_recognition_loader(sources, RecognitionShape(stage.row_length), vocabulary, **options)
+    codec = config.model.codec
+    if codec is None:
+        raise UserError(f"stages.{stage.name}: objective {stage.objective!r} needs a codec; set `model.codec`")
+    if stage.objective == "codec":
+        return make_crop_loader(sources, CropShape(codec.sampling_rate, stage.codec_frames * codec.hop), **options)
+    shape = PairShape(codec.sampling_rate, codec.hop, stage.codec_frames, stage.row_length)
+    return make_pair_loader(sources, shape, tokenizer, **options)

@@ -1,0 +1,140 @@
+"""Spoken pairs: crops and padding, order, resuming, bad records."""
+
+from __future__ import annotations
+
+import json
+import wave
+
+import numpy as np
+import pytest
+
+from vita_jax.data.loader import SourceConfig
+from vita_jax.data.records import RecordError
+from vita_jax.data.speech_pairs import (
+    CropShape,
+    PairShape,
+    crop,
+    make_crop_loader,
+    make_pair_loader,
+    read_manifest,
+    read_wave,
+)
+from vita_jax.errors import UserError
+
+RATE, HOP = 800, 10
+SHAPE = PairShape(RATE, HOP, frames=12, tokens=6)
+
+
+class Letters:
+    """One id per letter."""
+
+    def encode(self, text: str, *, allow_special: bool = True, add_bos: bool = True) -> list[int]:
+        return [ord(letter) - ord("a") + 1 for letter in text]
+
+
+def write(path, samples, rate=RATE):
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(np.asarray(samples, "<i2").tobytes())
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Ten utterances of 21 .. 111 samples; sample values name the utterance."""
+    rows = []
+    for number in range(10):
+        write(tmp_path / f"{number}.wav", np.arange(21 + 10 * number) + 1000 * number)
+        rows.append({"id": str(number), "audio": f"{number}.wav", "text": "abcdef"[: 1 + number % 6]})
+    (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    return SourceConfig(str(tmp_path))
+
+
+def crop_loader(source, seed=3, **options):
+    return make_crop_loader([source], CropShape(RATE, 30), seed=seed, **{"batch_size": 2, "num_threads": 0, **options})
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_crops_are_two_pieces_of_one_utterance(source):
+    for batch in [next(crop_loader(source)) for _ in range(3)]:
+        assert batch["waves"].shape == batch["other_waves"].shape == (2, 30) and batch["waves"].dtype == np.float32
+        for one, other in zip(batch["waves"], batch["other_waves"], strict=True):
+            values = np.round(one[:20] * 32768).astype(int)
+            assert np.all(np.diff(values) == 1)
+            assert values[0] // 1000 == round(other[0] * 32768) // 1000
+
+
+def test_short_waves_are_followed_by_zeros():
+    rng = np.random.default_rng(0)
+    np.testing.assert_array_equal(crop(np.ones(3), 5, rng), [1, 1, 1, 0, 0])
+    starts = {int(crop(np.arange(8), 5, rng)[0]) for _ in range(100)}
+    assert starts == {0, 1, 2, 3}
+
+
+def test_order_is_that_of_the_seed_and_resumes(source):
+    whole = crop_loader(source, num_threads=2)
+    batches = [next(whole) for _ in range(12)]
+    interrupted = crop_loader(source)
+    assert all(same(next(interrupted), batch) for batch in batches[:4])
+    state = json.loads(json.dumps(interrupted.get_state()))
+    resumed = crop_loader(source, prefetch_batches=0)
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        resumed.set_state({})
+    resumed = crop_loader(source)
+    resumed.set_state(state)
+    assert all(same(next(resumed), batch) for batch in batches[4:])
+    assert not same(next(crop_loader(source, seed=4)), batches[0])
+    # The second epoch takes other crops.
+    assert not any(same(a, b) for a in batches[:5] for b in batches[5:10])
+    for loader in (whole, interrupted, resumed):
+        loader.close()
+
+
+def test_pairs_are_padded(source):
+    loader = make_pair_loader([source], SHAPE, Letters(), seed=0, batch_size=5, num_threads=0, shuffle=False)
+    batch = next(loader)
+    assert batch["text_tokens"].shape == (5, 6) and batch["waves"].shape == (5, 120)
+    np.testing.assert_array_equal(batch["text_lengths"], [1, 2, 3, 4, 5])
+    np.testing.assert_array_equal(batch["frames"], [3, 4, 5, 6, 7])
+    np.testing.assert_array_equal(batch["text_tokens"][2], [1, 2, 3, 0, 0, 0])
+    assert np.all(batch["waves"][0, 21:] == 0) and batch["waves"][0, 20] != 0
+    loader.close()
+
+
+def test_bad_records_are_counted_and_too_many_stop(source, tmp_path):
+    write(tmp_path / "0.wav", [1, 2, 3], rate=44100)
+    (tmp_path / "1.wav").write_bytes(b"RIFF")
+    (tmp_path / "2.wav").unlink()
+    shape = PairShape(RATE, HOP, frames=11, tokens=6)
+    options = {"seed": 0, "batch_size": 6, "num_threads": 0, "prefetch_batches": 0}
+    loader = make_pair_loader([source], shape, Letters(), max_bad_fraction=0.5, **options)
+    next(loader)
+    counts = loader.counts
+    assert counts.bad == 4
+    assert counts.reasons == {"audio form": 1, "damaged media": 1, "missing media": 1, "too long": 1}
+    strict = make_pair_loader([source], shape, Letters(), max_bad_fraction=0.1, **options)
+    with pytest.raises(UserError, match="records cannot be used"):
+        next(strict)
+
+
+def test_errors_name_the_place(source, tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        read_manifest(tmp_path / "no.jsonl")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"audio": "a.wav", "text": "a"}\n{"audio": 3}\n')
+    with pytest.raises(UserError, match="line 2"):
+        read_manifest(bad)
+    bad.write_text("\n")
+    with pytest.raises(UserError, match="is empty"):
+        read_manifest(bad)
+    with pytest.raises(UserError, match="have no weight"):
+        crop_loader(SourceConfig(source.path, weight=1.0))
+    with pytest.raises(UserError, match="cannot be shared"):
+        crop_loader(SourceConfig(source.path, ratio=0.2), shard_index=0, shard_count=3)
+    write(tmp_path / "none.wav", [])
+    with pytest.raises(RecordError, match="has no samples"):
+        read_wave(tmp_path / "none.wav", RATE)

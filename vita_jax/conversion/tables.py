@@ -2,9 +2,9 @@
 
 A `Rule` says how one torch tensor becomes one leaf of the parameter tree: reshape to `split`, transpose by `permute`,
 reshape to `shape`. Nothing else can be said, so every rule inverts. A torch name with `{i}` stands for one tensor per
-layer, one with `{e}` for one per expert; they are stacked on leading axes of the leaf. Tensors are fetched one at a time (`tensors` may be a
-lazy mapping, see `torch_files.py`) and leaves are yielded one at a time, so a large model never needs a second copy
-of itself.
+layer, one with `{e}` for one per expert; they are stacked on leading axes of the leaf. Tensors are fetched one at a
+time (`tensors` may be a lazy mapping, see `torch_files.py`) and leaves are yielded one at a time, so a large model
+never needs a second copy of itself.
 """
 
 from __future__ import annotations

@@ -20,15 +20,16 @@ DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16, np.int8]
 def rules(draw: st.DrawFn) -> tables.Rule:
     split = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=4)))
     flat = (math.prod(split),)
-    layers = draw(st.sampled_from([None, 1, 3]))
+    layers, experts = draw(st.sampled_from([None, 1, 3])), draw(st.sampled_from([None, 2]))
     return tables.Rule(
-        "layer.{i}.w" if layers else "w",
+        ("layer.{i}." if layers else "") + ("experts.{e}." if experts else "") + "w",
         "layers/w",
         torch_shape=draw(st.sampled_from([split, flat])),
         split=split,
         permute=draw(st.sampled_from([None, tuple(draw(st.permutations(range(len(split)))))])),
         shape=draw(st.sampled_from([None, flat])),
         layers=layers,
+        experts=experts,
     )
 
 
@@ -41,7 +42,7 @@ def test_round_trip_is_bit_exact(rule: tables.Rule, dtype: type, seed: int) -> N
     table = tables.Table((rule,))
     params = tables.import_params(table, tensors, prefix="model.")
     leaf = params["layers"]["w"]
-    assert leaf.shape == (rule.param_shape if rule.layers is None else (rule.layers, *rule.param_shape))
+    assert leaf.shape == (*rule.stack, *rule.param_shape)
     back = tables.export_params(table, params, prefix="model.")
     assert list(back) == list(tensors)
     for name, tensor in tensors.items():
@@ -55,6 +56,14 @@ def test_linear_puts_inputs_first_and_splits_heads() -> None:
     params = tables.import_params(table, {"q.weight": weight, "q.bias": np.arange(6, dtype=np.float32)})
     np.testing.assert_array_equal(params["q"]["kernel"], weight.T.reshape(4, 2, 3))
     assert params["q"]["bias"].shape == (2, 3)
+
+
+def test_experts_are_stacked_behind_layers() -> None:
+    table = tables.Table(tables.linear("l.{i}.experts.{e}.w", "w", (2,), (3,), bias=False, layers=2, experts=4))
+    tensors = {f"l.{i}.experts.{e}.w.weight": np.full((3, 2), 10 * i + e) for i in range(2) for e in range(4)}
+    kernel = tables.import_params(table, tensors)["w"]["kernel"]
+    assert kernel.shape == (2, 4, 2, 3)
+    np.testing.assert_array_equal(kernel[:, :, 0, 0], [[0, 1, 2, 3], [10, 11, 12, 13]])
 
 
 def test_prefixed_tables_join() -> None:

@@ -2,9 +2,9 @@
 
 A `Rule` says how one torch tensor becomes one leaf of the parameter tree: reshape to `split`, transpose by `permute`,
 reshape to `shape`. Nothing else can be said, so every rule inverts. A torch name with `{i}` stands for one tensor per
-layer; the layers are stacked on a leading axis of the leaf. Tensors are fetched one at a time (`tensors` may be a
-lazy mapping, see `torch_files.py`) and leaves are yielded one at a time, so a large model never needs a second copy
-of itself.
+layer, one with `{e}` for one per expert; they are stacked on leading axes of the leaf. Tensors are fetched one at a
+time (`tensors` may be a lazy mapping, see `torch_files.py`) and leaves are yielded one at a time, so a large model
+never needs a second copy of itself.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ import numpy as np
 from vita_jax.errors import UserError
 
 LAYER = "{i}"
+EXPERT = "{e}"
 MAX_NAMES_IN_MESSAGE = 8
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How one torch tensor, or one per layer, maps to one parameter.
+    """How one torch tensor, or one per layer and expert, maps to one parameter.
 
     Attributes:
-      torch: name in the checkpoint; `{i}` is the layer index.
+      torch: name in the checkpoint; `{i}` is the layer index, `{e}` the index of the expert.
       path: path in the parameter tree, parts joined by "/".
       torch_shape: shape of the torch tensor.
       split: shape it is viewed as before the transposition; default `torch_shape`.
       permute: axes of the transposition; default none.
-      shape: shape of the parameter, without the layer axis; default the transposed `split`.
+      shape: shape of the parameter, without the stacked axes; default the transposed `split`.
       layers: number of stacked layers; None where `torch` has no `{i}`.
+      experts: number of stacked experts; None where `torch` has no `{e}`.
     """
 
     torch: str
@@ -44,10 +46,12 @@ class Rule:
     permute: tuple[int, ...] | None = None
     shape: tuple[int, ...] | None = None
     layers: int | None = None
+    experts: int | None = None
 
     def __post_init__(self) -> None:
-        if (LAYER in self.torch) != (self.layers is not None):
-            raise ValueError(f"rule {self.torch!r}: `layers` goes together with {LAYER} in the name")
+        for field, mark in (("layers", LAYER), ("experts", EXPERT)):
+            if (mark in self.torch) != (getattr(self, field) is not None):
+                raise ValueError(f"rule {self.torch!r}: `{field}` goes together with {mark} in the name")
         sizes = {math.prod(s) for s in (self.torch_shape, self.split, self.shape) if s is not None}
         if len(sizes) != 1:
             shapes = f"{self.torch_shape}, {self.split}, {self.shape}"
@@ -55,10 +59,14 @@ class Rule:
 
     @property
     def names(self) -> list[str]:
-        """Torch names, one per layer."""
-        if self.layers is None:
-            return [self.torch]
-        return [self.torch.replace(LAYER, str(i)) for i in range(self.layers)]
+        """Torch names, in the order of the stacked axes."""
+        layers, experts = (range(1 if number is None else number) for number in (self.layers, self.experts))
+        return [self.torch.replace(LAYER, str(i)).replace(EXPERT, str(e)) for i in layers for e in experts]
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Leading axes of the parameter: (), (l) or (l e)."""
+        return tuple(number for number in (self.layers, self.experts) if number is not None)
 
     @property
     def _split(self) -> tuple[int, ...]:
@@ -70,11 +78,11 @@ class Rule:
 
     @property
     def param_shape(self) -> tuple[int, ...]:
-        """Shape of the parameter, without the layer axis."""
+        """Shape of the parameter, without the stacked axes."""
         return tuple(self._split[axis] for axis in self._permute) if self.shape is None else self.shape
 
     def to_param(self, name: str, tensor: np.ndarray) -> np.ndarray:
-        """Torch layout -> parameter layout, of one layer."""
+        """Torch layout -> parameter layout, of one tensor."""
         if tensor.shape != self.torch_shape:
             raise UserError(
                 f"tensor {name}: shape {tensor.shape}, expected {self.torch_shape}; the checkpoint is of another size"
@@ -82,7 +90,7 @@ class Rule:
         return tensor.reshape(self._split).transpose(self._permute).reshape(self.param_shape)
 
     def to_torch(self, param: np.ndarray) -> np.ndarray:
-        """Parameter layout -> torch layout, of one layer."""
+        """Parameter layout -> torch layout, of one tensor."""
         transposed = param.reshape(tuple(self._split[axis] for axis in self._permute))
         return np.ascontiguousarray(transposed.transpose(np.argsort(self._permute))).reshape(self.torch_shape)
 
@@ -121,6 +129,7 @@ def linear(
     *,
     bias: bool = True,
     layers: int | None = None,
+    experts: int | None = None,
 ) -> tuple[Rule, ...]:
     """`torch.nn.Linear` (weight (out, in), bias (out)) -> `kernel (*inputs *outputs)`, `bias (*outputs)`."""
     first_input = len(outputs)
@@ -131,10 +140,12 @@ def linear(
         split=(*outputs, *inputs),
         permute=(*range(first_input, first_input + len(inputs)), *range(first_input)),
         layers=layers,
+        experts=experts,
     )
     if not bias:
         return (kernel,)
-    return (kernel, copy(f"{torch}.bias", f"{path}/bias", outputs, (math.prod(outputs),), layers=layers))
+    flat = (math.prod(outputs),)
+    return (kernel, copy(f"{torch}.bias", f"{path}/bias", outputs, flat, layers=layers, experts=experts))
 
 
 def conv2d(torch: str, path: str, shape: tuple[int, int, int, int], *, bias: bool = True) -> tuple[Rule, ...]:
@@ -168,15 +179,16 @@ def copy(
     torch_shape: tuple[int, ...] | None = None,
     *,
     layers: int | None = None,
+    experts: int | None = None,
 ) -> Rule:
     """The tensor as it is; `shape` is the parameter's where it differs from torch's."""
     if torch_shape is None:
-        return Rule(torch, path, shape, layers=layers)
-    return Rule(torch, path, torch_shape, shape=shape, layers=layers)
+        return Rule(torch, path, shape, layers=layers, experts=experts)
+    return Rule(torch, path, torch_shape, shape=shape, layers=layers, experts=experts)
 
 
 def iter_import(table: Table, tensors: Mapping[str, np.ndarray], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (path, parameter), fetching one tensor at a time; stacked layers have a leading axis (l ...).
+    """Yields (path, parameter), fetching one tensor at a time; stacked ones have leading axes (l ...) or (l e ...).
 
     Args:
       table: the rules.
@@ -197,17 +209,17 @@ def iter_import(table: Table, tensors: Mapping[str, np.ndarray], prefix: str = "
     _raise_unmatched(missing, unused, "tensors")
     for rule in table.rules:
         names = [prefix + name for name in rule.names]
-        if rule.layers is None:
+        if not rule.stack:
             yield rule.path, np.ascontiguousarray(rule.to_param(names[0], tensors[names[0]]))
             continue
         stacked: np.ndarray | None = None
-        for i, name in enumerate(names):
+        for index, name in zip(np.ndindex(rule.stack), names, strict=True):
             tensor = tensors[name]
             if stacked is None:
-                stacked = np.empty((rule.layers, *rule.param_shape), tensor.dtype)
+                stacked = np.empty((*rule.stack, *rule.param_shape), tensor.dtype)
             if tensor.dtype != stacked.dtype:
                 raise UserError(f"tensor {name}: dtype {tensor.dtype}, but layer 0 has {stacked.dtype}")
-            stacked[i] = rule.to_param(name, tensor)
+            stacked[index] = rule.to_param(name, tensor)
         if stacked is not None:
             yield rule.path, stacked
 
@@ -233,11 +245,11 @@ def iter_export(table: Table, params: Mapping[str, Any], prefix: str = "") -> It
     _raise_unmatched(sorted(paths - set(leaves)), sorted(set(leaves) - paths), "parameters")
     for rule in table.rules:
         leaf = leaves[rule.path]
-        want = rule.param_shape if rule.layers is None else (rule.layers, *rule.param_shape)
+        want = (*rule.stack, *rule.param_shape)
         if tuple(leaf.shape) != want:
             raise UserError(f"parameter {rule.path}: shape {tuple(leaf.shape)}, expected {want}")
-        for i, name in enumerate(rule.names):
-            yield prefix + name, rule.to_torch(np.asarray(leaf if rule.layers is None else leaf[i]))
+        for index, name in zip(np.ndindex(rule.stack), rule.names, strict=True):
+            yield prefix + name, rule.to_torch(np.asarray(leaf[index] if rule.stack else leaf))
 
 
 def export_params(table: Table, params: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:

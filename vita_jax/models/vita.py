@@ -1,4 +1,5 @@
-"""VITA: vision, audio and language model joined by one gather (VITA-1.5, arXiv 2501.01957; `vita_arch.py`).
+"""VITA: vision, audio and language model joined by one gather (VITA-1.5, arXiv 2501.01957; VITA-1.0, arXiv 2408.05211;
+`vita_arch.py`).
 
 The data side (`vita_jax.data.splice`) has already expanded every placeholder to its exact number of positions and given
 each of them an index into the row's table of features. So the composition is
@@ -24,12 +25,12 @@ from flax import struct
 from vita_jax.errors import UserError
 from vita_jax.models.audio.ctc_head import CtcHead
 from vita_jax.models.audio.encoder import MIN_FRAMES
-from vita_jax.models.audio.tower import AudioFeatures, AudioTower, AudioTowerConfig, audio_vita_1_5
+from vita_jax.models.audio.tower import AudioFeatures, AudioTower, AudioTowerConfig, audio_vita_1_0, audio_vita_1_5
 from vita_jax.models.codec.codec import Codec
 from vita_jax.models.codec.config import CodecConfig
 from vita_jax.models.codec.losses import CodecTraining
 from vita_jax.models.connectors.projectors import Projector, ProjectorConfig
-from vita_jax.models.language.decoder import Decoder, DecoderConfig, qwen2_7b
+from vita_jax.models.language.decoder import Decoder, DecoderConfig, mixtral_8x7b, qwen2_7b
 from vita_jax.models.speech.config import SpeechDecoderConfig
 from vita_jax.models.speech.speech_decoder import SpeechBatch, SpeechDecoder
 from vita_jax.models.vision.frame_pooling import pool_tokens
@@ -111,6 +112,16 @@ def vita_1_5() -> VitaConfig:
     vision, language = internvit_300m_448px(), qwen2_7b()
     projector = ProjectorConfig("mlp2x_gelu", input_size=vision.output_size, output_size=language.hidden_size)
     return VitaConfig(vision, projector, language, audio=audio_vita_1_5())
+
+
+VITA_1_0_VOCABULARY = 51760
+
+
+def vita_1_0() -> VitaConfig:
+    """VITA-1.0 at full size: the parts of VITA-1.5 around Mixtral-8x7B with the vocabulary enlarged for Chinese."""
+    vision, language = internvit_300m_448px(), mixtral_8x7b(VITA_1_0_VOCABULARY)
+    projector = ProjectorConfig("mlp2x_gelu", input_size=vision.output_size, output_size=language.hidden_size)
+    return VitaConfig(vision, projector, language, audio=audio_vita_1_0())
 
 
 def vita_small(width: int = 192, num_layers: int = 4, tower_width: int = 96, vocab_size: int = 1024) -> VitaConfig:

@@ -20,7 +20,7 @@ def normal_init(stddev: float) -> Initializer:
     return nn.initializers.normal(stddev)
 
 
-def _torch_linear_uniform(fan_in: int) -> Initializer:
+def torch_linear_uniform(fan_in: int) -> Initializer:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what `torch.nn.Linear` and `torch.nn.Conv2d` draw for weight and bias."""
     bound = fan_in**-0.5
 
@@ -30,8 +30,28 @@ def _torch_linear_uniform(fan_in: int) -> Initializer:
     return init
 
 
+# Leaves that a low-rank update (LoRA) has beside the kernel it changes; see `vita_jax.models.lora`.
+LORA_DOWN, LORA_UP, LORA_SCALE = "lora_a", "lora_b", "lora_scale"
+
+
+def low_rank_factors(module: nn.Module) -> tuple[jax.Array, jax.Array] | None:
+    """The low-rank update of a module's kernel, if its parameters hold one.
+
+    Modules never make these leaves themselves, so a model without LoRA has the tree it always had.
+
+    Returns:
+      `lora_a` (*experts *inputs r), and `lora_b` (*experts r *features) times `lora_scale` (*experts), in the compute
+      dtype; or None.
+    """
+    if not module.has_variable("params", LORA_DOWN):
+        return None
+    down, up, scale = (module.get_variable("params", name) for name in (LORA_DOWN, LORA_UP, LORA_SCALE))
+    up = up * scale.reshape(scale.shape + (1,) * (up.ndim - scale.ndim))
+    return down.astype(module.dtype), up.astype(module.dtype)
+
+
 class Dense(nn.Module):
-    """`y = x @ kernel + bias` over any number of input and output axes.
+    """`y = x @ kernel + bias` over any number of input and output axes; plus a low-rank update if there is one.
 
     Attributes:
       features: sizes of the output axes.
@@ -56,23 +76,19 @@ class Dense(nn.Module):
         fan_in = 1
         for size in inputs:
             fan_in *= size
-        kernel_init = self.kernel_init or _torch_linear_uniform(fan_in)
+        kernel_init = self.kernel_init or torch_linear_uniform(fan_in)
         kernel = self.param(
             "kernel",
             nn.with_logical_partitioning(kernel_init, self.axes),
             (*inputs, *self.features),
             jnp.float32,
         )
-        y = jax.lax.dot_general(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            (
-                (tuple(range(x.ndim - self.num_input_axes, x.ndim)), tuple(range(self.num_input_axes))),
-                ((), ()),
-            ),
-        )
+        y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), self.num_input_axes)
+        if factors := low_rank_factors(self):
+            down, up = factors
+            y = y + jnp.tensordot(jnp.tensordot(x.astype(self.dtype), down, self.num_input_axes), up, 1)
         if self.use_bias:
-            bias_init = _torch_linear_uniform(fan_in) if self.kernel_init is None else nn.initializers.zeros_init()
+            bias_init = torch_linear_uniform(fan_in) if self.kernel_init is None else nn.initializers.zeros_init()
             bias = self.param(
                 "bias",
                 nn.with_logical_partitioning(bias_init, self.axes[self.num_input_axes :]),

@@ -1,7 +1,4 @@
-"""Golden cases of the language model, of the whole composition and of its training: `qwen2`, `vita`, `vita_train_step`.
-
-Cases with a mixture-of-experts decoder are pending as a whole.
-"""
+"""Golden cases of the language model, the whole composition and its training: `qwen2`, `vita`, `vita_train_step`."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ import numpy as np
 from einops import rearrange
 
 from tests.parity.adapters.audio import tower_config
-from tests.parity.cases import Case, Pending, Result
+from tests.parity.cases import Case, Result
 from vita_jax.conversion.tables import Table, export_params, flatten, import_params
 from vita_jax.data.splice import (
     AUDIO_PLACEHOLDER,
@@ -29,11 +26,13 @@ from vita_jax.inference.generate import generate_from_embeds
 from vita_jax.models.connectors.projectors import ProjectorConfig
 from vita_jax.models.language import decoder_weights
 from vita_jax.models.language.decoder import Decoder
+from vita_jax.models.language.experts import ROUTER, router_logits
 from vita_jax.models.state_head import language_labels
 from vita_jax.models.vision import internvit_weights
 from vita_jax.models.vision.frame_pooling import frame_lengths
 from vita_jax.models.vita import Vita, VitaConfig, VitaInputs
 from vita_jax.models.vita_weights import weight_table
+from vita_jax.ops.experts import balance
 from vita_jax.ops.losses import next_token_loss
 from vita_jax.training.objectives import LossSums, language_modeling_loss
 from vita_jax.training.optimizer import OptimizerConfig, learning_rate_multipliers, make_optimizer
@@ -45,9 +44,15 @@ SLOW_FAST_GRIDS = (12, 7)
 TRAINABLE = {"projector": r"projector/", "adapter": r"audio/adapter/", "full": r"(vision|projector|language)/"}
 
 
-def _greedy(decoder: Decoder, params: Any, embeds: Any, positions: Any, segment_ids: Any, count: int) -> jax.Array:
+def greedy(decoder: Decoder, params: Any, embeds: Any, positions: Any, segment_ids: Any, count: int) -> jax.Array:
+    """The `count` most likely tokens after (b s d), each given those before it."""
     generate = jax.jit(generate_from_embeds, static_argnames=("decoder", "max_new_tokens"))
     return generate(decoder, params, embeds, positions, segment_ids, max_new_tokens=count).tokens
+
+
+def positions_of(ids: np.ndarray) -> np.ndarray:
+    """(b s) int32: every row counts from 0."""
+    return np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
 
 
 def qwen2(case: Case) -> Result:
@@ -65,9 +70,6 @@ def qwen2(case: Case) -> Result:
         states = kept["intermediates"]["layers"]["layer_input"][0]
         return states, hidden, decoder.apply(variables, hidden, method="logits")
 
-    def positions_of(ids: np.ndarray) -> np.ndarray:
-        return np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
-
     ids = inputs["input_ids"]
     states, hidden, logits = run(params, ids, positions_of(ids), mask)
     outputs = {f"hidden_states.{i}": state for i, state in enumerate([*states, hidden])}
@@ -79,15 +81,13 @@ def qwen2(case: Case) -> Result:
         prompt = inputs["greedy_prompt_ids"]
         embeds = decoder.apply({"params": params}, prompt, method="embed")
         steps = case.outputs["greedy_ids"].shape[1]
-        outputs["greedy_ids"] = _greedy(decoder, params, embeds, positions_of(prompt), np.ones_like(prompt), steps)
+        outputs["greedy_ids"] = greedy(decoder, params, embeds, positions_of(prompt), np.ones_like(prompt), steps)
     valid = {name: mask[..., None] for name in case.outputs if name.startswith(("hidden_states", "logits"))}
     return Result(outputs, valid)
 
 
 def vita(case: Case) -> Result:
     """The whole model from raw tiles and placeholder ids."""
-    if case.config["llm_kind"] == "mixtral":
-        raise Pending("mixtral")
     config = _vita_config(case)
     params = import_params(weight_table(config), case.weights)
     model, tokens_per_tile = Vita(config), config.tokens_per_tile
@@ -99,8 +99,9 @@ def vita(case: Case) -> Result:
         def apply(*args: Any, method: str) -> Any:
             return model.apply({"params": params}, *args, method=method)
 
-        hidden = apply(batch, method="__call__")
-        return {
+        hidden, kept = model.apply({"params": params}, batch, mutable=[ROUTER])
+        routed = {"router_logits": router_logits(kept)} if config.language.num_experts else {}
+        return routed | {
             "vision_features": apply(images, method="tower_features"),
             "image_features": apply(images[:, None], method="encode_tiles")[:, :tokens_per_tile],
             "audio": apply(audios, lengths, method="audio_features"),
@@ -121,22 +122,27 @@ def vita(case: Case) -> Result:
     total, count = next_token_loss(outputs["last_hidden_state"], kernel, lm_labels, batch.segment_ids, chunk_size=7)
     mask = np.asarray(batch.segment_ids)
     outputs |= {"labels": labels, "attention_mask": mask, "position_ids": batch.positions, "loss": total / count}
+    if "router_logits" in outputs:
+        logits = outputs.pop("router_logits")
+        aux = balance(logits, config.language.experts_per_token, mask).loss
+        outputs |= {f"router_logits.{i}": rearrange(x, "b s e -> (b s) e") for i, x in enumerate(logits)}
+        coefficient = case.config["llm"]["router_aux_loss_coef"]  # the config has it, but switched off
+        outputs |= {"aux_loss": aux, "loss_with_aux": outputs["loss"] + coefficient * aux}
     if "greedy_ids" in case.outputs:
         embeds, steps = outputs["inputs_embeds"], case.outputs["greedy_ids"].shape[1]
         args = (params["language"], embeds, batch.positions, batch.segment_ids, steps)
-        outputs["greedy_ids"] = _greedy(model.decoder, *args)
+        outputs["greedy_ids"] = greedy(model.decoder, *args)
     valid = {name: mask[..., None] for name in ("inputs_embeds", "last_hidden_state", "logits")}
     prompts = config.audio.num_prompt_tokens
     own_embeds = np.pad(audio.valid, ((0, 0), (prompts, 0)), constant_values=True)
     valid |= {"audio_encoder_out": audio.hidden_valid[..., None], "audio_features": own_embeds[..., None]}
     valid |= {"position_ids": mask}
+    valid |= {name: mask.reshape(-1, 1) for name in case.outputs if name.startswith("router_logits")}
     return Result(outputs, {name: where for name, where in valid.items() if name in case.outputs})
 
 
 def vita_train_step(case: Case) -> Result:
     """One optimiser step of the training code, from the weights of the case."""
-    if case.config["llm_kind"] == "mixtral":
-        raise Pending("mixtral")
     config, settings = _vita_config(case), case.config["optimizer"]
     table = weight_table(config)
     batch, labels = _spliced_batch(case, config, rearrange(case.inputs["images"], "n c h w -> n h w c"))

@@ -1,6 +1,7 @@
-"""The one decoder: a pre-norm transformer with grouped-query attention, rotary positions and a SwiGLU feed-forward.
+"""The one decoder: a pre-norm transformer with grouped-query attention, rotary positions and SwiGLU feed-forwards.
 
-Qwen2 (arXiv 2407.10671, section 2) as published: biases on q, k and v only, RMS norms, an untied output head. A layer:
+Qwen2 (arXiv 2407.10671, section 2) as published: biases on q, k and v only, RMS norms, an untied output head. Mixtral
+(arXiv 2401.04088) as published: no biases, and a feed-forward per expert. A layer:
 
     x = x + attention(norm(x));  x = x + feed_forward(norm(x))
 
@@ -18,8 +19,10 @@ import jax.numpy as jnp
 
 from vita_jax.errors import UserError
 from vita_jax.models.language.cache import KVCache, advance, empty_cache, mark_written, write_layer
+from vita_jax.models.language.experts import ROUTER, SparseMoE
 from vita_jax.nn.layers import Dense, Embed, Initializer, RMSNorm, normal_init
 from vita_jax.ops.attention import dot_product_attention
+from vita_jax.ops.experts import check_implementation
 from vita_jax.ops.masks import make_attention_mask
 from vita_jax.ops.rope import apply_rotary, rotary_tables
 
@@ -44,7 +47,7 @@ class DecoderConfig:
       num_heads: n query heads.
       num_kv_heads: k key/value heads, each shared by n / k query heads.
       head_dim: h, even.
-      intermediate_size: f, width of the feed-forward.
+      intermediate_size: f, width of the feed-forward, or of each expert.
       rope_theta: base of the rotary wavelengths.
       rms_norm_eps: added to the mean square.
       qkv_bias: biases on the query, key and value projections.
@@ -52,6 +55,10 @@ class DecoderConfig:
       remat: "none", "full" or "dots", see `REMAT_POLICIES`.
       initializer_range: standard deviation of every matrix of a fresh model. Small models learn faster from about
         `hidden_size ** -0.5`. None draws matrices as `torch.nn.Linear` does.
+      num_experts: e; 0 = one dense feed-forward.
+      experts_per_token: how many experts each token goes to.
+      router_aux_loss_coef: weight of the load-balancing loss in training; 0 leaves it out, as the released models did.
+      expert_implementation: see `vita_jax.ops.experts.apply_experts`.
     """
 
     vocab_size: int
@@ -67,6 +74,10 @@ class DecoderConfig:
     max_positions: int = 32768
     remat: str = "none"
     initializer_range: float | None = INITIALIZER_RANGE
+    num_experts: int = 0
+    experts_per_token: int = 2
+    router_aux_loss_coef: float = 0.0
+    expert_implementation: str = "ragged"
 
     @property
     def kernel_init(self) -> Initializer | None:
@@ -85,6 +96,15 @@ class DecoderConfig:
             raise UserError(f"head_dim {self.head_dim} must be even for rotary positions")
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"remat {self.remat!r} must be one of {', '.join(REMAT_POLICIES)}")
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise UserError(
+                f"experts_per_token {self.experts_per_token} must be between 1 and num_experts {self.num_experts}"
+            )
+        if self.router_aux_loss_coef and not self.num_experts:
+            raise UserError(
+                f"router_aux_loss_coef {self.router_aux_loss_coef} needs experts; set num_experts, or the weight to 0"
+            )
+        check_implementation(self.expert_implementation)
 
 
 def qwen2_7b() -> DecoderConfig:
@@ -97,6 +117,24 @@ def qwen2_7b() -> DecoderConfig:
         num_kv_heads=4,
         head_dim=128,
         intermediate_size=18944,
+        remat="full",
+    )
+
+
+def mixtral_8x7b(vocab_size: int = 32000) -> DecoderConfig:
+    """Mixtral-8x7B; with 51,760 rows of vocabulary it is the language model of VITA-1.0."""
+    return DecoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        intermediate_size=14336,
+        rms_norm_eps=1e-5,
+        qkv_bias=False,
+        num_experts=8,
+        experts_per_token=2,
         remat="full",
     )
 
@@ -187,11 +225,21 @@ class Block(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self) -> None:
-        eps = self.config.rms_norm_eps
-        self.input_norm = RMSNorm(eps, dtype=self.dtype)
-        self.attention = Attention(self.config, dtype=self.dtype)
-        self.post_attention_norm = RMSNorm(eps, dtype=self.dtype)
-        self.mlp = SwiGLU(self.config, dtype=self.dtype)
+        c = self.config
+        self.input_norm = RMSNorm(c.rms_norm_eps, dtype=self.dtype)
+        self.attention = Attention(c, dtype=self.dtype)
+        self.post_attention_norm = RMSNorm(c.rms_norm_eps, dtype=self.dtype)
+        if c.num_experts:
+            self.moe = SparseMoE(
+                num_experts=c.num_experts,
+                experts_per_token=c.experts_per_token,
+                intermediate_size=c.intermediate_size,
+                implementation=c.expert_implementation,
+                kernel_init=c.kernel_init,
+                dtype=self.dtype,
+            )
+        else:
+            self.mlp = SwiGLU(c, dtype=self.dtype)
 
     def __call__(
         self,
@@ -208,7 +256,8 @@ class Block(nn.Module):
         self.sow("intermediates", "layer_input", x)
         attended, stacks = self.attention(self.input_norm(x), rotary, mask, stacks, layer, start)
         x = x + attended
-        x = x + self.mlp(self.post_attention_norm(x))
+        feed_forward = self.moe if self.config.num_experts else self.mlp
+        x = x + feed_forward(self.post_attention_norm(x))
         return (x, stacks), None
 
 
@@ -220,7 +269,7 @@ def block_stack(config: DecoderConfig, dtype: jnp.dtype) -> nn.Module:
         block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
     return nn.scan(
         block,
-        variable_axes={"params": 0, "intermediates": 0},
+        variable_axes={"params": 0, "intermediates": 0, ROUTER: 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
         length=config.num_layers,

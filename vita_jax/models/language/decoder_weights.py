@@ -1,4 +1,4 @@
-"""Published names and fields of the decoder, in transformers' Qwen2 layout."""
+"""Published names and fields of the decoder, in transformers' Qwen2 and Mixtral layouts (one tensor per expert)."""
 
 from __future__ import annotations
 
@@ -34,47 +34,110 @@ def weight_table(config: DecoderConfig) -> Table:
 def layer_rules(config: DecoderConfig, torch: str, path: str = "layers") -> tuple[Rule, ...]:
     """The rules of a stack of layers that the checkpoint names `<torch>.<i>...` and the parameter tree `<path>/...`."""
     c, layer, stacked = config, f"{torch}.{{i}}", {"layers": config.num_layers}
-    query, key_value, hidden, wide = (
-        (c.num_heads, c.head_dim),
-        (c.num_kv_heads, c.head_dim),
-        (c.hidden_size,),
-        (c.intermediate_size,),
-    )
-    attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+    query, key_value, hidden = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim), (c.hidden_size,)
+    attention = f"{layer}.self_attn"
     after = f"{layer}.post_attention_layernorm"
     return (
         *linear(f"{attention}.q_proj", f"{path}/attention/q_proj", hidden, query, bias=c.qkv_bias, **stacked),
         *linear(f"{attention}.k_proj", f"{path}/attention/k_proj", hidden, key_value, bias=c.qkv_bias, **stacked),
         *linear(f"{attention}.v_proj", f"{path}/attention/v_proj", hidden, key_value, bias=c.qkv_bias, **stacked),
         *linear(f"{attention}.o_proj", f"{path}/attention/o_proj", query, hidden, bias=False, **stacked),
-        *linear(f"{mlp}.gate_proj", f"{path}/mlp/gate_proj", hidden, wide, bias=False, **stacked),
-        *linear(f"{mlp}.up_proj", f"{path}/mlp/up_proj", hidden, wide, bias=False, **stacked),
-        *linear(f"{mlp}.down_proj", f"{path}/mlp/down_proj", wide, hidden, bias=False, **stacked),
+        *_feed_forward_rules(c, layer, path),
         *norm(f"{layer}.input_layernorm", f"{path}/input_norm", c.hidden_size, bias=False, **stacked),
         *norm(after, f"{path}/post_attention_norm", c.hidden_size, bias=False, **stacked),
     )
 
 
+def _feed_forward_rules(config: DecoderConfig, layer: str, path: str) -> tuple[Rule, ...]:
+    hidden, wide = (config.hidden_size,), (config.intermediate_size,)
+    stacked = {"layers": config.num_layers, "bias": False}
+    if not config.num_experts:
+        torch, path = f"{layer}.mlp", f"{path}/mlp"
+        names = ("gate_proj", "up_proj", "down_proj")
+    else:
+        torch, path = f"{layer}.block_sparse_moe", f"{path}/moe"
+        router = linear(f"{torch}.gate", f"{path}/router", hidden, (config.num_experts,), **stacked)
+        torch, names = f"{torch}.experts.{{e}}", ("w1", "w3", "w2")
+        stacked["experts"] = config.num_experts
+    gate, up, down = (f"{torch}.{name}" for name in names)
+    rules = (
+        *linear(gate, f"{path}/gate_proj", hidden, wide, **stacked),
+        *linear(up, f"{path}/up_proj", hidden, wide, **stacked),
+        *linear(down, f"{path}/down_proj", wide, hidden, **stacked),
+    )
+    return (*router, *rules) if config.num_experts else rules
+
+
+# Defaults of the public configuration classes (transformers 4.41.1), for fields that a `config.json` leaves out.
+QWEN2_DEFAULTS = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+}
+MIXTRAL_DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096 * 32,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-5,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "router_aux_loss_coef": 0.001,
+    "output_router_logits": False,
+}
+# Switches that no model of VITA sets, and the only value offered here.
+QWEN2_FIXED = {"hidden_act": "silu", "use_sliding_window": False, "tie_word_embeddings": False}
+MIXTRAL_FIXED = {
+    "hidden_act": "silu",
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "router_jitter_noise": 0.0,
+}
+
+
 def config_from_hf(values: Mapping[str, Any]) -> DecoderConfig:
-    """The configuration from the fields of a public Qwen2 `config.json`; absent fields take that class's defaults.
+    """The configuration from the fields of a public `config.json`; absent fields take that class's defaults.
+
+    It is a Mixtral's if `model_type` says so or a number of experts is given, else a Qwen2's. The load-balancing loss
+    has a weight only if `output_router_logits` is set, as in the original.
 
     Raises:
-      UnsupportedOption: a switch that no Qwen2 used by VITA sets: another activation, a sliding window, a tied output
-        head.
+      UnsupportedOption: a switch that no model of VITA sets: another activation, a sliding window, a tied output head,
+        noise on the router.
     """
-    for name, default in (("hidden_act", "silu"), ("use_sliding_window", False), ("tie_word_embeddings", False)):
-        if values.get(name, default) != default:
-            raise UnsupportedOption(f"decoder config: {name} {values[name]!r} is not offered; only {default!r} is")
-    hidden_size, num_heads = values.get("hidden_size", 4096), values.get("num_attention_heads", 32)
+    sparse = "mixtral" in str(values.get("model_type", "")).lower() or "num_local_experts" in values
+    for name, fixed in (MIXTRAL_FIXED if sparse else QWEN2_FIXED).items():
+        if values.get(name, fixed) != fixed:
+            raise UnsupportedOption(f"decoder config: {name} {values[name]!r} is not offered; only {fixed!r} is")
+    v = {**(MIXTRAL_DEFAULTS if sparse else QWEN2_DEFAULTS), **values}
+    experts: dict[str, Any] = {}
+    if sparse:
+        experts = {
+            "num_experts": v["num_local_experts"],
+            "experts_per_token": v["num_experts_per_tok"],
+            "router_aux_loss_coef": v["router_aux_loss_coef"] if v["output_router_logits"] else 0.0,
+        }
     return DecoderConfig(
-        vocab_size=values.get("vocab_size", 151936),
-        hidden_size=hidden_size,
-        num_layers=values.get("num_hidden_layers", 32),
-        num_heads=num_heads,
-        num_kv_heads=values.get("num_key_value_heads", 32),
-        head_dim=values.get("head_dim", hidden_size // num_heads),
-        intermediate_size=values.get("intermediate_size", 22016),
-        rope_theta=values.get("rope_theta", 10000.0),
-        rms_norm_eps=values.get("rms_norm_eps", 1e-6),
-        max_positions=values.get("max_position_embeddings", 32768),
+        vocab_size=v["vocab_size"],
+        hidden_size=v["hidden_size"],
+        num_layers=v["num_hidden_layers"],
+        num_heads=v["num_attention_heads"],
+        num_kv_heads=v["num_key_value_heads"],
+        head_dim=v.get("head_dim") or v["hidden_size"] // v["num_attention_heads"],
+        intermediate_size=v["intermediate_size"],
+        rope_theta=v["rope_theta"],
+        rms_norm_eps=v["rms_norm_eps"],
+        qkv_bias=not sparse,
+        max_positions=v["max_position_embeddings"],
+        **experts,
     )

@@ -47,7 +47,7 @@ def get_config(size: Literal["smoke", "small", "full"] = "small") -> ExperimentC
         "small": lambda: vita_small(vocab_size=VOCAB_SIZE),
         "full": vita_1_5,
     }[size]()
-    steps, rows, rate = {"smoke": (6, 2, 3e-3), "small": (600, 8, 2e-3), "full": (5000, 128, 2e-5)}[size]
+    steps, rows, rate = {"smoke": (6, 2, 3e-3), "small": (600, 8, 1.5e-3), "full": (5000, 128, 2e-5)}[size]
     image = ImageConfig(image_size=model.vision.image_size)
     return ExperimentConfig(
         name="own_data",

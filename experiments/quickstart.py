@@ -178,7 +178,7 @@ def get_config(size: Literal["smoke", "small", "full"] = "small") -> ExperimentC
             num_threads=0 if size != "full" else 2,
             amounts=tuple(Amount(name, count) for name, count in plan.amounts.items()),
         ),
-        optimizer=OptimizerConfig(beta2=0.98),
+        optimizer=OptimizerConfig() if size == "full" else OptimizerConfig(beta2=0.98),
         stages=stages(plan),
         checkpoint=CheckpointConfig(every_steps=500),
         log=LogConfig(every_steps=25 if size == "small" else 1),

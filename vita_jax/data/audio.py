@@ -35,6 +35,9 @@ CUT_OFF_SECONDS = 0.1
 # Sizes that programs write into a WAV header while they do not know better.
 UNKNOWN_RIFF_SIZES = (0, 0xFFFFFFFF)
 
+# The end of the encoder's table of positions.
+MAX_SECONDS = 200.0
+
 AudioSource = str | os.PathLike[str] | bytes
 
 
@@ -44,7 +47,7 @@ class AudioConfig:
 
     Attributes:
       filter_bank: the features, and the sample rate that everything is resampled to.
-      max_seconds: longer files are refused. The encoder's table of positions ends at 200 s.
+      max_seconds: longer files are refused; at most MAX_SECONDS.
       channel: "first", as the originals do, or the "mean" of all channels.
 
     Raises:
@@ -56,8 +59,8 @@ class AudioConfig:
     channel: Literal["first", "mean"] = "first"
 
     def __post_init__(self) -> None:
-        if not 0 < self.max_seconds <= 200:
-            raise UserError(f"audio: max_seconds is {self.max_seconds}; it must be above 0 and at most 200")
+        if not 0 < self.max_seconds <= MAX_SECONDS:
+            raise UserError(f"audio: max_seconds is {self.max_seconds}; it must be above 0 and at most {MAX_SECONDS:g}")
         if self.channel not in ("first", "mean"):
             raise UserError(f"audio: channel {self.channel!r} is unknown; use 'first' or 'mean'")
 

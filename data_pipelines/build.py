@@ -2,10 +2,10 @@
 
 python -m data_pipelines.build --json my.json --root my_media --output runs/my_data
 
-The records file is described in `vita_jax/data/records.py`. Every picture is decoded and every video's sampled frames
-are read once here, so that training meets no surprise later. OUTPUT gets records-*.array_record, manifest.json and
-rejects.jsonl (one line per rejected record: file, record, id, field, category, reason). It appears complete or not at
-all, and a second run with the same inputs does nothing.
+The records file is described in `vita_jax/data/records.py`. Every picture and every sound is decoded
+and every video's sampled frames are read once here, so that training meets no surprise later. OUTPUT gets
+records-*.array_record, manifest.json and rejects.jsonl (one line per rejected record: file, record, id, field,
+category, reason). It appears complete or not at all, and a second run with the same inputs does nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from vita_jax.data.audio import MAX_SECONDS, AudioConfig, read_audio
 from vita_jax.data.images import open_image
 from vita_jax.data.records import (
     MANIFEST_NAME,
@@ -52,6 +53,8 @@ REJECTS_NAME = "rejects.jsonl"
 WINDOW = 64
 THREADS = max(2, os.cpu_count() or 1)
 PROGRESS_SECONDS = 0.5
+# A run may accept less, never more.
+LONGEST_AUDIO = AudioConfig(max_seconds=MAX_SECONDS)
 
 Progress = Callable[[str], None]
 
@@ -60,9 +63,16 @@ Progress = Callable[[str], None]
 
 
 def check_media(media: Media) -> None:
-    """Decodes a picture, or the frames of a video that training would take. Raises UserError if it is damaged."""
+    """Decodes a picture or a sound, or the frames of a video that training would take.
+
+    Raises:
+      UserError: it is damaged, or a sound is longer than any model hears.
+    """
     if media.kind == "image":
         open_image(media.data, name=media.name)
+        return
+    if media.kind == "audio":
+        read_audio(media.data, LONGEST_AUDIO, name=media.name)
         return
     info = probe_video(media.data, name=media.name)
     read_frames(media.data, choose_frames(info.num_frames, info.fps), info, name=media.name)

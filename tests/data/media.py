@@ -2,6 +2,7 @@
 
 import io
 import json
+import wave
 
 import numpy as np
 from PIL import Image
@@ -84,3 +85,19 @@ def build(folder, records, name="data", **options):
     output = folder / name
     build_records(write_json(folder / f"{name}.json", records), folder, output, **options)
     return str(output)
+
+
+def tone(seconds=0.5, rate=16_000, frequency=440.0):
+    """(n,) float32, a sine of amplitude 0.5."""
+    return (0.5 * np.sin(2 * np.pi * frequency * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
+
+
+def write_wav(path, waveform, rate=16_000):
+    """Writes (n,) or (channels n) floats as 16-bit WAV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.clip(np.round(np.atleast_2d(waveform).T * 32768.0), -32768, 32767).astype("<i2")
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(values.shape[1])
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(values.tobytes())

@@ -242,6 +242,6 @@ def test_media_from_file(tmp_path):
     assert media_from_file(tmp_path / "a.png", "image").data == (tmp_path / "a.png").read_bytes()
     (tmp_path / "b.png").write_bytes(b"")
     for path, kind, message in (("none.png", "image", "no such file"), ("b.png", "image", "empty"),
-                                (".", "image", "folder"), ("a.png", "audio", "unknown")):
+                                (".", "image", "folder"), ("a.png", "sound", "unknown")):
         with pytest.raises(UserError, match=message):
             media_from_file(tmp_path / path, kind)

@@ -45,6 +45,17 @@ def test_accepts_the_format(root):
     assert decode_record(encode_record(record)) == record
 
 
+def test_accepts_audio(root):
+    entry = {
+        "id": "a", "image": "a.png", "audio": ["a.png", "sub/b.png"], "inserted_id": 3, "end_tag": False,
+        "conversations": talk("<image>\n<audio>", "One.", "<audio>", "Not for me."),
+    }
+    record = validate_record(entry, root)
+    assert [(m.kind, m.name) for m in record.media] == [("image", "a.png"), ("audio", "a.png"), ("audio", "sub/b.png")]
+    assert (record.inserted_id, record.end_tag) == (3, False)
+    assert decode_record(encode_record(record)) == record
+
+
 def test_set_and_id_are_optional_and_text_needs_no_root():
     record = validate_record({"conversations": talk("Hi", "Hello")}, None, index=3)
     assert record == Record(id="3", conversations=tuple(talk("Hi", "Hello")))
@@ -88,8 +99,10 @@ REFUSED = [
     ({"image": "link.png", "conversations": IMAGE}, "image", "outside of the root folder"),
     ({"image": "/etc/passwd", "conversations": IMAGE}, "image", "outside of the root folder"),
     ({"image": "a\0.png", "conversations": IMAGE}, "image", "is not a file name"),
-    ({"audio": "a.wav", "conversations": talk("<audio>", "Hm")}, "audio", "not supported yet"),
-    ({"conversations": talk("<audio>", "Hm")}, "conversations[0].value", "not supported yet"),
+    ({"audio": "a.wav", "conversations": talk("Hi", "Hm")}, "audio", "1 file(s) but 0 <audio>"),
+    ({"conversations": talk("<audio>", "Hm")}, "audio", "0 file(s) but 1 <audio>"),
+    ({"audio": "a.wav", "conversations": talk("Sing", "<audio>")}, "conversations[1].value", "in an answer"),
+    ({"audio": "a.png", "conversations": talk("<audio>", "Hm"), "inserted_id": 0}, "inserted_id", "of its answer"),
     ({"conversations": talk("Hi", "Yo"), "inserted_id": 2}, "inserted_id", "index of a turn, 0 to 1"),
     ({"conversations": talk("Hi", "Yo"), "end_tag": 0}, "end_tag", "true or false"),
     ({"image": "a.png", "conversations": IMAGE, "end_tag": False}, "end_tag", "record with audio"),

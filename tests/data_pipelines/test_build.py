@@ -8,7 +8,7 @@ import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from data_pipelines.build import build_records, main
-from tests.data.media import mixed_records, png_bytes, talk, write_json, write_png
+from tests.data.media import mixed_records, png_bytes, talk, tone, write_json, write_png, write_wav
 from vita_jax.data.records import decode_record, load_manifest
 from vita_jax.errors import UserError
 
@@ -93,7 +93,7 @@ def bad_entries(root):
         {"id": "clip", "video": "broken.mp4", "conversations": talk("<video>\nWhat?", "This.")},
         {"id": "count", "image": "ok.png", "conversations": talk("What?", "This.")},
         {"id": "field", "imagee": "ok.png", "conversations": talk("What?", "This.")},
-        {"id": "sound", "audio": "a.wav", "conversations": talk("<audio>", "Hm.")},
+        {"id": "sound", "audio": "text.png", "conversations": talk("<audio>", "Hm.")},
         "not a record",
     ]
 
@@ -106,8 +106,7 @@ def test_bad_records_within_the_budget_are_listed(tmp_path):
     manifest = build_records(source, root, tmp_path / "out", max_bad_fraction=0.5)
     assert manifest.counts["records"] == 20 and len(stored(tmp_path / "out")) == 20
     assert manifest.rejects == {
-        "damaged media": 4, "format": 1, "missing media": 1, "placeholders": 1, "unknown field": 1,
-        "unsupported audio": 1,
+        "damaged media": 5, "format": 1, "missing media": 1, "placeholders": 1, "unknown field": 1,
     }
     lines = rejects(tmp_path / "out" / "rejects.jsonl")
     assert [line["record"] for line in lines] == list(range(10, 19))
@@ -198,3 +197,11 @@ def test_refused_places(good, tmp_path):
     for options in ({"max_bad_fraction": -0.1}, {"shards": 0}):
         with pytest.raises(UserError, match="must be between"):
             build_records(*good, tmp_path / "out", **options)
+
+
+def test_sounds_are_decoded_counted_and_stored_as_they_are(tmp_path):
+    write_wav(tmp_path / "a.wav", tone())
+    entries = [{"id": "s", "audio": ["a.wav", "a.wav"], "conversations": talk("<audio>", "One.", "<audio>", "Two.")}]
+    manifest = build_records(write_json(tmp_path / "s.json", entries), tmp_path, tmp_path / "out")
+    assert manifest.counts["audios"] == 2 and manifest.counts["text_only"] == 0
+    assert [m.data for m in stored(tmp_path / "out")[0].media] == [(tmp_path / "a.wav").read_bytes()] * 2

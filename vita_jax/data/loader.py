@@ -270,6 +270,8 @@ def make_loader(
     row_length: int,
     row_tiles: int,
     seed: int,
+    row_clips: int = 0,
+    clip_frames: int = 0,
     objective: Objective = "language_modeling",
     num_threads: int = 1,
     num_epochs: int | None = None,
@@ -288,6 +290,8 @@ def make_loader(
       context: how a record becomes an example.
       batch_size: b, rows per batch of this shard.
       row_length, row_tiles: s and t. Records that need more are bad records. row_tiles may be 0 for text.
+      row_clips, clip_frames: a and f: sounds of a row, and frames of 10 ms of each. Records that need more are bad
+        records. 0 clips: no sound.
       seed: of subset, shuffle and packing; not negative.
       objective: "language_modeling" or "text_pretraining", or "cell_naming" for `examples.cell_naming_example`.
       num_threads: that decode and tokenise; 0 = none of their own. The result does not depend on it. More than one pays
@@ -301,13 +305,15 @@ def make_loader(
       packing_bins: rows open at the same time, default max(batch_size, 8).
 
     Returns:
-      A Loader of dicts: tokens, labels, positions, segment_ids, feature_index (b s) int32, tiles (b t S S 3) uint8; or
-      for cell naming tiles and cell_names (b t*k m) int32.
+      A Loader of dicts: tokens, labels, positions, segment_ids, feature_index (b s) int32, tiles (b t S S 3) uint8;
+      with `context.state_labels` state_labels (b s) int32; with row_clips audio (b a f h) float32 and audio_lengths
+      (b a) int32. Or for cell naming tiles and cell_names (b t*k m) int32.
 
     Raises:
       UserError: a value out of range, a missing or damaged source; from the iterator: too many bad records.
     """
     _check_numbers(sources, batch_size, row_length, row_tiles, seed, num_epochs, max_bad_fraction)
+    _check_sound(context, row_clips, clip_frames)
     if objective not in get_args(Objective):
         raise UserError(f"objective {objective!r} is unknown; use one of {', '.join(get_args(Objective))}")
     if not 0 <= shard_index < shard_count:
@@ -317,7 +323,7 @@ def make_loader(
         if total < shard_count:
             raise UserError(f"{total} records cannot be shared by {shard_count} hosts")
         records = records[shard_index::shard_count]
-    limits = Limits(row_length, row_tiles)
+    limits = Limits(row_length, row_tiles, row_clips, clip_frames)
     threads = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads * WAITING_PER_THREAD)
     examples = records.map(_Build(tuple(sources), context, limits, objective)).to_iter_dataset(threads)
     counts = RecordCounts()
@@ -328,8 +334,20 @@ def make_loader(
         rows = packing.pack_cells(examples, row_tiles=row_tiles, bins=bins, seed=seed)
         finish = packing.unpack_cells
     else:
-        rows = packing.pack(examples, row_length=row_length, row_tiles=row_tiles, bins=bins, seed=seed)
-        finish = functools.partial(packing.unpack_columns, features_per_slot=context.layout.features_per_slot)
+        rows = packing.pack(
+            examples,
+            row_length=row_length,
+            row_tiles=row_tiles,
+            row_clips=row_clips,
+            has_states=context.state_labels is not None,
+            bins=bins,
+            seed=seed,
+        )
+        finish = functools.partial(
+            packing.unpack_columns,
+            features_per_slot=context.layout.features_per_slot,
+            features_per_clip=context.audio.num_tokens(clip_frames) if row_clips else 0,
+        )
     stack = functools.partial(packing.stack_rows, batch_size=batch_size)
     batches = rows.batch(batch_size, drop_remainder=drop_remainder, batch_fn=stack).map(finish)
     if prefetch_batches:
@@ -359,6 +377,17 @@ def _check_numbers(
             raise UserError(f"{name} is {value}; it must be at least {least}")
     if not 0 <= max_bad_fraction <= 1:
         raise UserError(f"max_bad_fraction is {max_bad_fraction}; it must be between 0 and 1")
+
+
+def _check_sound(context: ExampleContext, row_clips: int, clip_frames: int) -> None:
+    if row_clips < 0 or clip_frames < 0:
+        raise UserError(f"row_clips is {row_clips} and clip_frames {clip_frames}; neither may be negative")
+    if not row_clips:
+        return
+    if context.audio is None:
+        raise UserError(f"row_clips is {row_clips}, but the model does not hear; use 0, or give it an audio tower")
+    if context.audio.num_tokens(clip_frames) <= context.audio.num_tokens(0):
+        raise UserError(f"clip_frames is {clip_frames} (of 10 ms), too short for any sound; 100 are a second")
 
 
 # ---- looking at a batch ---------------------------------------------------------------------------------------------

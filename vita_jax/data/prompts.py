@@ -32,14 +32,15 @@ from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UnsupportedOption, UserError
 
 __all__ = [
-    "AUDIO", "AUDIO_TOKEN", "IGNORE", "IMAGE", "IMAGE_TOKEN", "ORIGINAL_QUIRKS", "VIDEO", "EncodedConversation",
-    "EncodedPrompt", "MediaSlot", "PromptOptions", "count_placeholders", "encode_conversation", "encode_prompt",
-    "modality_of", "preprocess_multimodal", "render", "split_state_symbol", "state_labels", "state_symbol_ids",
-    "stop_ids", "with_media",
+    "AUDIO", "AUDIO_TOKEN", "IGNORE", "IMAGE", "IMAGE_TOKEN", "ORIGINAL_QUIRKS", "STATE_LABELS", "VIDEO",
+    "EncodedConversation", "EncodedPrompt", "MediaSlot", "PromptOptions", "answer_states", "count_placeholders",
+    "encode_conversation", "encode_prompt", "modality_of", "preprocess_multimodal", "render", "split_state_symbol",
+    "state_labels", "state_symbol_ids", "stop_ids", "with_media",
 ]
 
 Message = Mapping[str, str]
-EFFECTIVE_AUDIO_LABEL, NOISE_LABEL = -101, -102
+# What a state head has to say: `vita_jax.models.state_head` numbers its classes so.
+STATE_LABELS = {"audio": -101, "noise": -102, "text": -103}
 _MEDIA = re.compile(f"{IMAGE}|{VIDEO}")
 
 
@@ -122,9 +123,12 @@ def count_placeholders(conversations: Sequence[Message]) -> tuple[int, int, int]
     return tuple(sum(value.count(marker) for value in values) for marker in (IMAGE, VIDEO, AUDIO))
 
 
-def with_media(question: str, images: int = 0, videos: int = 0) -> str:
-    """The question with placeholders for pictures and videos in front, pictures first, one per line."""
-    return f"{IMAGE}\n" * images + f"{VIDEO}\n" * videos + question
+def with_media(question: str, images: int = 0, videos: int = 0, audios: int = 0) -> str:
+    """The question with placeholders in front, one per line: pictures, then videos, then sounds.
+
+    A question that is only spoken is "" with one sound.
+    """
+    return f"{IMAGE}\n" * images + f"{VIDEO}\n" * videos + f"{AUDIO}\n" * audios + question
 
 
 def split_state_symbol(text: str, template: Template) -> tuple[str | None, str]:
@@ -150,9 +154,21 @@ def state_labels(conversations: Sequence[Message], inserted_id: int | None = Non
     """State-head variant: one label per `<audio>`, -101 effective, -102 where the next message is the inserted one."""
     labels: list[int] = []
     for position, message in enumerate(conversations):
-        label = NOISE_LABEL if position + 1 == inserted_id else EFFECTIVE_AUDIO_LABEL
+        label = STATE_LABELS["noise" if position + 1 == inserted_id else "audio"]
         labels += [label] * _checked(message, position)[1].count(AUDIO)
     return labels
+
+
+def answer_states(conversations: Sequence[Message], inserted_id: int | None = None) -> list[str]:
+    """What each answer but a leading one answers: "noise" at `inserted_id`, "audio" after an `<audio>`, or "text"."""
+    messages = [_checked(message, position) for position, message in enumerate(conversations)]
+    return [_state(messages, i, inserted_id) for i, (role, _) in enumerate(messages) if i and role == "gpt"]
+
+
+def _state(messages: Sequence[tuple[str, str]], position: int, inserted_id: int | None) -> str:
+    if position == inserted_id:
+        return "noise"
+    return "audio" if position > 0 and AUDIO in messages[position - 1][1] else "text"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,8 +316,7 @@ def _prepare(
         if symbols is not None and role == "gpt":
             state, rest = split_state_symbol(value, template) if answers_have_symbols else (None, value)
             if state is None:
-                after_audio = position > 0 and AUDIO in messages[position - 1][1]
-                state = "noise" if position == inserted_id else "audio" if after_audio else "text"
+                state = _state(messages, position, inserted_id)
             symbol, value = getattr(symbols, state), rest
         sentences.append(_Sentence(role, value, symbol))
     return sentences, tuple(media)

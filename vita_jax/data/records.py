@@ -2,9 +2,11 @@
 
 Public format, a JSON list of objects (`vita/util/data_utils_video_audio_neg_patch.py`, `chat_path` of a data set):
   conversations: [{"from": "human" | "gpt", "value": text}, ...], human first, taking turns, ending with gpt
-  image, video: a path or list of paths, one for every "<image>" / "<video>" in the human turns, in order of appearance
+  image, video, audio: a path or list of paths, one for every "<image>" / "<video>" / "<audio>" in the human turns, in
+    order of appearance
   set: optional folder key (or one key per path), looked up in a table of roots; id: optional, for messages
-  inserted_id, end_tag: only for records with audio
+  inserted_id: index of the answer to sound that is not meant for the model; end_tag: false for an answer that was
+    interrupted; beside pictures only in records with audio
 Stored form: msgpack of the same fields with the media files' bytes inside, so a record needs nothing else to be used.
 """
 
@@ -25,8 +27,7 @@ from vita_jax.errors import UserError
 # Raised by one when the stored fields change; older files are then refused with the advice to build again.
 RECORD_SCHEMA = 1
 
-PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
-AUDIO_PLACEHOLDER = "<audio>"
+PLACEHOLDERS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
 ROLES = ("human", "gpt")
 FIELDS = ("set", "id", "conversations", "image", "video", "audio", "inserted_id", "end_tag")
 
@@ -47,10 +48,10 @@ class RecordError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Media:
-    """One picture or video file.
+    """One picture, video or sound file.
 
     Attributes:
-      kind: "image" or "video".
+      kind: "image", "video" or "audio".
       name: the path as written in the record, for messages.
       data: the bytes of the file.
       set: folder key of the data set it belongs to.
@@ -69,7 +70,7 @@ class Record:
     Attributes:
       id: for messages only.
       conversations: {"from", "value"} turns; human first, taking turns, ending with gpt.
-      media: all images in order of their placeholders, then all videos in order of theirs.
+      media: all images in order of their placeholders, then all videos and all sounds in order of theirs.
       set: folder keys, () if the record names none.
       inserted_id: index of the answer to something not meant for the model; None = no such answer.
       end_tag: False = the last answer was interrupted and has no end marker.
@@ -219,10 +220,6 @@ class _Checker:
     def placeholders(self, turns: Sequence[dict[str, str]], files: Mapping[str, Sequence[str]]) -> None:
         """Every file has its placeholder in a human turn, and the other way round."""
         for i, turn in enumerate(turns):
-            if AUDIO_PLACEHOLDER in turn["value"]:
-                raise self.fail(
-                    f"conversations[{i}].value", "holds <audio>; audio is not supported yet", "unsupported audio"
-                )
             if i % 2:
                 for placeholder in PLACEHOLDERS.values():
                     if placeholder in turn["value"]:
@@ -240,14 +237,18 @@ class _Checker:
                     "placeholders",
                 )
 
-    def audio_options(self, entry: Mapping[str, Any], num_turns: int, has_media: bool) -> tuple[int | None, bool]:
+    def audio_options(
+        self, entry: Mapping[str, Any], num_turns: int, files: Mapping[str, Sequence[str]]
+    ) -> tuple[int | None, bool]:
         """(inserted_id, end_tag); the original refuses both beside pictures without audio."""
         inserted_id, end_tag = entry.get("inserted_id"), entry.get("end_tag", True)
         if inserted_id is not None and (type(inserted_id) is not int or not 0 <= inserted_id < num_turns):
             raise self.fail("inserted_id", f"is {inserted_id!r}; expected the index of a turn, 0 to {num_turns - 1}")
         if type(end_tag) is not bool:
             raise self.fail("end_tag", f"is {end_tag!r}; expected true or false")
-        if has_media:
+        if inserted_id is not None and files["audio"] and inserted_id % 2 == 0:
+            raise self.fail("inserted_id", f"is {inserted_id}, a question; give the index of its answer")
+        if (files["image"] or files["video"]) and not files["audio"]:
             for field in ("inserted_id", "end_tag"):
                 if entry.get(field) is not None:
                     raise self.fail(field, "is only meaningful in a record with audio; leave it out")
@@ -318,13 +319,11 @@ def check_record(
     check = _Checker(f"{where} (id {identity!r})")
     check.text(str(identity), "id")
     check.known_fields(entry, ignore_fields)
-    if entry.get("audio") is not None:
-        raise check.fail("audio", "audio is not supported yet; leave such records out", "unsupported audio")
     sets = () if entry.get("set") is None else check.texts(entry["set"], "set")
     turns = check.conversations(entry.get("conversations"))
     names = {kind: () if entry.get(kind) is None else check.texts(entry[kind], kind) for kind in PLACEHOLDERS}
     check.placeholders(turns, names)
-    inserted_id, end_tag = check.audio_options(entry, len(turns), any(names.values()))
+    inserted_id, end_tag = check.audio_options(entry, len(turns), names)
 
     pairs = [(kind, name) for kind in PLACEHOLDERS for name in names[kind]]
     if len(set(sets)) > 1 and len(sets) != len(pairs):
@@ -433,7 +432,8 @@ class Manifest:
       media_sha256: hash over path, size and modification time of every media file the source names.
       options: everything else that decides the content.
       command: how it was made.
-      counts: "records", "rounds", "images", "videos", "text_only" (records without media).
+      counts: "records", "rounds", "images", "videos", "audios" (where there are any), "text_only" (records without
+        media).
       rejects: rejected records by category; details are in rejects.jsonl.
       shards: the files.
     """

@@ -26,6 +26,7 @@ from vita_jax.models.audio.encoder import MIN_FRAMES
 from vita_jax.models.audio.tower import AudioFeatures, AudioTower, AudioTowerConfig, audio_vita_1_5
 from vita_jax.models.connectors.projectors import Projector, ProjectorConfig
 from vita_jax.models.language.decoder import Decoder, DecoderConfig, qwen2_7b
+from vita_jax.models.state_head import StateHead, StateHeadConfig
 from vita_jax.models.vision.frame_pooling import pool_tokens
 from vita_jax.models.vision.internvit import InternViT, InternViTConfig, internvit_300m_448px, vita_tower_features
 
@@ -43,6 +44,9 @@ class VitaConfig:
       pooled_grids: sides of pooled copies of every tile's features that the table also holds (slow-fast video pooling
         is (12, 7)); empty for the released models. `vita_jax.data.splice.FeatureLayout` describes the table.
       audio: the speech encoder and its adapter; None for a model that does not hear.
+      state_head: tells what kind of input the hidden states have seen; None for the released models.
+      ctc_vocab_size: rows of the recognition head that stage 2.1 trains the speech encoder with, blank included; 0 for
+        none. The head is no part of the model: it belongs to that stage.
     """
 
     vision: InternViTConfig
@@ -52,6 +56,8 @@ class VitaConfig:
     image_std: tuple[float, float, float] = IMAGENET_STD
     pooled_grids: tuple[int, ...] = ()
     audio: AudioTowerConfig | None = None
+    state_head: StateHeadConfig | None = None
+    ctc_vocab_size: int = 0
 
     def __post_init__(self) -> None:
         widths = [
@@ -60,6 +66,8 @@ class VitaConfig:
         ]
         if self.audio is not None:
             widths.append(("audio.adapter.output_size", self.audio.adapter.output_size, self.language.hidden_size))
+        if self.state_head is not None:
+            widths.append(("state_head.hidden_size", self.state_head.hidden_size, self.language.hidden_size))
         for name, got, want in widths:
             if got != want:
                 raise UserError(f"{name} is {got}, but the part it joins has width {want}; set it to {want}")
@@ -178,7 +186,9 @@ def append_pooled(features: jax.Array, grids: tuple[int, ...]) -> jax.Array:
 
 
 class Vita(nn.Module):
-    """The whole model. Parameters: `vision/...`, `projector/...`, `language/...`, and `audio/...` if it hears."""
+    """The whole model. Parameters: `vision/...`, `projector/...`, `language/...`; `audio/...` if it hears, and
+    `state_head/...` if it has one.
+    """
 
     config: VitaConfig
     dtype: jnp.dtype = jnp.float32
@@ -189,6 +199,8 @@ class Vita(nn.Module):
         self.language = Decoder(self.config.language, dtype=self.dtype)
         if self.config.audio is not None:
             self.audio = AudioTower(self.config.audio, dtype=self.dtype)
+        if self.config.state_head is not None:
+            self.state_head = StateHead(self.config.state_head, dtype=self.dtype)
 
     @property
     def decoder(self) -> Decoder:
@@ -268,11 +280,23 @@ class Vita(nn.Module):
         """The forward pass of training: hidden states after the final norm (b s d)."""
         embeds = self.embed_inputs(batch, deterministic)
         hidden, _ = self.language(embeds, batch.positions, batch.segment_ids)
+        if self.is_initializing() and self.config.state_head is not None:
+            self.state_head(hidden)
         return hidden
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden: (b s d) -> (b s v)."""
         return self.language.logits(hidden)
+
+    def state_logits(self, hidden: jax.Array) -> jax.Array:
+        """What the state head says at every position: hidden (b s d) -> (b s c).
+
+        Raises:
+          UserError: the model has no state head.
+        """
+        if self.config.state_head is None:
+            raise UserError("the model has no state head; set the config's `state_head`")
+        return self.state_head(hidden)
 
 
 def text_inputs(tokens: jax.Array, segment_ids: jax.Array | None = None, *, image_size: int = 448) -> VitaInputs:

@@ -64,7 +64,7 @@ class LoadedModel:
     """Parameters for use, not for training on.
 
     Attributes:
-      params: nested dicts; what a stage's objective added has been dropped.
+      params: nested dicts; what a stage's objective added has been dropped, unless it keeps it.
       config: the configuration they were trained with.
       stage, step: where in the curriculum they were saved.
       path: the checkpoint folder.
@@ -331,8 +331,8 @@ def load_params(path: str | Path, shardings: Any = None) -> LoadedModel:
     )
     params = handler.restore(folder / "params", args=ocp.args.StandardRestore(abstract))
     handler.close()
-    extra = OBJECTIVES[config.stage(meta["stage"]).objective].extra_names
-    params = {name: tree for name, tree in params.items() if name not in extra}
+    dropped = OBJECTIVES[config.stage(meta["stage"]).objective].dropped_names
+    params = {name: tree for name, tree in params.items() if name not in dropped}
     return LoadedModel(params, config, meta["stage"], meta["step"], folder, folder.parents[3])
 
 

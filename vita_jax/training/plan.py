@@ -25,6 +25,8 @@ from vita_jax.training.step import FlatParams, TrainState, init_state
 
 # Purposes of the random keys drawn from the seed of the run; stages count on from the last.
 PARAMETERS, FIRST_STAGE = 0, 1
+# Components that objectives keep in the checkpoints of their stages.
+KEPT_NAMES = {name for objective in OBJECTIVES.values() for name in objective.kept_names}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +95,7 @@ def plan_stage(config: ExperimentConfig, model: Vita, stage: Stage, mesh: Mesh) 
     # What an objective adds has no value but in being trained.
     chosen.update(path for path in shapes if path.split("/")[0] in objective.extra_names)
     trainable = [path for path in shapes if path in chosen]
+    _check_batch_norm(stage, list(shapes), trainable)
     _check_starts(config, stage, list(shapes))
     rate = peak_learning_rate(config, stage)
     purpose = FIRST_STAGE + config.stages.index(stage)
@@ -106,6 +109,18 @@ def plan_stage(config: ExperimentConfig, model: Vita, stage: Stage, mesh: Mesh) 
         schedule=lambda step: warmup_cosine(step, stage.steps, stage.warmup_ratio, rate),
         rng=jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), purpose)),
     )
+
+
+def _check_batch_norm(stage: Stage, paths: Sequence[str], trainable: Sequence[str]) -> None:
+    """A step returns no running statistics, so an adapter with batch norm can be used but not trained."""
+    normed = [path for path in paths if path.startswith("audio/adapter/") and path.endswith("/running_mean")]
+    trained = [path for path in trainable if path.startswith("audio/adapter/")]
+    if normed and trained:
+        raise UserError(
+            f"stages.{stage.name} trains {trained[0]}, but this audio adapter has batch norm ({normed[0]}), whose "
+            "statistics training does not update; use model.audio.adapter kind 'subsampling' with norm 'layer' and "
+            "one convolution, or freeze the adapter"
+        )
 
 
 def _check_starts(config: ExperimentConfig, stage: Stage, paths: Sequence[str]) -> None:
@@ -161,6 +176,9 @@ def contributions(config: ExperimentConfig, plan: StagePlan) -> FlatParams:
         if own and len(starts) > 1:
             paths = trained_so_far(config.stage(start), config.stages, list(loaded))
         for path in sorted(paths):
+            # What an objective keeps beside the model is inherited only by stages that have it too.
+            if path not in plan.shapes and path.split("/")[0] in KEPT_NAMES:
+                continue
             if path not in plan.shapes or plan.shapes[path].shape != loaded[path].shape:
                 want = plan.shapes[path].shape if path in plan.shapes else "no such parameter"
                 raise UserError(

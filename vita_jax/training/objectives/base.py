@@ -1,0 +1,55 @@
+"""What an objective is: a tuple of pure functions. Axes: b rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from vita_jax.models.vita import Vita
+
+Batch = Mapping[str, jax.Array]
+Params = Mapping[str, Any]
+
+
+class LossSums(NamedTuple):
+    """Sums over a batch; sums of micro-batches add up to those of the whole batch.
+
+    Attributes:
+      loss: () float32, summed loss.
+      count: () float32, what the loss is divided by: answer tokens, or named cells.
+      metrics: name -> (sum, count), both () float32.
+    """
+
+    loss: jax.Array
+    count: jax.Array
+    metrics: dict[str, tuple[jax.Array, jax.Array]]
+
+
+class Objective(NamedTuple):
+    """The functions of one objective.
+
+    Attributes:
+      loss: (model, params, batch, rng key) -> LossSums.
+      batch_keys: arrays the objective reads from a batch.
+      num_tokens: work in a host batch, for tokens per second.
+      optional_keys: arrays it also reads where the batch has them.
+      extra_params: (model, rng key) -> parameters beside those of the model, by component name, in Linen's boxes.
+      extra_names: names of those components; dropped when the stage ends, but for:
+      kept_names: those that stay in the stage's checkpoints. Stages that start from them do not inherit them.
+    """
+
+    loss: Callable[[Vita, Params, Batch, jax.Array], LossSums]
+    batch_keys: tuple[str, ...]
+    num_tokens: Callable[[Mapping[str, np.ndarray]], int]
+    optional_keys: tuple[str, ...] = ()
+    extra_params: Callable[[Vita, jax.Array], dict[str, Any]] = lambda model, key: {}
+    extra_names: tuple[str, ...] = ()
+    kept_names: tuple[str, ...] = ()
+
+    @property
+    def dropped_names(self) -> tuple[str, ...]:
+        """Components that end with the stage."""
+        return tuple(name for name in self.extra_names if name not in self.kept_names)

@@ -18,7 +18,7 @@ from vita_jax.models.audio.tower import audio_small
 from vita_jax.models.vita import Vita, vita_small
 from vita_jax.ops.filter_bank import log_mel
 from vita_jax.training.objectives import OBJECTIVES, init_params
-from vita_jax.training.recognition_objective import (
+from vita_jax.training.objectives.recognition import (
     FREQUENCY_MASK_BINS,
     FREQUENCY_MASKS,
     TIME_MASK_FRAMES,

@@ -22,7 +22,7 @@ from vita_jax.training import loop
 from vita_jax.training.checkpoint import checkpoint_folder, load_params
 from vita_jax.training.metrics import read_metrics
 from vita_jax.training.objectives import OBJECTIVES, init_params
-from vita_jax.training.speech_objectives import CODEC_STATE, DISCRIMINATORS
+from vita_jax.training.objectives.speech import CODEC_STATE, DISCRIMINATORS
 from vita_jax.training.stages import flatten
 
 KEY = jax.random.key(0)

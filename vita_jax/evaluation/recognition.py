@@ -16,7 +16,7 @@ from vita_jax.errors import UserError
 from vita_jax.models.vita import Vita, VitaConfig
 from vita_jax.ops.ctc import ctc_greedy
 from vita_jax.ops.filter_bank import RELEASED, log_mel
-from vita_jax.training.recognition_objective import recognition_logits
+from vita_jax.training.objectives.recognition import recognition_logits
 
 BATCH = 16
 FRAME_STEP = 100  # clips are padded to multiples of this many frames of 10 ms, so that few shapes are compiled

@@ -11,6 +11,7 @@ Three uses of one linear layer, `predictor_head` in the checkpoints:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -39,13 +40,17 @@ class StateHeadConfig:
       hidden_size: d of the language model.
       num_classes: outputs, an unused last one included.
       class_weights: weight of each class in the loss; empty = all 1.
+      place: which hidden states it reads: "answer", those right before each answer; "audio", those at the end of clips.
     """
 
     hidden_size: int
     num_classes: int = len(INPUT_CLASSES)
     class_weights: tuple[float, ...] = ()
+    place: Literal["answer", "audio"] = "answer"
 
     def __post_init__(self) -> None:
+        if self.place not in ("answer", "audio"):
+            raise UserError(f"state head: place {self.place!r} is unknown; use 'answer' or 'audio'")
         if self.class_weights and len(self.class_weights) != self.num_classes:
             raise UserError(
                 f"class_weights has {len(self.class_weights)} entries for {self.num_classes} classes; give one for each"
@@ -54,7 +59,7 @@ class StateHeadConfig:
 
 def two_class_head(hidden_size: int) -> StateHeadConfig:
     """The layout of `vita_fo_qwen2.py`: effective audio, noise, and a class that is never a target."""
-    return StateHeadConfig(hidden_size, len(TWO_CLASS_WEIGHTS), TWO_CLASS_WEIGHTS)
+    return StateHeadConfig(hidden_size, len(TWO_CLASS_WEIGHTS), TWO_CLASS_WEIGHTS, "audio")
 
 
 class StateHead(nn.Module):

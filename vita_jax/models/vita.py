@@ -33,6 +33,7 @@ from vita_jax.models.connectors.projectors import Projector, ProjectorConfig
 from vita_jax.models.language.decoder import Decoder, DecoderConfig, mixtral_8x7b, qwen2_7b
 from vita_jax.models.speech.config import SpeechDecoderConfig
 from vita_jax.models.speech.speech_decoder import SpeechBatch, SpeechDecoder
+from vita_jax.models.state_head import StateHead, StateHeadConfig
 from vita_jax.models.vision.frame_pooling import pool_tokens
 from vita_jax.models.vision.internvit import InternViT, InternViTConfig, internvit_300m_448px, vita_tower_features
 
@@ -50,6 +51,7 @@ class VitaConfig:
       pooled_grids: sides of pooled copies of every tile's features that the table also holds (slow-fast video pooling
         is (12, 7)); empty for the released models. `vita_jax.data.splice.FeatureLayout` describes the table.
       audio: the speech encoder and its adapter; None for a model that does not hear.
+      state_head: tells what kind of input the hidden states have seen; None for the released models.
       ctc_vocab_size: rows of the recogniser's head on the speech encoder (stage 2.1a); 0 for none.
       codec, speech: speech tokens to sound, and text to speech tokens; None for a model that does not speak. They are
         not part of the forward pass: the speech decoders read input embeddings of the language model.
@@ -63,6 +65,7 @@ class VitaConfig:
     image_std: tuple[float, float, float] = IMAGENET_STD
     pooled_grids: tuple[int, ...] = ()
     audio: AudioTowerConfig | None = None
+    state_head: StateHeadConfig | None = None
     ctc_vocab_size: int = 0
     codec: CodecConfig | None = None
     speech: SpeechDecoderConfig | None = None
@@ -75,6 +78,8 @@ class VitaConfig:
         ]
         if self.audio is not None:
             widths.append(("audio.adapter.output_size", self.audio.adapter.output_size, self.language.hidden_size))
+        if self.state_head is not None:
+            widths.append(("state_head.hidden_size", self.state_head.hidden_size, self.language.hidden_size))
         for name, got, want in widths:
             if got != want:
                 raise UserError(f"{name} is {got}, but the part it joins has width {want}; set it to {want}")
@@ -224,7 +229,8 @@ def append_pooled(features: jax.Array, grids: tuple[int, ...]) -> jax.Array:
 
 class Vita(nn.Module):
     """The whole model. Parameters: `vision/...`, `projector/...`, `language/...`; `audio/...` if it hears,
-    `ctc_head/...` if it was taught by transcripts, and `codec/...`, `speech/...` if it speaks.
+    `ctc_head/...` if it was taught by transcripts, `state_head/...` if it has one, and `codec/...`, `speech/...` if it
+    speaks.
     """
 
     config: VitaConfig
@@ -236,6 +242,8 @@ class Vita(nn.Module):
         self.language = Decoder(self.config.language, dtype=self.dtype)
         if self.config.audio is not None:
             self.audio = AudioTower(self.config.audio, dtype=self.dtype)
+        if self.config.state_head is not None:
+            self.state_head = StateHead(self.config.state_head, dtype=self.dtype)
         if self.config.ctc_vocab_size:
             self.ctc_head = CtcHead(self.config.ctc_vocab_size, dtype=self.dtype)
         if self.config.codec is not None:
@@ -335,11 +343,23 @@ class Vita(nn.Module):
         """The forward pass of training: hidden states after the final norm (b s d)."""
         embeds = self.embed_inputs(batch, deterministic)
         hidden, _ = self.language(embeds, batch.positions, batch.segment_ids)
+        if self.is_initializing() and self.config.state_head is not None:
+            self.state_head(hidden)
         return hidden
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden: (b s d) -> (b s v)."""
         return self.language.logits(hidden)
+
+    def state_logits(self, hidden: jax.Array) -> jax.Array:
+        """What the state head says at every position: hidden (b s d) -> (b s c).
+
+        Raises:
+          UserError: the model has no state head.
+        """
+        if self.config.state_head is None:
+            raise UserError("the model has no state head; set the config's `state_head`")
+        return self.state_head(hidden)
 
 
 def text_inputs(tokens: jax.Array, segment_ids: jax.Array | None = None, *, image_size: int = 448) -> VitaInputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vita_jax.conversion.tables import Table
+from vita_jax.models import state_head
 from vita_jax.models.audio import tower_weights
 from vita_jax.models.connectors.projectors_weights import weight_table as projector_table
 from vita_jax.models.language.decoder_weights import weight_table as decoder_table
@@ -22,9 +23,13 @@ def weight_table(config: VitaConfig) -> Table:
         audio = Table((), ignore=(AUDIO_PATTERN,))
     else:
         audio = tower_weights.weight_table(config.audio).prefixed(torch=tower_weights.VITA_PREFIX, path="audio/")
+    state = Table(())
+    if config.state_head is not None:
+        state = state_head.weight_table(config.state_head).prefixed(path="state_head/")
     return (
         internvit_table(config.vision).prefixed(torch=VISION_PREFIX, path="vision/")
         + projector_table(config.projector).prefixed(torch=PROJECTOR_PREFIX, path="projector/")
         + decoder_table(config.language).prefixed(path="language/")
         + audio
+        + state
     )

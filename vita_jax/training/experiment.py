@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from vita_jax.data.audio import AudioConfig, AudioContext
 from vita_jax.data.examples import ExampleContext
 from vita_jax.data.images import ImageConfig
 from vita_jax.data.prompts import PromptOptions
@@ -22,8 +23,8 @@ from vita_jax.errors import UserError
 from vita_jax.models.vita import Vita, VitaConfig
 from vita_jax.parallel.mesh import MESH_AXES, MeshConfig, mesh_shape
 from vita_jax.training.objectives import OBJECTIVES
+from vita_jax.training.objectives.speech import SPEECH_OBJECTIVES
 from vita_jax.training.optimizer import OptimizerConfig
-from vita_jax.training.speech_objectives import SPEECH_OBJECTIVES
 from vita_jax.training.stages import Stage, starts_of
 
 
@@ -118,6 +119,7 @@ class ExperimentConfig:
       stages: the curriculum, in order.
       video_rule: which frames of a video are taken, see `vita_jax.data.video`.
       prompt: variants of writing conversations.
+      audio: how sounds become features, for a model that hears.
       seed: of parameters, data order and drop path.
     """
 
@@ -133,6 +135,7 @@ class ExperimentConfig:
     stages: tuple[Stage, ...]
     video_rule: str = "paper"
     prompt: PromptOptions = PromptOptions()
+    audio: AudioConfig = AudioConfig()
     seed: int = 0
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -171,16 +174,23 @@ def build_model(config: ExperimentConfig) -> Vita:
     return Vita(config.model, dtype=jnp.dtype(config.dtypes.compute_dtype))
 
 
-def example_context(config: ExperimentConfig, tokenizer: Tokenizer) -> ExampleContext:
-    """How the records of this run become examples, for training, evaluation and chat alike."""
+def example_context(config: ExperimentConfig, tokenizer: Tokenizer, stage: Stage | None = None) -> ExampleContext:
+    """How the records of this run become examples, for training, evaluation and chat alike.
+
+    Args:
+      stage: what is trained, if it is: some stages want labels beside those of the language model.
+    """
+    model = config.model
     return ExampleContext(
         tokenizer=tokenizer,
         template=get_template(config.template),
         system_texts=config.system_texts,
         image=config.image,
-        layout=FeatureLayout(config.model.vision.tokens_per_tile, config.model.pooled_grids),
+        layout=FeatureLayout(model.vision.tokens_per_tile, model.pooled_grids),
         video_rule=config.video_rule,
         options=config.prompt,
+        audio=None if model.audio is None else AudioContext(config.audio, model.audio.num_tokens),
+        state_labels=model.state_head.place if stage is not None and stage.state_labels else None,
     )
 
 
@@ -230,6 +240,7 @@ def validate(config: ExperimentConfig, num_devices: int | None = None) -> None:
     shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
     for index, stage in enumerate(config.stages):
         _validate_numbers(stage)
+        _validate_sound(config, stage)
         _validate_starts(stage, names[:index])
         rows = stage.batch_size // stage.accumulation
         if stage.batch_size % stage.accumulation or rows % shards:
@@ -260,6 +271,12 @@ def _validate_parts(config: ExperimentConfig) -> None:
         raise UserError(
             f"image.mean/std {image.mean}/{image.std} differ from "
             f"model.image_mean/std {model.image_mean}/{model.image_std}"
+        )
+    bins = config.audio.filter_bank.num_mel_bins
+    if model.audio is not None and model.audio.encoder.input_dim != bins:
+        raise UserError(
+            f"audio.filter_bank.num_mel_bins={bins} but model.audio.encoder.input_dim="
+            f"{model.audio.encoder.input_dim}; they must be equal"
         )
     if config.tokenizer.vocab_size > model.language.vocab_size:
         raise UserError(
@@ -298,6 +315,18 @@ def _validate_numbers(stage: Stage) -> None:
         raise UserError(f"{where}.learning_rate={stage.learning_rate}: must not be negative")
     if not 0 <= stage.warmup_ratio <= 1:
         raise UserError(f"{where}.warmup_ratio={stage.warmup_ratio}: must be between 0 and 1")
+
+
+def _validate_sound(config: ExperimentConfig, stage: Stage) -> None:
+    where, model = f"stages.{stage.name}", config.model
+    if stage.row_clips < 0 or stage.clip_frames < 0:
+        raise UserError(f"{where}: row_clips={stage.row_clips}, clip_frames={stage.clip_frames}: must not be negative")
+    if stage.state_labels and model.state_head is None:
+        raise UserError(f"{where}.state_labels: the model has no state head; set model.state_head")
+    if stage.row_clips and model.audio is None:
+        raise UserError(f"{where}.row_clips={stage.row_clips}, but the model does not hear; set model.audio, or use 0")
+    if stage.row_clips and model.audio.num_tokens(stage.clip_frames) <= model.audio.num_tokens(0):
+        raise UserError(f"{where}.clip_frames={stage.clip_frames} is too short for any sound; 100 are a second")
 
 
 def _validate_starts(stage: Stage, earlier: list[str]) -> None:

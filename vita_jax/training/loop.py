@@ -199,11 +199,13 @@ def record_batches(config: ExperimentConfig, stage: Stage, *, tokenizer: Tokeniz
         return speech_batches(config, stage, sources, tokenizer)
     return make_loader(
         sources,
-        example_context(config, tokenizer),
+        example_context(config, tokenizer, stage),
         objective=stage.objective,
         batch_size=stage.batch_size // jax.process_count(),
         row_length=stage.row_length,
         row_tiles=stage.row_tiles,
+        row_clips=stage.row_clips,
+        clip_frames=stage.clip_frames,
         seed=config.seed + config.stages.index(stage),
         num_threads=config.data.num_threads,
         max_bad_fraction=config.data.max_bad_fraction,
@@ -316,13 +318,15 @@ def fetch(plan: StagePlan, batches: BatchIterator, mesh: Mesh, reporter: Reporte
     """The next batch on the mesh, and how many tokens it holds; counts the time the device may have waited for it."""
     before = time.monotonic()
     batch = next(batches)
-    missing = [key for key in plan.objective.batch_keys if key not in batch]
+    objective = plan.objective
+    missing = [key for key in objective.batch_keys if key not in batch]
     if missing:
         raise UserError(
             f"stage {plan.stage.name!r}: objective {plan.stage.objective!r} needs {', '.join(missing)}, "
             "which its data does not have"
         )
-    tokens = plan.objective.num_tokens(batch) * jax.process_count()
-    on_device = put_batch({key: batch[key] for key in plan.objective.batch_keys}, mesh)
+    keys = (*objective.batch_keys, *(key for key in objective.optional_keys if key in batch))
+    tokens = objective.num_tokens(batch) * jax.process_count()
+    on_device = put_batch({key: batch[key] for key in keys}, mesh)
     reporter.data_seconds += time.monotonic() - before
     return on_device, tokens

@@ -24,7 +24,7 @@ from vita_jax.training.stages import Stage
 METRICS = "metrics.jsonl"
 # Reported as means over the steps since the last report, weighted by what the loss counts; the others are those of the
 # last step.
-AVERAGED = {"loss", "accuracy"}
+AVERAGED = {"loss", "accuracy", "state_loss", "state_accuracy", "infeasible"}
 # getrusage counts bytes on macOS and kibibytes elsewhere.
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 

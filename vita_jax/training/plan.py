@@ -93,6 +93,7 @@ def plan_stage(config: ExperimentConfig, model: Vita, stage: Stage, mesh: Mesh) 
     # What an objective adds has no value but in being trained.
     chosen.update(path for path in shapes if path.split("/")[0] in objective.extra_names)
     trainable = [path for path in shapes if path in chosen]
+    _check_batch_norm(stage, list(shapes), trainable)
     _check_starts(config, stage, list(shapes))
     rate = peak_learning_rate(config, stage)
     purpose = FIRST_STAGE + config.stages.index(stage)
@@ -106,6 +107,18 @@ def plan_stage(config: ExperimentConfig, model: Vita, stage: Stage, mesh: Mesh) 
         schedule=lambda step: warmup_cosine(step, stage.steps, stage.warmup_ratio, rate),
         rng=jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), purpose)),
     )
+
+
+def _check_batch_norm(stage: Stage, paths: Sequence[str], trainable: Sequence[str]) -> None:
+    """A step returns no running statistics, so an adapter with batch norm can be used but not trained."""
+    normed = [path for path in paths if path.startswith("audio/adapter/") and path.endswith("/running_mean")]
+    trained = [path for path in trainable if path.startswith("audio/adapter/")]
+    if normed and trained:
+        raise UserError(
+            f"stages.{stage.name} trains {trained[0]}, but this audio adapter has batch norm ({normed[0]}), whose "
+            "statistics training does not update; use model.audio.adapter kind 'subsampling' with norm 'layer' and "
+            "one convolution, or freeze the adapter"
+        )
 
 
 def _check_starts(config: ExperimentConfig, stage: Stage, paths: Sequence[str]) -> None:

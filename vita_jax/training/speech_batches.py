@@ -13,7 +13,7 @@ from vita_jax.data.speech_pairs import CropShape, PairShape, make_crop_loader, m
 from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UserError
 from vita_jax.training.experiment import CTC_VOCABULARY, ExperimentConfig, data_folder
-from vita_jax.training.speech_objectives import SPEECH_OBJECTIVES
+from vita_jax.training.objectives.speech import SPEECH_OBJECTIVES
 from vita_jax.training.stages import Stage
 
 SPEECH_BATCHES = ("ctc", *SPEECH_OBJECTIVES)  # objectives that read manifests and not packed records
@@ -43,7 +43,7 @@ def speech_batches(
     }
     if stage.objective == "ctc":
         vocabulary = load_ctc_vocabulary(data_folder(config) / CTC_VOCABULARY)
-        return make_recognition_loader(sources, RecognitionShape(stage.row_length), vocabulary, **options)
+        return make_recognition_loader(sources, RecognitionShape(stage.clip_frames), vocabulary, **options)
     codec = config.model.codec
     if codec is None:
         raise UserError(f"stages.{stage.name}: objective {stage.objective!r} needs a codec; set `model.codec`")

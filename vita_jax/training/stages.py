@@ -27,8 +27,11 @@ class Stage:
       steps: optimiser steps.
       learning_rate: peak of the schedule.
       batch_size: packed rows of one optimiser step, over all devices.
-      row_length: tokens of a packed row; for the objective `ctc` the longest clip in frames of 10 ms.
+      row_length: tokens of a packed row.
       row_tiles: image tiles (or frames) of a packed row.
+      row_clips, clip_frames: sounds of a packed row, and frames of 10 ms of each; 0 clips means no sound. The objective
+        `ctc` has one clip in a row, of at most `clip_frames`.
+      state_labels: whether the model's state head trains along.
       objective: a name of `vita_jax.training.objectives.OBJECTIVES`.
       warmup_ratio: share of the steps with a rising learning rate.
       learning_rate_scale: (pattern, factor) pairs; the first match multiplies the learning rate of a parameter.
@@ -50,6 +53,9 @@ class Stage:
     row_length: int
     row_tiles: int
     objective: str = "language_modeling"
+    row_clips: int = 0
+    clip_frames: int = 0
+    state_labels: bool = False
     warmup_ratio: float = 0.03
     learning_rate_scale: tuple[tuple[str, float], ...] = ()
     accumulation: int = 1
@@ -74,8 +80,12 @@ def starts_of(stage: Stage) -> tuple[str, ...]:
     return (stage.start_from,) if isinstance(stage.start_from, str) else stage.start_from
 
 
+# Statistics of data that no objective updates: they get no gradient, and decaying them would falsify them.
+STATISTICS = re.compile(r"(^|/)cmvn/|^audio/.*/running_(mean|var)$")
+
+
 def trainable_paths(stage: Stage, paths: Sequence[str]) -> list[str]:
-    """The paths the stage trains, in the given order.
+    """The paths the stage trains, in the given order; statistics never train.
 
     Raises:
       UserError: a pattern is no regular expression or matches nothing, or there is no pattern.
@@ -94,7 +104,7 @@ def trainable_paths(stage: Stage, paths: Sequence[str]) -> list[str]:
                 f"stage {stage.name!r}: trainable pattern {pattern!r} matches no parameter; components are {components}"
             )
         chosen.update(matching)
-    return [path for path in paths if path in chosen]
+    return [path for path in paths if path in chosen and not STATISTICS.search(path)]
 
 
 def trained_so_far(stage: Stage, stages: Sequence[Stage], paths: Sequence[str]) -> set[str]:

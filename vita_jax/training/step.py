@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from vita_jax.training.objective import LossSums
+from vita_jax.training.objectives.base import LossSums
 from vita_jax.training.stages import unflatten
 
 FlatParams = dict[str, jax.Array]

@@ -9,7 +9,6 @@ and bands of frequency are blanked out (SpecAugment, arXiv 1904.08779, without w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from vita_jax.models.audio.encoder import AudioEncoder
 from vita_jax.models.vita import Vita
 from vita_jax.ops.ctc import ctc_feasible, ctc_loss
 from vita_jax.ops.masks import padding_mask
-from vita_jax.training.objective import Batch, LossSums, Objective, Params
+from vita_jax.training.objectives.base import Batch, LossSums, Objective, Params
 
 # SpecAugment: how many stripes, and how wide they are at most.
 TIME_MASKS, TIME_MASK_FRAMES = 2, 20
@@ -116,13 +115,9 @@ def ctc_objective_loss(model: Vita, params: Params, batch: Batch, key: jax.Array
     return LossSums(total, count, {"per_character": (total, characters), "infeasible": left_out})
 
 
-def _no_extra_params(model: Vita, key: jax.Array) -> dict[str, Any]:
-    return {}
-
-
 def _encoder_frames(batch: Mapping[str, np.ndarray]) -> int:
     """Frames of 40 ms."""
     return int(np.sum(batch["lengths"])) // 4
 
 
-CTC = Objective(ctc_objective_loss, _no_extra_params, (), CTC_KEYS, _encoder_frames)
+CTC = Objective(ctc_objective_loss, CTC_KEYS, _encoder_frames)

@@ -37,7 +37,7 @@ from vita_jax.models.speech.nar_decoder import initial_distribution_loss, text_r
 from vita_jax.models.speech.speech_decoder import SpeechBatch, SpeechDecoder, speech_labels, speech_loss
 from vita_jax.models.vita import Vita
 from vita_jax.nn.layers import Embed
-from vita_jax.training.objective import Batch, LossSums, Objective, Params
+from vita_jax.training.objectives.base import Batch, LossSums, Objective, Params
 
 DISCRIMINATORS, CODEC_STATE = "discriminators", "codec_state"
 # Weight of the NAR decoder's own guess of the tokens, where it has a head for it.
@@ -256,10 +256,6 @@ def speech_decoder_loss(model: Vita, params: Params, batch: Batch, key: jax.Arra
     return LossSums(loss, count, metrics)
 
 
-def _no_extra_params(model: Vita, key: jax.Array) -> dict[str, Any]:
-    return {}
-
-
 def _samples(batch: Mapping[str, np.ndarray]) -> int:
     return int(batch["waves"].size)
 
@@ -268,11 +264,11 @@ def _speech_tokens(batch: Mapping[str, np.ndarray]) -> int:
     return int(np.sum(batch["frames"]))
 
 
-CODEC = Objective(codec_loss, codec_extra_params, (DISCRIMINATORS, CODEC_STATE), ("waves", "other_waves"), _samples)
-SPEECH_DECODER = Objective(
-    speech_decoder_loss,
-    _no_extra_params,
-    (),
-    ("text_tokens", "text_lengths", "waves", "frames"),
-    _speech_tokens,
+CODEC = Objective(
+    codec_loss,
+    ("waves", "other_waves"),
+    _samples,
+    extra_params=codec_extra_params,
+    extra_names=(DISCRIMINATORS, CODEC_STATE),
 )
+SPEECH_DECODER = Objective(speech_decoder_loss, ("text_tokens", "text_lengths", "waves", "frames"), _speech_tokens)

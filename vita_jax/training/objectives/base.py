@@ -1,4 +1,4 @@
-"""What an objective is: the types that its functions share with the train step."""
+"""What an objective is: a tuple of pure functions. Axes: b rows."""
 
 from __future__ import annotations
 
@@ -37,14 +37,16 @@ class Objective(NamedTuple):
 
     Attributes:
       loss: (model, params, batch, rng key) -> LossSums.
-      extra_params: (model, rng key) -> parameters beside those of the model, by component name, in Linen's boxes.
-      extra_names: names of those components; dropped when the stage ends.
       batch_keys: arrays the objective reads from a batch.
       num_tokens: work in a host batch, for tokens per second.
+      optional_keys: arrays it also reads where the batch has them.
+      extra_params: (model, rng key) -> parameters beside those of the model, by component name, in Linen's boxes.
+      extra_names: names of those components; dropped when the stage ends.
     """
 
     loss: Callable[[Vita, Params, Batch, jax.Array], LossSums]
-    extra_params: Callable[[Vita, jax.Array], dict[str, Any]]
-    extra_names: tuple[str, ...]
     batch_keys: tuple[str, ...]
     num_tokens: Callable[[Mapping[str, np.ndarray]], int]
+    optional_keys: tuple[str, ...] = ()
+    extra_params: Callable[[Vita, jax.Array], dict[str, Any]] = lambda model, key: {}
+    extra_names: tuple[str, ...] = ()

@@ -1,0 +1,108 @@
+"""Objectives of the language model: the answers, all of the text, and the kind of input that a state head tells.
+
+language_modeling: next-token cross entropy on the labelled (answer) tokens, through the whole model. If the batch has
+state labels, the loss of the model's state head is added, as in `vita_fo_qwen2.py` (stage 2.2 of VITA-1.5).
+text_pretraining: next-token cross entropy on all text tokens, with a small weight on those that are no answers. It
+stands in for the public pre-training of the language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vita_jax.errors import UserError
+from vita_jax.models.state_head import FIRST_STATE_LABEL, state_loss
+from vita_jax.models.vita import Vita, VitaInputs
+from vita_jax.ops.losses import IGNORE_LABEL, next_token_scores, position_scores, shift_labels
+from vita_jax.training.objectives.base import Batch, LossSums, Objective, Params
+
+# Positions whose logits exist at one time in the language loss.
+LOSS_CHUNK = 512
+# Weight of a token that is no answer in `text_pretraining`. Prompts are mostly random here, but predicting them makes
+# words of one kind alike, after which looking them up is learnt several times faster.
+PROMPT_WEIGHT = 0.08
+
+
+def model_inputs(batch: Batch) -> VitaInputs:
+    """The model's part of a batch; `audio` and `audio_lengths` are optional."""
+    names = ["tokens", "positions", "segment_ids", "feature_index", "tiles"]
+    names += [name for name in ("audio", "audio_lengths") if name in batch]
+    return VitaInputs(**{name: batch[name] for name in names})
+
+
+def language_modeling_loss(model: Vita, params: Params, batch: Batch, key: jax.Array) -> LossSums:
+    """Next-token cross entropy of the answers, and what the state head has to tell.
+
+    Args:
+      model: the composition.
+      params: nested parameters.
+      batch: `tokens`, `labels`, `positions`, `segment_ids`, `feature_index` (b s) and `tiles` (b t S S 3); where there
+        is sound `audio` (b a f m) and `audio_lengths` (b a); where the head trains `state_labels` (b s).
+      key: for dropout, drop path and the chunks of the audio encoder.
+
+    Returns:
+      Sums over answer tokens; metric `accuracy`: share of them that the largest logit gets right. With state labels the
+      mean loss of the head is added to the mean loss of the answers (of this batch, or micro-batch); metrics
+      `state_loss` and `state_accuracy`.
+    """
+    hidden, kernel = _hidden_states(model, params, batch, key), params["language"]["lm_head"]["kernel"]
+    loss, count, correct = next_token_scores(
+        hidden, kernel, batch["labels"], batch["segment_ids"], chunk_size=LOSS_CHUNK
+    )
+    metrics = {"accuracy": (correct, count)}
+    if "state_labels" in batch:
+        head_loss, weight, state_metrics = _state_sums(model, params, batch["state_labels"], hidden)
+        loss = loss + head_loss * count / jnp.maximum(weight, 1e-6)
+        metrics |= state_metrics
+    return LossSums(loss, count, metrics)
+
+
+def _state_sums(
+    model: Vita, params: Params, labels: jax.Array, hidden: jax.Array
+) -> tuple[jax.Array, jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+    """Summed loss of the state head, summed weights, and metrics. labels (b s), hidden (b s d)."""
+    if model.config.state_head is None:
+        raise UserError("the batch has state labels, but the model has no state head; set the model's `state_head`")
+    logits = model.apply({"params": {"state_head": params["state_head"]}}, hidden, method="state_logits")
+    loss, weight = state_loss(logits, labels, model.config.state_head)
+    wanted = FIRST_STATE_LABEL - labels
+    correct = jnp.sum((wanted >= 0) & (jnp.argmax(logits, axis=-1) == wanted), dtype=jnp.float32)
+    number = jnp.sum(wanted >= 0, dtype=jnp.float32)
+    return loss, weight, {"state_loss": (loss, weight), "state_accuracy": (correct, number)}
+
+
+def text_pretraining_loss(model: Vita, params: Params, batch: Batch, key: jax.Array) -> LossSums:
+    """Next-token cross entropy of answers, and with `PROMPT_WEIGHT` of all other text.
+
+    Args and returns: as `language_modeling_loss`; `count` is the sum of the weights, the metric is that of the answers.
+    """
+    hidden, kernel = _hidden_states(model, params, batch, key), params["language"]["lm_head"]["kernel"]
+    text = jnp.where(batch["feature_index"] < 0, batch["tokens"], IGNORE_LABEL)
+    targets = shift_labels(text, batch["segment_ids"])
+    answers = (shift_labels(batch["labels"], batch["segment_ids"]) != IGNORE_LABEL).astype(jnp.float32)
+    others = (targets != IGNORE_LABEL) - answers
+    losses, correct = position_scores(hidden, kernel, targets, chunk_size=LOSS_CHUNK)
+    weights = answers + PROMPT_WEIGHT * others
+    accuracy = (jnp.sum(correct * answers), jnp.sum(answers))
+    return LossSums(jnp.sum(losses * weights), jnp.sum(weights), {"accuracy": accuracy})
+
+
+def _hidden_states(model: Vita, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
+    return model.apply({"params": params}, model_inputs(batch), deterministic=False, rngs={"dropout": key})
+
+
+def _row_tokens(batch: Mapping[str, np.ndarray]) -> int:
+    return int(np.count_nonzero(batch["segment_ids"]))
+
+
+LANGUAGE_KEYS = ("tokens", "labels", "positions", "segment_ids", "feature_index", "tiles")
+AUDIO_KEYS = ("audio", "audio_lengths")
+
+LANGUAGE_MODELING = Objective(
+    language_modeling_loss, LANGUAGE_KEYS, _row_tokens, optional_keys=(*AUDIO_KEYS, "state_labels")
+)
+TEXT_PRETRAINING = Objective(text_pretraining_loss, LANGUAGE_KEYS, _row_tokens, optional_keys=AUDIO_KEYS)

@@ -143,9 +143,8 @@ def test_only_the_voice_changes_and_helpers_are_dropped(run_dir):
     for path in before:
         same = np.array_equal(before[path], after[path])
         assert same or path.startswith("speech/"), path
-    # A fresh running mean is zero, and a fresh entry at most 1 / 12.
+    # Statistics are kept, though no gradient reaches them: a fresh running mean is zero.
     assert np.any(before["codec/encoder/global_encoder/fn_2/running_mean"])
-    assert np.abs(before["codec/quantizer/global_codebook_0"]).max() > 1 / CODEC.num_codes
 
 
 def test_what_does_not_fit_is_said(model_and_params):

@@ -143,8 +143,7 @@ def test_only_the_voice_changes_and_helpers_are_dropped(run_dir):
     for path in before:
         same = np.array_equal(before[path], after[path])
         assert same or path.startswith("speech/"), path
-    fresh = flatten(unbox(init_params(Vita(voice_config()), OBJECTIVES["codec"], KEY)))
-    assert not np.array_equal(fresh["codec/quantizer/codebook_0_0"], before["codec/quantizer/codebook_0_0"])
+    # Statistics are kept, though no gradient reaches them: a fresh running mean is zero.
     assert np.any(before["codec/encoder/global_encoder/fn_2/running_mean"])
 
 

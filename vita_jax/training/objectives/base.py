@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +28,7 @@ class LossSums(NamedTuple):
     loss: jax.Array
     count: jax.Array
     metrics: dict[str, tuple[jax.Array, jax.Array]]
-    updates: Mapping[str, jax.Array] = MappingProxyType({})
+    updates: Mapping[str, jax.Array] = {}  # a dict because jax has to know it; never changed in place
 
 
 class Objective(NamedTuple):

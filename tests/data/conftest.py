@@ -35,10 +35,12 @@ def qwen_like(tmp_path_factory):
     tokenizer = tokenizers.Tokenizer(models.BPE())
     pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
@@ -54,18 +56,31 @@ def mixtral_like(tmp_path_factory):
     """Characters with byte fallback, a space mark in front of every separate piece, BOS, added state symbols."""
     entries = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     entries += [chr(code) for code in range(33, 127)]
-    tokenizer = tokenizers.Tokenizer(models.BPE(
-        vocab={entry: i for i, entry in enumerate(entries)}, merges=[], unk_token="<unk>", byte_fallback=True,
-        fuse_unk=True,
-    ))
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={entry: i for i, entry in enumerate(entries)},
+            merges=[],
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+        )
+    )
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
-    ])
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", "<1>", "<2>", "<3>"])
     config = {
-        "bos_token": "<s>", "eos_token": {"content": "</s>"}, "unk_token": "<unk>", "pad_token": None,
+        "bos_token": "<s>",
+        "eos_token": {"content": "</s>"},
+        "unk_token": "<unk>",
+        "pad_token": None,
         "add_bos_token": True,
     }
     return _saved(tokenizer, config, tmp_path_factory.mktemp("mixtral"))

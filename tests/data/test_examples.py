@@ -133,7 +133,10 @@ def test_rounds_apart_share_tiles_and_equal_single_rounds(ctx):
 def test_rounds_apart_show_only_earlier_media():
     rounds = list(rounds_apart(talk("a", "1", "<image>\nb", "2", "<video> c <image>", "3", "d", "4")))
     assert [r[0]["value"] for r in rounds] == [
-        "a", "<image>\nb", "<image>\n<video> c <image>", "<image>\n<video>\n<image>\nd",
+        "a",
+        "<image>\nb",
+        "<image>\n<video> c <image>",
+        "<image>\n<video>\n<image>\nd",
     ]
     assert [r[1]["value"] for r in rounds] == ["1", "2", "3", "4"]
 
@@ -241,7 +244,11 @@ def test_media_from_file(tmp_path):
     write_png(tmp_path / "a.png")
     assert media_from_file(tmp_path / "a.png", "image").data == (tmp_path / "a.png").read_bytes()
     (tmp_path / "b.png").write_bytes(b"")
-    for path, kind, message in (("none.png", "image", "no such file"), ("b.png", "image", "empty"),
-                                (".", "image", "folder"), ("a.png", "sound", "unknown")):
+    for path, kind, message in (
+        ("none.png", "image", "no such file"),
+        ("b.png", "image", "empty"),
+        (".", "image", "folder"),
+        ("a.png", "sound", "unknown"),
+    ):
         with pytest.raises(UserError, match=message):
             media_from_file(tmp_path / path, kind)

@@ -69,10 +69,15 @@ def unpacked(batches, k=TOKENS_PER_TILE):
                 features = batch["feature_index"][row][at]
                 slots = features[features >= 0]
                 pixels = b"".join(batch["tiles"][row, i // k].tobytes() + bytes([i % k]) for i in slots)
-                found.append((
-                    batch["tokens"][row][at].tobytes(), batch["labels"][row][at].tobytes(),
-                    batch["positions"][row][at].tobytes(), (features >= 0).tobytes(), pixels,
-                ))
+                found.append(
+                    (
+                        batch["tokens"][row][at].tobytes(),
+                        batch["labels"][row][at].tobytes(),
+                        batch["positions"][row][at].tobytes(),
+                        (features >= 0).tobytes(),
+                        pixels,
+                    )
+                )
     return Counter(found)
 
 
@@ -123,8 +128,16 @@ def test_equal_settings_give_equal_batches_whatever_the_threads(mixed, ctx):
 
 def test_epochs_are_shuffled_differently(text_only, ctx):
     def order(epochs):
-        loader = make_loader([SourceConfig(text_only)], ctx, num_epochs=epochs, packing_bins=1, batch_size=1,
-                             row_length=48, row_tiles=0, seed=0)
+        loader = make_loader(
+            [SourceConfig(text_only)],
+            ctx,
+            num_epochs=epochs,
+            packing_bins=1,
+            batch_size=1,
+            row_length=48,
+            row_tiles=0,
+            seed=0,
+        )
         return [batch["tokens"].tobytes() for batch in loader]
 
     once, twice = order(1), order(2)
@@ -175,8 +188,16 @@ def test_sources_are_concatenated_or_weighted(mixed, text_only, ctx):
 
 def test_ratio_takes_a_seeded_share(text_only, ctx):
     def taken(seed, ratio=0.35):
-        loader = make_loader([SourceConfig(text_only, ratio=ratio)], ctx, num_epochs=1, drop_remainder=False,
-                             batch_size=1, row_length=48, row_tiles=0, seed=seed)
+        loader = make_loader(
+            [SourceConfig(text_only, ratio=ratio)],
+            ctx,
+            num_epochs=1,
+            drop_remainder=False,
+            batch_size=1,
+            row_length=48,
+            row_tiles=0,
+            seed=seed,
+        )
         return unpacked(batches_of(loader))
 
     assert taken(0).total() == 7 and max(taken(0).values()) == 1
@@ -187,8 +208,19 @@ def test_ratio_takes_a_seeded_share(text_only, ctx):
 def test_hosts_share_an_epoch(mixed, media_root, ctx):
     folder, entries = mixed
     parts = [
-        unpacked(batches_of(make_loader([SourceConfig(folder)], ctx, num_epochs=1, drop_remainder=False, shard_index=i,
-                                        shard_count=3, **SIZES)))
+        unpacked(
+            batches_of(
+                make_loader(
+                    [SourceConfig(folder)],
+                    ctx,
+                    num_epochs=1,
+                    drop_remainder=False,
+                    shard_index=i,
+                    shard_count=3,
+                    **SIZES,
+                )
+            )
+        )
         for i in range(3)
     ]
     assert parts[0] + parts[1] + parts[2] == separate(entries, media_root, ctx, False)
@@ -204,8 +236,14 @@ def test_text_only_rows_need_no_tiles(text_only, ctx):
 
 def test_bad_records_are_counted_and_left_out(mixed, ctx):
     """Two pictures of 1 + 3 tiles and 4 video frames do not fit into 3 slots."""
-    loader = make_loader([SourceConfig(mixed[0])], ctx, num_epochs=1, max_bad_fraction=0.5, drop_remainder=False,
-                         **{**SIZES, "row_tiles": 3})
+    loader = make_loader(
+        [SourceConfig(mixed[0])],
+        ctx,
+        num_epochs=1,
+        max_bad_fraction=0.5,
+        drop_remainder=False,
+        **{**SIZES, "row_tiles": 3},
+    )
     batches_of(loader)
     counts = loader.counts
     assert (counts.seen, counts.bad, counts.reasons) == (35, 14, {"too many tiles": 14})
@@ -238,8 +276,14 @@ def test_cell_naming_batches(media_root, ctx):
         {"id": str(i), "image": "cells.png", "conversations": talk("<image>", " | ".join([name] * 3))}
         for i, name in enumerate(names)
     ]
-    loader = make_loader([SourceConfig(build(media_root, entries, "cells"))], ctx, objective="cell_naming",
-                         num_epochs=1, drop_remainder=False, **{**SIZES, "row_tiles": 7})
+    loader = make_loader(
+        [SourceConfig(build(media_root, entries, "cells"))],
+        ctx,
+        objective="cell_naming",
+        num_epochs=1,
+        drop_remainder=False,
+        **{**SIZES, "row_tiles": 7},
+    )
     batches = batches_of(loader)
     found = []
     for batch in batches:

@@ -17,8 +17,19 @@ SYSTEM = SystemTexts(image="Look, then reply.\n看图。", video="Watch, then re
 QWEN, MIXTRAL = get_template("qwen2p5_instruct"), get_template("mixtral_two")
 
 HOSTILE = (
-    "<|im_end|>", "<|im_start|>assistant\n", "\n<|im_start|>user\n", "<|endoftext|>", "☞", "☜", "</s>", "\nbot:",
-    "\n\n", " ", "▁", "7", "数字",
+    "<|im_end|>",
+    "<|im_start|>assistant\n",
+    "\n<|im_start|>user\n",
+    "<|endoftext|>",
+    "☞",
+    "☜",
+    "</s>",
+    "\nbot:",
+    "\n\n",
+    " ",
+    "▁",
+    "7",
+    "数字",
 )
 text = st.lists(st.one_of(st.text(max_size=6), st.sampled_from(HOSTILE)), max_size=5).map("".join)
 plain_text = st.text(st.sampled_from("abcXYZ 0123?.,数字是"), min_size=1, max_size=20).map(str.strip).filter(bool)
@@ -41,8 +52,13 @@ def records(draw, texts=text):
 def encode(record, tokenizer, template=QWEN, **options):
     conversations, tiles, frames = record
     return prompts.encode_conversation(
-        conversations, tokenizer=tokenizer, template=template, system_texts=SYSTEM, tile_counts=tiles,
-        frame_counts=frames, **options,
+        conversations,
+        tokenizer=tokenizer,
+        template=template,
+        system_texts=SYSTEM,
+        tile_counts=tiles,
+        frame_counts=frames,
+        **options,
     )
 
 
@@ -94,7 +110,11 @@ def test_an_open_prompt_is_a_prefix_of_the_full_conversation(own_tokenizer, qwen
     for tokenizer in (own_tokenizer, qwen_like):
         full = encode(record, tokenizer)
         open_ = prompts.encode_prompt(
-            conversations[:-1], tokenizer=tokenizer, template=QWEN, system_texts=SYSTEM, tile_counts=tiles,
+            conversations[:-1],
+            tokenizer=tokenizer,
+            template=QWEN,
+            system_texts=SYSTEM,
+            tile_counts=tiles,
             frame_counts=frames,
         )
         # Answers that begin with a state symbol of their own are history in one and text in the other.
@@ -105,8 +125,11 @@ def test_an_open_prompt_is_a_prefix_of_the_full_conversation(own_tokenizer, qwen
         assert full.labels[len(open_.input_ids)] != IGNORE and full.labels[len(open_.input_ids) - 1] == IGNORE
 
 
-@given(texts=st.lists(plain_text, min_size=2, max_size=6).filter(lambda x: len(x) % 2 == 0),
-       media=st.sampled_from(["", "<image>\n", "<video>\n", "<audio>\n"]), end_tag=st.booleans())
+@given(
+    texts=st.lists(plain_text, min_size=2, max_size=6).filter(lambda x: len(x) % 2 == 0),
+    media=st.sampled_from(["", "<image>\n", "<video>\n", "<audio>\n"]),
+    end_tag=st.booleans(),
+)
 def test_ordinary_records_get_the_originals_ids(qwen_like, mixtral_like, texts, media, end_tag):
     conversations = say(media + texts[0], *texts[1:])
     record = conversations, [3] * ("image" in media), [2] * ("video" in media)
@@ -134,7 +157,10 @@ def test_state_symbols_follow_what_was_said(own_tokenizer):
     prepared = prompts.preprocess_multimodal(conversations, QWEN, inserted_id=3)
     assert [message["value"][0] for message in prepared[1::2]] == ["☞", "☟", "☜"]
     assert [m["value"] for m in prompts.preprocess_multimodal(conversations, MIXTRAL, inserted_id=3)][1::2] == [
-        "<1>a", "<2>b", "<3>c"]
+        "<1>a",
+        "<2>b",
+        "<3>c",
+    ]
     assert prompts.state_labels(conversations, inserted_id=3) == [-101, -102]
     bare = prompts.preprocess_multimodal(conversations, QWEN, options=PromptOptions(state_symbols=False))
     assert [message["value"] for message in bare[1::2]] == ["a", "b", "c"]
@@ -245,7 +271,8 @@ def test_plain_template_supervises_the_caption_only(own_tokenizer):
 def test_wrong_records_get_one_clear_error(own_tokenizer, conversations, arguments, message):
     with pytest.raises(UserError, match=message):
         prompts.encode_conversation(
-            conversations, tokenizer=own_tokenizer, template=QWEN, system_texts=SYSTEM, **arguments)
+            conversations, tokenizer=own_tokenizer, template=QWEN, system_texts=SYSTEM, **arguments
+        )
 
 
 def test_wrong_pairings_get_one_clear_error(own_tokenizer):

@@ -35,7 +35,9 @@ def root(tmp_path):
 
 def test_accepts_the_format(root):
     entry = {
-        "set": "s", "id": 7, "image": ["a.png", "sub/b.png"],
+        "set": "s",
+        "id": 7,
+        "image": ["a.png", "sub/b.png"],
         "conversations": talk("<image> and\n<image>", "Two.", "Sure?", "Yes."),
     }
     record = validate_record(entry, root)
@@ -47,7 +49,11 @@ def test_accepts_the_format(root):
 
 def test_accepts_audio(root):
     entry = {
-        "id": "a", "image": "a.png", "audio": ["a.png", "sub/b.png"], "inserted_id": 3, "end_tag": False,
+        "id": "a",
+        "image": "a.png",
+        "audio": ["a.png", "sub/b.png"],
+        "inserted_id": 3,
+        "end_tag": False,
         "conversations": talk("<image>\n<audio>", "One.", "<audio>", "Not for me."),
     }
     record = validate_record(entry, root)
@@ -174,7 +180,10 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2
 @given(st.lists(texts, min_size=2, max_size=6), st.lists(st.binary(max_size=30), max_size=3), st.booleans())
 def test_stored_form_round_trips(values, files, end_tag):
     record = Record(
-        id="x", conversations=tuple(talk(*values)), set=("s",), end_tag=end_tag,
+        id="x",
+        conversations=tuple(talk(*values)),
+        set=("s",),
+        end_tag=end_tag,
         media=tuple(Media("image", f"{i}.png", data, "s") for i, data in enumerate(files)),
     )
     assert decode_record(encode_record(record)) == record

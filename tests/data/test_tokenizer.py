@@ -20,7 +20,19 @@ from vita_jax.data.tokenizer import (
 from vita_jax.errors import UserError
 
 SNIPPETS = (
-    *CHAT_SYMBOLS, "\n", " ", "▁", "<0x41>", "<unk>", "</s>", "<image>", "digits", "数", "\x00", "\r\n", "<|im_",
+    *CHAT_SYMBOLS,
+    "\n",
+    " ",
+    "▁",
+    "<0x41>",
+    "<unk>",
+    "</s>",
+    "<image>",
+    "digits",
+    "数",
+    "\x00",
+    "\r\n",
+    "<|im_",
 )
 any_text = st.lists(st.one_of(st.text(max_size=8), st.sampled_from(SNIPPETS)), max_size=8).map("".join)
 
@@ -99,7 +111,8 @@ def test_saved_and_pickled_tokenizers_are_the_same(own_tokenizer, qwen_like, mix
             for allow_special in (True, False):
                 text = "What is 7?</s><|im_end|>☜\n 数"
                 assert copy.encode(text, allow_special=allow_special) == tokenizer.encode(
-                    text, allow_special=allow_special)
+                    text, allow_special=allow_special
+                )
             assert copy.vocab_size == tokenizer.vocab_size
 
 

@@ -89,7 +89,10 @@ def bad_entries(root):
 
     good = [{**shown("ok.png"), "id": f"ok{i}"} for i in range(20)]
     return good, [
-        shown("broken.png"), shown("empty.png"), shown("text.png"), shown("missing.png"),
+        shown("broken.png"),
+        shown("empty.png"),
+        shown("text.png"),
+        shown("missing.png"),
         {"id": "clip", "video": "broken.mp4", "conversations": talk("<video>\nWhat?", "This.")},
         {"id": "count", "image": "ok.png", "conversations": talk("What?", "This.")},
         {"id": "field", "imagee": "ok.png", "conversations": talk("What?", "This.")},
@@ -106,7 +109,11 @@ def test_bad_records_within_the_budget_are_listed(tmp_path):
     manifest = build_records(source, root, tmp_path / "out", max_bad_fraction=0.5)
     assert manifest.counts["records"] == 20 and len(stored(tmp_path / "out")) == 20
     assert manifest.rejects == {
-        "damaged media": 5, "format": 1, "missing media": 1, "placeholders": 1, "unknown field": 1,
+        "damaged media": 5,
+        "format": 1,
+        "missing media": 1,
+        "placeholders": 1,
+        "unknown field": 1,
     }
     lines = rejects(tmp_path / "out" / "rejects.jsonl")
     assert [line["record"] for line in lines] == list(range(10, 19))
@@ -155,9 +162,7 @@ def test_repaired_media_are_noticed(tmp_path):
 def test_folders_by_set(tmp_path, capsys):
     write_png(tmp_path / "x" / "a.png", seed=1)
     write_png(tmp_path / "y" / "a.png", seed=2)
-    entries = [
-        {"set": key, "image": "a.png", "conversations": talk("<image>", key)} for key in ("first", "second")
-    ]
+    entries = [{"set": key, "image": "a.png", "conversations": talk("<image>", key)} for key in ("first", "second")]
     source = write_json(tmp_path / "a.json", entries)
     table = write_json(tmp_path / "roots.json", {"first": "x", "second": "y"})
     status = main(["--json", str(source), "--folders", str(table), "--output", str(tmp_path / "out")])

@@ -137,8 +137,10 @@ def _rounds_of(template: Template) -> _Rounds:
     if template.style in ("MixtralTwo", "MixtralZh"):
         # The </s> in front of a later round is not put back: the BOS that tokenising the round adds stands in for it.
         return _Rounds(f"{template.sep2}\n{user}:", f"\n{user}:", f"{template.sep}\n{assistant}:", 1)
-    raise UnsupportedOption(f"labels by recounting rounds are not offered for template {template.name!r}; use "
-                            "retokenise_rounds=False with qwen2p5_instruct, mixtral_two or mixtral_zh")
+    raise UnsupportedOption(
+        f"labels by recounting rounds are not offered for template {template.name!r}; use "
+        "retokenise_rounds=False with qwen2p5_instruct, mixtral_two or mixtral_zh"
+    )
 
 
 def encode_string(

@@ -32,10 +32,30 @@ from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UnsupportedOption, UserError
 
 __all__ = [
-    "AUDIO", "AUDIO_TOKEN", "IGNORE", "IMAGE", "IMAGE_TOKEN", "ORIGINAL_QUIRKS", "STATE_LABELS", "VIDEO",
-    "EncodedConversation", "EncodedPrompt", "MediaSlot", "PromptOptions", "answer_states", "count_placeholders",
-    "encode_conversation", "encode_prompt", "modality_of", "preprocess_multimodal", "render", "split_state_symbol",
-    "state_labels", "state_symbol_ids", "stop_ids", "with_media",
+    "AUDIO",
+    "AUDIO_TOKEN",
+    "IGNORE",
+    "IMAGE",
+    "IMAGE_TOKEN",
+    "ORIGINAL_QUIRKS",
+    "STATE_LABELS",
+    "VIDEO",
+    "EncodedConversation",
+    "EncodedPrompt",
+    "MediaSlot",
+    "PromptOptions",
+    "answer_states",
+    "count_placeholders",
+    "encode_conversation",
+    "encode_prompt",
+    "modality_of",
+    "preprocess_multimodal",
+    "render",
+    "split_state_symbol",
+    "state_labels",
+    "state_symbol_ids",
+    "stop_ids",
+    "with_media",
 ]
 
 Message = Mapping[str, str]
@@ -112,7 +132,7 @@ class _Sentence:
 
 
 def modality_of(conversations: Sequence[Message]) -> str:
-    """"video" if any message has a `<video>`, else "image" if any has an `<image>`, else "lang" (sound included)."""
+    """ "video" if any message has a `<video>`, else "image" if any has an `<image>`, else "lang" (sound included)."""
     images, videos, _ = count_placeholders(conversations)
     return "video" if videos else "image" if images else "lang"
 
@@ -243,8 +263,9 @@ def encode_prompt(
     if prepared:
         sentences, media = [_Sentence(*_checked(message, i)) for i, message in enumerate(conversations)], ()
     else:
-        sentences, media = _prepare(conversations, template, tile_counts, frame_counts, None, options,
-                                    answers_have_symbols=True)
+        sentences, media = _prepare(
+            conversations, template, tile_counts, frame_counts, None, options, answers_have_symbols=True
+        )
     sentences = _alternating(sentences)
     if sentences[-1].role != "human":
         raise UserError('the last message of a prompt must be from "human": there is nothing to answer')
@@ -298,8 +319,9 @@ def _prepare(
 ) -> tuple[list[_Sentence], tuple[MediaSlot, ...]]:
     messages = [_checked(message, position) for position, message in enumerate(conversations)]
     if inserted_id is not None and not (0 <= inserted_id < len(messages) and messages[inserted_id][0] == "gpt"):
-        raise UserError(f'inserted_id {inserted_id} is not the index of a message from "gpt" '
-                        f"({len(messages)} messages)")
+        raise UserError(
+            f'inserted_id {inserted_id} is not the index of a message from "gpt" ({len(messages)} messages)'
+        )
     per_sentence = options.tiles_per == "sentence"
     values = [_tidied(value, double_scattered=per_sentence) for _, value in messages]
     counts = _MediaCounts(values, tile_counts, frame_counts, per_sentence)
@@ -308,8 +330,10 @@ def _prepare(
     for position, ((role, _), value) in enumerate(zip(messages, values, strict=True)):
         value, slots = counts.expand(value, position)
         if slots and position == 0 and role == "gpt" and not per_sentence:
-            raise UserError('the first message is from "gpt" and is dropped, but it holds media placeholders; '
-                            'move them to the first message from "human"')
+            raise UserError(
+                'the first message is from "gpt" and is dropped, but it holds media placeholders; '
+                'move them to the first message from "human"'
+            )
         media += slots
         value = value.replace(f"{AUDIO}\n", AUDIO).replace("\n\n", "\n")
         symbol = ""
@@ -350,8 +374,10 @@ class _MediaCounts:
             (VIDEO, videos, list(frame_counts), "frame_counts"),
         ):
             if len(given) != needed:
-                raise UserError(f"the messages need {needed} {name} (one for each {marker}), got {len(given)}: give "
-                                f"as many files as there are {marker} placeholders")
+                raise UserError(
+                    f"the messages need {needed} {name} (one for each {marker}), got {len(given)}: give "
+                    f"as many files as there are {marker} placeholders"
+                )
             for count in given:
                 if count < 1:
                     raise UserError(f"{name} must be at least 1 each, got {count}")
@@ -395,8 +421,10 @@ def _alternating(sentences: Sequence[_Sentence]) -> list[_Sentence]:
     for position, sentence in enumerate(kept):
         expected = ("human", "gpt")[position % 2]
         if sentence.role != expected:
-            raise UserError(f'turns must alternate: expected "{expected}" at message '
-                            f'{position + len(sentences) - len(kept)}, got "{sentence.role}"')
+            raise UserError(
+                f'turns must alternate: expected "{expected}" at message '
+                f'{position + len(sentences) - len(kept)}, got "{sentence.role}"'
+            )
     return kept
 
 
@@ -404,16 +432,16 @@ def _alternating(sentences: Sequence[_Sentence]) -> list[_Sentence]:
 # Rendering
 
 
-def _system_text(
-    template: Template, system_texts: SystemTexts, modality: str, sentences: Sequence[_Sentence]
-) -> str:
+def _system_text(template: Template, system_texts: SystemTexts, modality: str, sentences: Sequence[_Sentence]) -> str:
     """The system text for the modality. Templates with one slot take `lang`, those with none take nothing."""
     if modality not in MODALITIES:
         raise UserError(f"modality {modality!r} is unknown; expected one of {', '.join(MODALITIES)}")
     has_picture = any(IMAGE in sentence.text for sentence in sentences)
     if (modality != "lang") != has_picture:
-        raise UserError(f"modality {modality!r} does not fit messages {'with' if has_picture else 'without'} "
-                        f"{IMAGE} or {VIDEO}; use {'image or video' if has_picture else 'lang'}")
+        raise UserError(
+            f"modality {modality!r} does not fit messages {'with' if has_picture else 'without'} "
+            f"{IMAGE} or {VIDEO}; use {'image or video' if has_picture else 'lang'}"
+        )
     if template.system_slots == 0:
         return ""
     system = system_texts.select(modality if template.system_slots == 3 else "lang")
@@ -432,14 +460,14 @@ def _render_spans(
     elif template.style == "PLAIN":
         return list(_plain_spans(template, sentences, open_turn))
     else:
-        raise UnsupportedOption(f"prompts of template {template.name!r} (style {template.style}) are not offered; "
-                                "use qwen2p5_instruct, mixtral_two, mixtral_zh or plain")
+        raise UnsupportedOption(
+            f"prompts of template {template.name!r} (style {template.style}) are not offered; "
+            "use qwen2p5_instruct, mixtral_two, mixtral_zh or plain"
+        )
     return spans if end_tag else spans[:-1]  # the last span is the last end marker
 
 
-def _qwen_spans(
-    template: Template, system: str, sentences: Sequence[_Sentence], open_turn: bool
-) -> Iterator[Span]:
+def _qwen_spans(template: Template, system: str, sentences: Sequence[_Sentence], open_turn: bool) -> Iterator[Span]:
     start, end = template.sep, template.end_marker
     yield Span(f"{start}system\n", trusted=True)
     yield Span(system)
@@ -451,9 +479,7 @@ def _qwen_spans(
         yield Span(f"\n{start}{template.roles[1]}\n", trusted=True)
 
 
-def _mixtral_spans(
-    template: Template, system: str, sentences: Sequence[_Sentence], open_turn: bool
-) -> Iterator[Span]:
+def _mixtral_spans(template: Template, system: str, sentences: Sequence[_Sentence], open_turn: bool) -> Iterator[Span]:
     end = template.end_marker
     yield Span("system:", trusted=True)
     yield Span(system)
@@ -475,8 +501,9 @@ def _content(sentence: _Sentence, end: str) -> Iterator[Span]:
 def _plain_spans(template: Template, sentences: Sequence[_Sentence], open_turn: bool) -> Iterator[Span]:
     """Pictures and their caption, nothing else (a form of pre-training that the released models do not use)."""
     if len(sentences) > 2 or (len(sentences) == 2) == open_turn:
-        raise UserError(f"template {template.name!r} takes one picture message and one caption, "
-                        f"got {len(sentences)} messages")
+        raise UserError(
+            f"template {template.name!r} takes one picture message and one caption, got {len(sentences)} messages"
+        )
     yield Span(IMAGE * sentences[0].text.count(IMAGE))
     for caption in sentences[1:]:
         yield Span(caption.text, supervised=True)
@@ -499,8 +526,10 @@ def _symbols(template: Template) -> dict[str, str]:
 def _single_id(tokenizer: Tokenizer, symbol: str) -> int:
     ids = tokenizer.encode(symbol, add_bos=False)
     if len(ids) != 1:
-        raise UserError(f"the tokenizer writes the state symbol {symbol!r} as {len(ids)} tokens; it must be a single "
-                        "one: use the tokenizer that belongs to the template, or state_symbols=False")
+        raise UserError(
+            f"the tokenizer writes the state symbol {symbol!r} as {len(ids)} tokens; it must be a single "
+            "one: use the tokenizer that belongs to the template, or state_symbols=False"
+        )
     return ids[0]
 
 
@@ -511,7 +540,9 @@ def _check_tokenizer(tokenizer: Tokenizer, template: Template, state_symbols: bo
         markers = {template.end_marker} | ({template.sep} if template.style == "Qwen2p5Instruct" else set())
         missing = sorted(markers - set(tokenizer.special_tokens))
         if missing:
-            raise UserError(f"template {template.name!r} needs {missing[0]!r} as a special token of the tokenizer; use "
-                            "a template made for this tokenizer (qwen2p5_instruct for our own models)")
+            raise UserError(
+                f"template {template.name!r} needs {missing[0]!r} as a special token of the tokenizer; use "
+                "a template made for this tokenizer (qwen2p5_instruct for our own models)"
+            )
     if state_symbols:
         state_symbol_ids(tokenizer, template)

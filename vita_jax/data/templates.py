@@ -110,21 +110,31 @@ def _two(name: str, end: str) -> Template:
     return Template(name, ("USER", "ASSISTANT"), " ", end, "TWO", name, 1)
 
 
-TEMPLATES: Mapping[str, Template] = MappingProxyType({
-    template.name: template
-    for template in (
-        _mixtral("default", "mixtral_two", "MixtralTwo", 3),
-        Template("nemo", ("USER", "ASSISTANT"), "[/INST]", "</s>", "Nemo", "nemo", 3, _ADDED_SYMBOLS),
-        Template("qwen2p5_instruct", ("user", "assistant"), "<|im_start|>", "<|im_start|>", "Qwen2p5Instruct",
-                 "qwen2p5_instruct", 3, _QWEN_SYMBOLS),
-        _mixtral("mixtral_zh", "mixtral_zh", "MixtralZh", 1),
-        _mixtral("mixtral_two", "mixtral_two", "MixtralTwo", 3),
-        _two("phi3", "<|endoftext|>"),
-        Template("plain", ("", ""), "\n", None, "PLAIN", "Unknown", 0),
-        _two("minicpm", "</s>"),
-        _two("llama", "<|end_of_text|>"),
-    )
-})
+TEMPLATES: Mapping[str, Template] = MappingProxyType(
+    {
+        template.name: template
+        for template in (
+            _mixtral("default", "mixtral_two", "MixtralTwo", 3),
+            Template("nemo", ("USER", "ASSISTANT"), "[/INST]", "</s>", "Nemo", "nemo", 3, _ADDED_SYMBOLS),
+            Template(
+                "qwen2p5_instruct",
+                ("user", "assistant"),
+                "<|im_start|>",
+                "<|im_start|>",
+                "Qwen2p5Instruct",
+                "qwen2p5_instruct",
+                3,
+                _QWEN_SYMBOLS,
+            ),
+            _mixtral("mixtral_zh", "mixtral_zh", "MixtralZh", 1),
+            _mixtral("mixtral_two", "mixtral_two", "MixtralTwo", 3),
+            _two("phi3", "<|endoftext|>"),
+            Template("plain", ("", ""), "\n", None, "PLAIN", "Unknown", 0),
+            _two("minicpm", "</s>"),
+            _two("llama", "<|end_of_text|>"),
+        )
+    }
+)
 
 
 def get_template(name: str) -> Template:

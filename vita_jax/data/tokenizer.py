@@ -90,17 +90,20 @@ class SentencePieceTokenizer:
         try:
             processor.LoadFromSerializedProto(proto)
         except RuntimeError as error:
-            raise UserError(f"{name} is not a sentencepiece model ({error}); give a file that "
-                            "train_sentencepiece wrote") from error
+            raise UserError(
+                f"{name} is not a sentencepiece model ({error}); give a file that train_sentencepiece wrote"
+            ) from error
         self._proto, self._processor = proto, processor
         unknown = processor.unk_id()
         needed = [*CHAT_SYMBOLS, NEWLINE, *(f"<0x{byte:02X}>" for byte in range(256))]
         ids = {piece: processor.piece_to_id(piece) for piece in needed}
         missing = [piece for piece, id_ in ids.items() if id_ == unknown]
         if missing:
-            raise UserError(f"{name} has no piece {missing[0]!r} ({len(missing)} of {len(needed)} needed pieces are "
-                            "missing); train it with vita_jax.data.tokenizer.train_sentencepiece, or give a "
-                            f"{JSON_FILE} for a public tokenizer")
+            raise UserError(
+                f"{name} has no piece {missing[0]!r} ({len(missing)} of {len(needed)} needed pieces are "
+                "missing); train it with vita_jax.data.tokenizer.train_sentencepiece, or give a "
+                f"{JSON_FILE} for a public tokenizer"
+            )
         self._special = {symbol: ids[symbol] for symbol in CHAT_SYMBOLS}
         self._special_ids = frozenset(self._special.values())
         self._bytes = [ids[f"<0x{byte:02X}>"] for byte in range(256)]
@@ -151,9 +154,9 @@ class SentencePieceTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-        return self._processor.decode([
-            id_ for id_ in _checked_ids(ids, self.vocab_size) if not (skip_special and id_ in self._special_ids)
-        ])
+        return self._processor.decode(
+            [id_ for id_ in _checked_ids(ids, self.vocab_size) if not (skip_special and id_ in self._special_ids)]
+        )
 
     def token_to_id(self, token: str) -> int | None:
         id_ = self._processor.piece_to_id(token)
@@ -173,8 +176,9 @@ class JsonTokenizer:
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
-        self._load(_read(folder / JSON_FILE).decode("utf-8"), _read(folder / JSON_CONFIG_FILE).decode("utf-8"),
-                   str(folder))
+        self._load(
+            _read(folder / JSON_FILE).decode("utf-8"), _read(folder / JSON_CONFIG_FILE).decode("utf-8"), str(folder)
+        )
 
     def _load(self, definition: str, config: str, name: str) -> None:
         self._definition, self._config_text, self._name = definition, config, name
@@ -205,8 +209,10 @@ class JsonTokenizer:
             return None
         id_ = self._trusting.token_to_id(token)
         if id_ is None:
-            raise UserError(f"{self._name}/{JSON_CONFIG_FILE}: {role} {token!r} is not in the vocabulary of "
-                            f"{JSON_FILE}; give the two files of one tokenizer")
+            raise UserError(
+                f"{self._name}/{JSON_CONFIG_FILE}: {role} {token!r} is not in the vocabulary of "
+                f"{JSON_FILE}; give the two files of one tokenizer"
+            )
         return id_
 
     def __getstate__(self) -> dict[str, Any]:
@@ -287,24 +293,42 @@ def train_sentencepiece(
     lines, characters = _training_lines(texts, vocab_size)
     smallest = _FIXED_PIECES + characters
     if vocab_size < smallest:
-        raise UserError(f"vocab_size {vocab_size} is too small: {_FIXED_PIECES} pieces are fixed and at least "
-                        f"{characters} are needed for characters; use {smallest} or more")
+        raise UserError(
+            f"vocab_size {vocab_size} is too small: {_FIXED_PIECES} pieces are fixed and at least "
+            f"{characters} are needed for characters; use {smallest} or more"
+        )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            hard_vocab_limit=not at_most, byte_fallback=True, character_coverage=1.0, split_digits=True,
-            normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-            user_defined_symbols=[*CHAT_SYMBOLS, NEWLINE], unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,
-            max_sentence_length=4 * _MAX_LINE_CHARACTERS + 4, shuffle_input_sentence=False, num_threads=1,
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            hard_vocab_limit=not at_most,
+            byte_fallback=True,
+            character_coverage=1.0,
+            split_digits=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            user_defined_symbols=[*CHAT_SYMBOLS, NEWLINE],
+            unk_id=0,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            max_sentence_length=4 * _MAX_LINE_CHARACTERS + 4,
+            shuffle_input_sentence=False,
+            num_threads=1,
             minloglevel=2,
         )
     except RuntimeError as error:
         too_large = re.search(r"too high.*<= (\d+)", str(error))
         if too_large is None:
             raise
-        raise UserError(f"vocab_size {vocab_size} is too large for the texts: they have at most "
-                        f"{too_large[1]} pieces; lower it, give more text, or pass at_most=True") from error
+        raise UserError(
+            f"vocab_size {vocab_size} is too large for the texts: they have at most "
+            f"{too_large[1]} pieces; lower it, give more text, or pass at_most=True"
+        ) from error
     tokenizer = SentencePieceTokenizer(model.getvalue())
     tokenizer.save(folder)
     return tokenizer
@@ -374,8 +398,10 @@ def _checked_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
     checked = [int(id_) for id_ in ids]
     for id_ in checked:
         if not 0 <= id_ < vocab_size:
-            raise UserError(f"id {id_} is outside the vocabulary 0..{vocab_size - 1}; media placeholders and ignored "
-                            "labels have to be removed before decoding")
+            raise UserError(
+                f"id {id_} is outside the vocabulary 0..{vocab_size - 1}; media placeholders and ignored "
+                "labels have to be removed before decoding"
+            )
     return checked
 
 
@@ -383,8 +409,9 @@ def _check_unicode(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"text holds the lone surrogate {text[error.start]!r} at position {error.start}; "
-                        "read the file as UTF-8") from error
+        raise UserError(
+            f"text holds the lone surrogate {text[error.start]!r} at position {error.start}; read the file as UTF-8"
+        ) from error
 
 
 def _json_object(text: str, name: str) -> dict[str, Any]:

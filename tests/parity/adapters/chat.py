@@ -37,8 +37,12 @@ def chat_templates(case: Case) -> list[str]:
             continue
         template = get_template(name)
         got = {
-            "system_slots": template.system_slots, "roles": list(template.roles), "sep": template.sep,
-            "sep2": template.sep2, "sep_style": template.style, "version": template.version,
+            "system_slots": template.system_slots,
+            "roles": list(template.roles),
+            "sep": template.sep,
+            "sep2": template.sep2,
+            "sep_style": template.style,
+            "version": template.version,
         }
         for field, value in want.items():
             differences.check(name, field, got.get(field, "no such field"), value)
@@ -81,8 +85,11 @@ def _compare(
     differences = Differences()
     template = get_template(table["template"])
     for name, got in (
-        ("pad_token_id", tokenizer.pad_id), ("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id),
-        ("image_token_index", prompts.IMAGE_TOKEN), ("audio_token_index", prompts.AUDIO_TOKEN),
+        ("pad_token_id", tokenizer.pad_id),
+        ("bos_token_id", tokenizer.bos_id),
+        ("eos_token_id", tokenizer.eos_id),
+        ("image_token_index", prompts.IMAGE_TOKEN),
+        ("audio_token_index", prompts.AUDIO_TOKEN),
         ("ignore_index", prompts.IGNORE),
     ):
         differences.check("header", name, got, table.get(name, got))
@@ -104,8 +111,13 @@ def _training_row(row: Mapping[str, Any], common: Mapping[str, Any], max_length:
     inserted_id = args.get("inserted_id")
     media = _media_counts(conversations, args)
     encoded = prompts.encode_conversation(
-        conversations, **common, **media, modality=row["modality"], inserted_id=inserted_id,
-        end_tag=args.get("end_tag", True), max_length=max_length,
+        conversations,
+        **common,
+        **media,
+        modality=row["modality"],
+        inserted_id=inserted_id,
+        end_tag=args.get("end_tag", True),
+        max_length=max_length,
     )
     return {
         "sources_after_preprocess_multimodal": prompts.preprocess_multimodal(

@@ -157,7 +157,15 @@ def test_meta_holds_the_configuration(tmp_path):
     assert read_meta(folder / "6")["config"]["name"] == "tiny"
 
 
-def test_stop_signal_asks_once_and_then_acts_as_usual():
+@pytest.fixture
+def interruptible():
+    """Jobs in a shell's background start with SIGINT ignored; here it acts as at a terminal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_stop_signal_asks_once_and_then_acts_as_usual(interruptible):
     before = signal.getsignal(signal.SIGINT)
     with StopSignal() as stop:
         assert stop.received is None

@@ -1,4 +1,4 @@
-"""`python -m vita_jax.chat --checkpoint DIR`: show a model pictures or videos and ask it about them."""
+"""`python -m vita_jax.chat --checkpoint DIR`: show a model pictures or videos and ask it about them, or speak to it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,31 @@ if TYPE_CHECKING:
     from vita_jax.inference.session import Session
 
 EXAMPLES = """\
-Without --text it asks for questions until /quit or the end of input; --image and --video then belong to the first one.
+Without --text it asks for questions until /quit or the end of input; --image, --video and --audio then belong to the
+first one. Sound alone is a spoken question: it is answered at once.
 
 examples:
   python -m vita_jax.chat
   python -m vita_jax.chat --checkpoint runs/quickstart --image digits.png --text "What is the largest digit?"
   python -m vita_jax.chat --video clip.mp4 --text "In which order do the digits appear?"
   python -m vita_jax.chat --checkpoint runs/quickstart --image first.png second.png
+  python -m vita_jax.chat --image digits.png --audio question.wav
+  python -m vita_jax.chat --audio sentence.wav --text "Write down what is said."
 """
 
-COMMANDS = "/image FILE  /video FILE  (for the next question)   /reset  (new conversation)   /quit"
+COMMANDS = (
+    "/image FILE  /video FILE  (for the next question)   /audio FILE  (ask aloud)   /reset  (new conversation)   /quit"
+)
+KINDS = ("image", "video", "audio")
+# Printed where the model says nothing because it takes the sound not to be meant for it.
+NOT_MEANT = "(not meant for me)"
+
+
+HELP = {
+    "image": "image to ask about",
+    "video": "video to ask about",
+    "audio": "sound file: the question, or with --text what it is about",
+}
 
 
 def make_parser() -> ArgumentParser:
@@ -34,10 +49,8 @@ def make_parser() -> ArgumentParser:
         "--checkpoint", metavar="DIR", default="runs/quickstart", help="a run or a checkpoint; default runs/quickstart"
     )
     parser.add_argument("--text", help="ask this one question, print the answer and stop")
-    for kind in ("image", "video"):
-        parser.add_argument(
-            f"--{kind}", metavar="FILE", nargs="+", action="extend", default=[], help=f"{kind} to ask about"
-        )
+    for kind in KINDS:
+        parser.add_argument(f"--{kind}", metavar="FILE", nargs="+", action="extend", default=[], help=HELP[kind])
     return parser
 
 
@@ -48,25 +61,21 @@ def chat(arguments: argparse.Namespace) -> int:
     from vita_jax.inference.session import Session
     from vita_jax.parallel.mesh import enable_compilation_cache
 
-    for kind in ("image", "video"):
+    for kind in KINDS:
         for path in getattr(arguments, kind):
             media_from_file(path, kind)
     if arguments.text is not None and not arguments.text.strip():
         raise UserError("--text is empty; write a question")
     enable_compilation_cache()
     session = Session.load(arguments.checkpoint)
+    attached = Attached(arguments.image, arguments.video)
     if arguments.text is not None:
-        answer(session, arguments.text, arguments.image, arguments.video)
+        answer(session, arguments.text, attached, arguments.audio)
+    elif arguments.audio:
+        answer(session, "", attached, arguments.audio)
     else:
-        converse(session, Attached(arguments.image, arguments.video))
+        converse(session, attached)
     return 0
-
-
-def answer(session: Session, question: str, images: Sequence[str], videos: Sequence[str]) -> None:
-    """Prints the answer as it is produced."""
-    for text in session.ask(question, images, videos):
-        print(text, end="", flush=True)
-    print()
 
 
 @dataclasses.dataclass
@@ -75,6 +84,13 @@ class Attached:
 
     images: list[str] = dataclasses.field(default_factory=list)
     videos: list[str] = dataclasses.field(default_factory=list)
+
+
+def answer(session: Session, question: str, attached: Attached, audio: Sequence[str] = ()) -> None:
+    """Prints the answer as it is produced; an empty question is asked by the sound."""
+    for text in session.ask(question, attached.images, attached.videos, audio):
+        print(text, end="", flush=True)
+    print(NOT_MEANT if audio and session.last_state == "noise" else "")
 
 
 def converse(session: Session, attached: Attached) -> None:
@@ -96,6 +112,14 @@ def converse(session: Session, attached: Attached) -> None:
             print("\n(answer broken off; /quit to end)")
 
 
+def ask_with(session: Session, question: str, attached: Attached, audio: Sequence[str] = ()) -> None:
+    """`answer`, after which the attached files are used up, whatever happens."""
+    given = Attached(list(attached.images), list(attached.videos))
+    attached.images.clear()
+    attached.videos.clear()
+    answer(session, question, given, audio)
+
+
 def respond(session: Session, line: str, attached: Attached) -> Attached:
     """Does what one line asks for. Returns the files that the next question brings along.
 
@@ -107,10 +131,7 @@ def respond(session: Session, line: str, attached: Attached) -> Attached:
     if not line:
         return attached
     if not line.startswith("/"):
-        images, videos = list(attached.images), list(attached.videos)
-        attached.images.clear()
-        attached.videos.clear()
-        answer(session, line, images, videos)
+        ask_with(session, line, attached)
         return Attached()
     command, _, argument = line.partition(" ")
     path = argument.strip()
@@ -121,6 +142,11 @@ def respond(session: Session, line: str, attached: Attached) -> Attached:
         media_tiles(media_from_file(path, kind), session.context)
         (attached.images if kind == "image" else attached.videos).append(path)
         print(f"{kind} {path}: ask about it")
+    elif command == "/audio":
+        if not path:
+            raise UserError(f"{command} needs a file: {command} FILE")
+        ask_with(session, "", attached, [path])
+        attached = Attached()
     elif command == "/reset":
         session.reset()
         attached = Attached()

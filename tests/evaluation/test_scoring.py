@@ -88,11 +88,13 @@ def test_stratified_spreads_over_languages_and_digit_counts():
         ({"pitcure": "a.png"}, "unknown field 'pitcure'"),
         ({"num_digits": "3"}, "num_digits='3'"),
         ({"image": "a.png", "video": "b.mp4"}, "one of them"),
+        ({"question": " "}, "no sound that asks it"),
+        ({"audio": 3}, "audio=3"),
     ],
 )
 def test_items_are_checked(change, message):
     entry = {"id": "1", "group": "g", "kind": "k", "language": "en", "question": "?", "answer": "1"}
-    assert parse_item(entry, "here").media is None
+    assert parse_item(entry, "here").media == ()
     with pytest.raises(UserError, match=message):
         parse_item({**entry, **change}, "here")
 

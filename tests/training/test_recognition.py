@@ -13,7 +13,8 @@ import pytest
 
 from vita_jax.data.ctc_vocabulary import build_ctc_vocabulary
 from vita_jax.errors import UserError
-from vita_jax.evaluation.recognition import ErrorCounts, chunked, count_errors, edit_distance, transcribe
+from vita_jax.evaluation.recognition import ErrorCounts, chunked, count_errors, transcribe
+from vita_jax.evaluation.scoring import edit_distance
 from vita_jax.models.audio.tower import audio_small
 from vita_jax.models.vita import Vita, vita_small
 from vita_jax.ops.filter_bank import log_mel

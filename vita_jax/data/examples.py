@@ -217,6 +217,24 @@ def tile_table(media: Sequence[Media], context: ExampleContext, where: str | Non
     return TileTable(joined, {kind: tuple(ranges) for kind, ranges in slots.items()}, tuple(clips))
 
 
+def join_tables(tables: Sequence[TileTable], context: ExampleContext) -> TileTable:
+    """One table of the files of several, in their order."""
+    if len(tables) == 1:
+        return tables[0]
+    side = context.image.image_size
+    slots: dict[str, list[range]] = {kind: [] for kind in PLACEHOLDERS}
+    tiles, clips = 0, 0
+    for table in tables:
+        for kind, ranges in table.slots.items():
+            start = clips if kind == "audio" else tiles
+            slots[kind] += [range(r.start + start, r.stop + start) for r in ranges]
+        tiles += len(table.tiles)
+        clips += len(table.clips)
+    joined = np.concatenate([np.zeros((0, side, side, 3), np.uint8), *(table.tiles for table in tables)])
+    every_clip = tuple(clip for table in tables for clip in table.clips)
+    return TileTable(joined, {kind: tuple(ranges) for kind, ranges in slots.items()}, every_clip)
+
+
 # ---- conversations --------------------------------------------------------------------------------------------------
 
 

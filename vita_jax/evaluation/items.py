@@ -21,9 +21,9 @@ class Item:
     Attributes:
       group: part of the benchmark with a figure of its own.
       kind: of question; the figure of a group is the mean over its kinds.
-      question: without placeholders; the file is put in front.
+      question: without placeholders; the files are put in front. Empty for one that is only spoken.
       num_digits: digits shown, 0 where that means nothing.
-      image, video: path below the benchmark's folder; at most one of them.
+      image, video, audio: paths below the benchmark's folder; at most one of image and video.
     """
 
     id: str
@@ -35,13 +35,13 @@ class Item:
     num_digits: int = 0
     image: str | None = None
     video: str | None = None
+    audio: str | None = None
 
     @property
-    def media(self) -> tuple[str, str] | None:
-        """(kind, path) of the file the question is about, None for text."""
-        if self.image is not None:
-            return "image", self.image
-        return None if self.video is None else ("video", self.video)
+    def media(self) -> tuple[tuple[str, str], ...]:
+        """(kind, path) of the files that come with the question, pictures and videos before sounds; () for text."""
+        paths = (("image", self.image), ("video", self.video), ("audio", self.audio))
+        return tuple((kind, path) for kind, path in paths if path is not None)
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Item)}
@@ -58,13 +58,15 @@ def parse_item(entry: Any, where: str) -> Item:
     for name, value in entry.items():
         if name not in _FIELDS:
             raise UserError(f"{where}: unknown field {name!r}; known: {', '.join(_FIELDS)}")
-        optional = name in ("image", "video")
+        optional = name in ("image", "video", "audio")
         expected = int if name == "num_digits" else str
         if not (isinstance(value, expected) or optional and value is None):
             raise UserError(f"{where}: {name}={value!r} must be of type {expected.__name__}")
     item = Item(**entry)
     if item.image is not None and item.video is not None:
         raise UserError(f"{where}: has an image and a video; one of them at most")
+    if not item.question.strip() and item.audio is None:
+        raise UserError(f"{where}: the question is empty, and there is no sound that asks it")
     return item
 
 

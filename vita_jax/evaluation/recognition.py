@@ -13,6 +13,7 @@ import numpy as np
 from vita_jax.data.ctc_vocabulary import CtcVocabulary, normalise_transcript
 from vita_jax.data.speech_pairs import SpokenText, read_wave
 from vita_jax.errors import UserError
+from vita_jax.evaluation.scoring import edit_distance
 from vita_jax.models.vita import Vita, VitaConfig
 from vita_jax.ops.ctc import ctc_greedy
 from vita_jax.ops.filter_bank import RELEASED, log_mel
@@ -38,16 +39,6 @@ class ErrorCounts:
 
     def __add__(self, other: ErrorCounts) -> ErrorCounts:
         return ErrorCounts(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
-
-
-def edit_distance(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Fewest substitutions, insertions and deletions that make `a` of `b` (Levenshtein)."""
-    row = list(range(len(b) + 1))
-    for i, left in enumerate(a, start=1):
-        diagonal, row[0] = row[0], i
-        for j, right in enumerate(b, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right))
-    return row[-1]
 
 
 def count_errors(heard: str, said: str) -> ErrorCounts:

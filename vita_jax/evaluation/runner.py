@@ -1,13 +1,14 @@
 """Asks a model every question of a benchmark, and what comes of it: a result, its table, its file in the run.
 
-Every file is decoded once and goes through tower and projector once, however many questions there are about it; the
-questions then read its features as `extra_features`. Batches are padded to one length per number of tile slots, so only
-a handful of programs is compiled.
+Every file is decoded once and goes through its tower once, however many questions there are about it; the questions
+then read its features as `extra_features`. Batches are padded to one length per number of tile slots and tokens of
+sound, so only a handful of programs is compiled.
 
 A result is JSON:
   {"benchmark", "title", "num_items", "limit", "seconds", "groups": {name: group}, "examples": [...]}
   group: {"title", "n", "accuracy" (mean over kinds), "by_kind", "by_language", "by_num_digits" (key -> {"accuracy",
-  "n"}), "prior", "floor", "goal", "floor_reached", "goal_reached" (the last four may be null)}
+  "n"}), "prior", "floor", "goal", "floor_reached", "goal_reached" (the last four and the prior may be null),
+  "refused" (share of answers that begin with the noise symbol)}; accuracy of transcripts: 1 - character error rate
 """
 
 from __future__ import annotations
@@ -24,14 +25,30 @@ from typing import Any
 import jax
 import numpy as np
 
-from vita_jax.data.examples import Example, ExampleContext, TileTable, media_from_file, prompt_example, tile_table
+from vita_jax.data.audio import pad_clips
+from vita_jax.data.examples import (
+    Example,
+    ExampleContext,
+    TileTable,
+    join_tables,
+    media_from_file,
+    prompt_example,
+    tile_table,
+)
 from vita_jax.data.prompts import stop_ids
 from vita_jax.data.templates import Template
 from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UserError
 from vita_jax.evaluation.benchmarks import Benchmark, Group, get_benchmark
 from vita_jax.evaluation.items import ITEMS, Item, read_items, stratified
-from vita_jax.evaluation.scoring import answer_prior, is_right, normalise
+from vita_jax.evaluation.scoring import (
+    answer_prior,
+    character_errors,
+    error_rate,
+    is_refusal,
+    is_right,
+    normalise,
+)
 from vita_jax.inference.generate import LENGTH_BUCKETS, TILE_BUCKETS, Params, bucket, generate
 from vita_jax.models.vita import Vita, VitaInputs
 from vita_jax.training.experiment import ExperimentConfig, build_model, data_folder, example_context
@@ -42,6 +59,10 @@ Progress = Callable[[int, int], None]
 FINAL = "final"
 # Tiles that go through the tower at a time.
 TILES_AT_ONCE = 32
+# Sounds that go through the audio tower at a time, and the multiple of frames they are padded to.
+CLIPS_AT_ONCE, CLIP_FRAMES = 8, 128
+# Round numbers of tokens of sound in a question.
+SOUND_BUCKETS = (0, 16, 32, 64, 128, 256)
 # Answered items that a result keeps per group, for people to look at.
 EXAMPLES_PER_GROUP = 24
 
@@ -53,11 +74,15 @@ EXAMPLES_PER_GROUP = 24
 
 @dataclasses.dataclass(frozen=True)
 class _Question:
-    """An item ready to be asked; `index`: its place in the caller's list, `file`: what it is about, or None."""
+    """An item ready to be asked; `index`: its place in the caller's list, `files`: what it is about.
+
+    `sound` is the number of tokens of sound.
+    """
 
     index: int
     example: Example
-    file: tuple[str, str] | None
+    files: tuple[tuple[str, str], ...]
+    sound: int
 
 
 def answer_items(
@@ -82,23 +107,25 @@ def answer_items(
     Raises:
       UserError: a file is missing or damaged.
     """
-    files = dict.fromkeys(item.media for item in items if item.media is not None)
+    files = dict.fromkeys(file for item in items for file in item.media)
     tables = {file: tile_table([media_from_file(Path(root) / file[1], file[0])], context) for file in files}
-    groups: dict[int, list[_Question]] = {}
+    groups: dict[tuple[int, int], list[_Question]] = {}
     for index, item in enumerate(items):
         question = _question(index, item, tables, root, context)
-        groups.setdefault(bucket(len(question.example["tiles"]), TILE_BUCKETS), []).append(question)
+        slots = bucket(len(question.example["tiles"]), TILE_BUCKETS)
+        groups.setdefault((slots, bucket(question.sound, SOUND_BUCKETS)), []).append(question)
     answers = [""] * len(items)
     answered = 0
-    for slots, questions in sorted(groups.items()):
+    for (slots, sound), questions in sorted(groups.items()):
         # Questions about one file next to each other: they share a batch, and its features.
-        questions.sort(key=lambda question: (question.file or ("", ""), question.index))
+        questions.sort(key=lambda question: (question.files, question.index))
+        num_features = slots * context.layout.features_per_slot + sound
         length = bucket(max(len(question.example["tokens"]) for question in questions), LENGTH_BUCKETS)
         features: dict[tuple[str, str], np.ndarray] = {}
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
             features = _batch_features(model, params, batch, tables, features)
-            inputs = _batch_inputs(batch, features, slots * context.layout.features_per_slot, length, batch_size)
+            inputs = _batch_inputs(batch, features, num_features, length, batch_size)
             generated = generate(
                 model,
                 params,
@@ -125,16 +152,22 @@ def _question(
     root: str | Path,
     context: ExampleContext,
 ) -> _Question:
-    if item.media is None:
-        return _Question(index, prompt_example(item.question, [], context), None)
-    media = [media_from_file(Path(root) / item.media[1], item.media[0])]
-    return _Question(index, prompt_example(item.question, media, context, table=tables[item.media]), item.media)
+    media = [media_from_file(Path(root) / path, kind) for kind, path in item.media]
+    table = join_tables([tables[file] for file in item.media], context)
+    sound = sum(clip.num_tokens for clip in table.clips)
+    return _Question(index, prompt_example(item.question, media, context, table=table), item.media, sound)
 
 
 @partial(jax.jit, static_argnames="model")
 def _encode_tiles(model: Vita, params: Params, tiles: jax.Array) -> jax.Array:
     """tiles: (n S S 3) -> (n k d), each tile's part of the feature table."""
     return model.apply({"params": params}, tiles[:, None], method="encode_tiles")
+
+
+@partial(jax.jit, static_argnames="model")
+def _encode_clips(model: Vita, params: Params, features: jax.Array, lengths: jax.Array) -> jax.Array:
+    """features (n f m), lengths (n,) -> (n p d), each clip's part of the feature table."""
+    return model.apply({"params": params}, features[:, None], lengths[:, None], method="encode_audio")
 
 
 def _batch_features(
@@ -144,10 +177,11 @@ def _batch_features(
     tables: Mapping[tuple[str, str], TileTable],
     known: Mapping[tuple[str, str], np.ndarray],
 ) -> dict[tuple[str, str], np.ndarray]:
-    """(t*k d) of every file of the batch; those of `known` are not computed again."""
-    files = list(dict.fromkeys(question.file for question in batch if question.file is not None))
-    new = [file for file in files if file not in known]
+    """(t*k d), or (tokens d) of a sound, of every file of the batch; those of `known` are not computed again."""
+    files = list(dict.fromkeys(file for question in batch for file in question.files))
     features = {file: known[file] for file in files if file in known}
+    features |= _clip_features(model, params, [f for f in files if f not in known and f[0] == "audio"], tables)
+    new = [file for file in files if file not in known and file[0] != "audio"]
     if not new:
         return features
     tiles = np.concatenate([tables[file].tiles for file in new])
@@ -159,6 +193,25 @@ def _batch_features(
         count = len(tables[file].tiles)
         features[file] = encoded[start : start + count].reshape(-1, encoded.shape[-1])
         start += count
+    return features
+
+
+def _clip_features(
+    model: Vita, params: Params, files: Sequence[tuple[str, str]], tables: Mapping[tuple[str, str], TileTable]
+) -> dict[tuple[str, str], np.ndarray]:
+    """(tokens d) of every sound; those of similar length go through the tower together."""
+    features: dict[tuple[str, str], np.ndarray] = {}
+    waiting = sorted(files, key=lambda file: len(tables[file].clips[0].features))
+    for start in range(0, len(waiting), CLIPS_AT_ONCE):
+        part = waiting[start : start + CLIPS_AT_ONCE]
+        clips = [tables[file].clips[0] for file in part]
+        frames = -(-len(clips[-1].features) // CLIP_FRAMES) * CLIP_FRAMES
+        lengths = np.zeros(CLIPS_AT_ONCE, np.int32)
+        lengths[: len(clips)] = [len(clip.features) for clip in clips]
+        padded = pad_clips([clip.features for clip in clips], frames, clips[0].features.shape[1])
+        padded = np.pad(padded, ((0, CLIPS_AT_ONCE - len(clips)), (0, 0), (0, 0)))
+        encoded = jax.device_get(_encode_clips(model, params, padded, lengths))
+        features |= {f: row[: clip.num_tokens] for f, row, clip in zip(part, encoded, clips, strict=False)}
     return features
 
 
@@ -183,8 +236,9 @@ def _batch_inputs(
         first = next(iter(features.values()))
         extra = np.zeros((batch_size, num_features, first.shape[-1]), first.dtype)
         for row, question in enumerate(batch):
-            table = features[question.file]
-            extra[row, : len(table)] = table
+            if question.files:
+                table = np.concatenate([features[file] for file in question.files])
+                extra[row, : len(table)] = table
     tiles = batch[0].example["tiles"]
     return VitaInputs(
         tokens=rows("tokens", 0),
@@ -263,16 +317,27 @@ def score(
     benchmark: Benchmark, items: Sequence[Item], answers: Sequence[str], template: Template | None = None
 ) -> dict[str, Any]:
     """The figures of answered items, without time and limit."""
-    right = [is_right(item.kind, answer, item.answer, template) for item, answer in zip(items, answers, strict=True)]
+    measures = {group.name: group.measure for group in benchmark.groups}
+    right = [
+        is_refusal(answer, template)
+        if measures[item.group] == "refusal"
+        else is_right(item.kind, answer, item.answer, template)
+        for item, answer in zip(items, answers, strict=True)
+    ]
     groups, examples = {}, []
     for group in benchmark.groups:
         indices = [index for index, item in enumerate(items) if item.group == group.name]
         if not indices:
             continue
-        groups[group.name] = _group_figures(group, [items[i] for i in indices], [right[i] for i in indices], template)
+        said = [answers[i] for i in indices]
+        groups[group.name] = _group_figures(
+            group, [items[i] for i in indices], said, [right[i] for i in indices], template
+        )
         for i in _sample(indices, items):
             # No longer than it can be read; the comparison has seen all of it.
             answer = normalise(answers[i], template)[:200]
+            if measures[group.name] == "refusal" and right[i]:
+                answer = f"(refused) {answer}"
             outcome = {"truth": items[i].answer, "answer": answer, "right": right[i]}
             examples.append({**dataclasses.asdict(items[i]), **outcome})
     return {
@@ -305,13 +370,18 @@ def _sample(indices: Sequence[int], items: Sequence[Item]) -> list[int]:
 
 
 def _group_figures(
-    group: Group, items: Sequence[Item], right: Sequence[bool], template: Template | None
+    group: Group, items: Sequence[Item], answers: Sequence[str], right: Sequence[bool], template: Template | None
 ) -> dict[str, Any]:
+    def accuracy_of(chosen: Sequence[int]) -> float:
+        if group.measure != "transcript":
+            return sum(right[i] for i in chosen) / len(chosen)
+        return max(0.0, 1 - error_rate(character_errors(answers[i], items[i].answer, template) for i in chosen))
+
     def by(key: Callable[[Item], Any]) -> dict[str, dict[str, float]]:
-        parts: dict[Any, list[bool]] = {}
-        for item, ok in zip(items, right, strict=True):
-            parts.setdefault(key(item), []).append(ok)
-        return {str(name): {"accuracy": sum(oks) / len(oks), "n": len(oks)} for name, oks in sorted(parts.items())}
+        parts: dict[Any, list[int]] = {}
+        for index, item in enumerate(items):
+            parts.setdefault(key(item), []).append(index)
+        return {str(name): {"accuracy": accuracy_of(part), "n": len(part)} for name, part in sorted(parts.items())}
 
     by_kind = by(lambda item: item.kind)
     accuracy = sum(part["accuracy"] for part in by_kind.values()) / len(by_kind)
@@ -324,7 +394,9 @@ def _group_figures(
         "by_kind": by_kind,
         "by_language": by(lambda item: item.language),
         "by_num_digits": by_num_digits,
-        "prior": answer_prior(items, template),
+        # A constant answer to sound that is no question is the refusal itself, and there is none for transcripts.
+        "prior": answer_prior(items, template) if group.measure == "answer" else None,
+        "refused": sum(is_refusal(answer, template) for answer in answers) / len(answers),
         "floor": group.floor,
         "goal": group.goal,
         "floor_reached": None if group.floor is None else accuracy >= group.floor,
@@ -423,12 +495,13 @@ def format_result(result: Mapping[str, Any]) -> str:
     lines += ["", *align(rows)]
     for group in groups.values():
         parts = [("kind", "by_kind"), ("language", "by_language"), ("digits", "by_num_digits")]
+        refused = [] if not group.get("refused") else [("refused", percent(group["refused"]), str(group["n"]))]
         listed = [
             (f"{label} {name}", percent(part["accuracy"]), str(part["n"]))
             for label, key in parts
             for name, part in group[key].items()
         ]
-        lines += ["", *align([(group["title"], "accuracy", "n"), *listed])]
+        lines += ["", *align([(group["title"], "accuracy", "n"), *listed, *refused])]
     return "\n".join(lines)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+from vita_jax.data.ctc_vocabulary import normalise_transcript
 from vita_jax.data.prompts import split_state_symbol
 from vita_jax.data.templates import Template
 from vita_jax.evaluation.items import Item
@@ -36,6 +38,35 @@ def answer_key(kind: str, text: str, template: Template | None = None) -> str:
 def is_right(kind: str, answer: str, truth: str, template: Template | None = None) -> bool:
     """Exact match of the two keys."""
     return answer_key(kind, answer, template) == answer_key(kind, truth, template)
+
+
+def is_refusal(answer: str, template: Template | None) -> bool:
+    """Whether the answer begins with the state symbol of sound that is not meant for the model."""
+    return template is not None and split_state_symbol(answer.strip(), template)[0] == "noise"
+
+
+def edit_distance(left: Sequence[Any], right: Sequence[Any]) -> int:
+    """Fewest insertions, deletions and replacements that turn one sequence into the other (Levenshtein)."""
+    row = list(range(len(right) + 1))
+    for i, a in enumerate(left, start=1):
+        corner, row[0] = row[0], i
+        for j, b in enumerate(right, start=1):
+            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (a != b))
+    return row[-1]
+
+
+def character_errors(answer: str, truth: str, template: Template | None = None) -> tuple[int, int]:
+    """(wrong characters, characters of the truth), both texts as recognition normalises them."""
+    if template is not None:
+        answer = split_state_symbol(answer.strip(), template)[1]
+    answer, truth = normalise_transcript(answer), normalise_transcript(truth)
+    return edit_distance(answer, truth), len(truth)
+
+
+def error_rate(errors: Iterable[tuple[int, int]]) -> float:
+    """Character error rate of several texts together: all wrong characters by all true ones."""
+    pairs = list(errors)
+    return sum(wrong for wrong, _ in pairs) / max(sum(total for _, total in pairs), 1)
 
 
 def answer_prior(items: Sequence[Item], template: Template | None = None) -> float:

@@ -1,4 +1,6 @@
-"""A conversation with a trained model: load a checkpoint once, then ask about pictures, videos or nothing but text."""
+"""A conversation with a trained model: load a checkpoint once, then ask about pictures, videos or nothing but text, in
+writing or aloud.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +29,8 @@ class Session:
       turns: questions and answers in order; answers as generated, state symbol included.
       media: the files of all questions, in order.
       max_new_tokens: the longest answer.
+      last_state: what the last answer's state symbol said was asked: "audio", "noise" (sound that is not meant for the
+        model) or "text"; None without a symbol.
     """
 
     model: Vita
@@ -36,6 +40,7 @@ class Session:
     turns: list[dict[str, str]] = dataclasses.field(default_factory=list)
     media: list[Media] = dataclasses.field(default_factory=list)
     max_new_tokens: int = 256
+    last_state: str | None = None
 
     @classmethod
     def load(cls, checkpoint_dir: str | Path) -> Session:
@@ -51,26 +56,33 @@ class Session:
 
     def reset(self) -> None:
         """Forgets the conversation."""
-        self.turns, self.media = [], []
+        self.turns, self.media, self.last_state = [], [], None
 
-    def ask(self, question: str, images: Sequence[str | Path] = (), videos: Sequence[str | Path] = ()) -> Iterator[str]:
+    def ask(
+        self,
+        question: str,
+        images: Sequence[str | Path] = (),
+        videos: Sequence[str | Path] = (),
+        audio: Sequence[str | Path] = (),
+    ) -> Iterator[str]:
         """Answers in pieces of text as they are produced, without the state symbol in front.
 
         The turn becomes part of the conversation when the answer has been read to its end; an answer that is broken off
-        leaves no trace.
+        leaves no trace. Neither does sound that the model takes not to be meant for it: that has no answer.
 
         Args:
-          question: plain text; the files are put in front of it.
-          images, videos: files that this question brings along; those of earlier turns are still there.
+          question: plain text; the files are put in front of it. May be empty if there is sound, which then asks.
+          images, videos, audio: files that this question brings along; those of earlier turns are still there.
 
         Raises:
           UserError: at once, before any text: an empty question, a file that cannot be used, or a conversation that has
             become too long.
         """
-        if not question.strip():
-            raise UserError("the question is empty; write what you want to know")
-        media = [media_from_file(path, "image") for path in images] + [media_from_file(p, "video") for p in videos]
-        asked = {"from": "human", "value": with_media(question, len(images), len(videos))}
+        if not question.strip() and not audio:
+            raise UserError("the question is empty; write what you want to know, or give a sound file that asks it")
+        files = (("image", images), ("video", videos), ("audio", audio))
+        media = [media_from_file(path, kind) for kind, paths in files for path in paths]
+        asked = {"from": "human", "value": with_media(question, *(len(paths) for _, paths in files))}
         example = prompt_example([*self.turns, asked], [*self.media, *media], self.context)
         room = self.config.model.language.max_positions - len(example["tokens"])
         if room < 1:
@@ -84,6 +96,7 @@ class Session:
         self, asked: dict[str, str], media: Sequence[Media], example: Example, max_new_tokens: int
     ) -> Iterator[str]:
         context = self.context
+        self.last_state = None
         stops = stop_ids(self.tokenizer, context.template)
         decoder, raw, symbol_done = TextStream(self.tokenizer), "", False
         tokens = stream(self.model, self.params, one_row(example), max_new_tokens=max_new_tokens, stop_tokens=stops)
@@ -93,7 +106,10 @@ class Session:
             raw += text
             if not symbol_done and raw.strip():
                 # The symbol is one character, so the first one decides.
-                text, symbol_done = split_state_symbol(raw.lstrip(), context.template)[1], True
+                self.last_state, text = split_state_symbol(raw.lstrip(), context.template)
+                symbol_done = True
+                if self.last_state == "noise" and any(item.kind == "audio" for item in media):
+                    return
             if text and symbol_done:
                 yield text
         self.turns += [asked, {"from": "gpt", "value": raw.lstrip()}]

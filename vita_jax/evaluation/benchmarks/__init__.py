@@ -7,8 +7,9 @@ import difflib
 from vita_jax.errors import UserError
 from vita_jax.evaluation.benchmarks.benchmark import Benchmark, Group
 from vita_jax.evaluation.benchmarks.quickstart import QUICKSTART
+from vita_jax.evaluation.benchmarks.speech import SPEECH
 
-BENCHMARKS = {benchmark.name: benchmark for benchmark in (QUICKSTART,)}
+BENCHMARKS = {benchmark.name: benchmark for benchmark in (QUICKSTART, SPEECH)}
 
 __all__ = ["BENCHMARKS", "Benchmark", "Group", "get_benchmark"]
 

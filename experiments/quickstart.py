@@ -1,16 +1,26 @@
-"""A small VITA-1.5 that sees, trained from nothing on handwritten digits: stages 0 to 1.3.
+"""A small VITA-1.5 that sees, listens and answers aloud, trained from nothing: stages 0 to 3.2.
 
     python -m vita_jax.train --config=experiments/quickstart.py
     python -m vita_jax.train --config=experiments/quickstart.py --config.size=smoke --config.run_dir=/tmp/smoke
 
-Sizes: `smoke` (all stages and commands in minutes, learns nothing), `small` (the quickstart: about 25 minutes on two
-CPU cores), `full` (the same curriculum on VITA-1.5's full-size vision and language models; needs accelerators).
+Sizes: `smoke` (all stages and commands in minutes, learns nothing), `small` (the quickstart: about an hour on two CPU
+cores), `full` (the same curriculum on VITA-1.5's full-size models; needs accelerators).
 
 Stage 0 stands in for the public Qwen2 and InternViT weights: the language model learns questions about scenes written
-in characters, the tower learns to name what each cell shows. The vision curriculum of the VITA-1.5 paper (section 3.3)
-follows with its trainable parts and data fractions: 1.1 the adapter on 20 % of the captions, 1.2 tower, adapter and
-language model on all captions, 1.3 all three on all questions and 20 % of the captions. Text-only questions stay in the
-mixture of 1.2 and 1.3, as the paper's question data has them.
+in characters, the tower learns to name what each cell shows. The curriculum of the VITA-1.5 paper (section 3.3) follows
+with its trainable parts and data fractions:
+
+    1.1  the adapter, on 20 % of the captions
+    1.2  tower, adapter and language model, on all captions
+    1.3  all three, on all questions and 20 % of the captions
+    2.1a the speech encoder, on transcripts by CTC
+    2.1b speech adapter and language model, on speech and its transcripts
+    2.2  the same and the input head: questions, half of them spoken, some captions, and sounds that are no questions
+    3.1  the codec, on the assistant's voices
+    3.2  the two speech decoders, on its spoken sentences; everything else is frozen
+
+Text-only questions stay in the mixtures of 1.2, 1.3 and 2.2, as the paper's question data has them. The speech encoder
+is frozen after 2.1a, so the final model is also the recogniser that measures its voice.
 """
 
 from __future__ import annotations
@@ -21,15 +31,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipelines.quickstart.build import build_quickstart
+from data_pipelines.quickstart.speech_sets import SMOKE as SMOKE_SPEECH
+from data_pipelines.quickstart.speech_sets import SpeechCounts
+from vita_jax.data.ctc_vocabulary import build_ctc_vocabulary
 from vita_jax.data.images import ImageConfig
 from vita_jax.data.loader import SourceConfig
+from vita_jax.data.speech_pairs import read_manifest
 from vita_jax.data.templates import SystemTexts
 from vita_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from vita_jax.evaluation.report import write_report
 from vita_jax.evaluation.runner import evaluate_params, format_result, format_stages, save_stage_evaluation
-from vita_jax.models.vita import vita_1_5, vita_small
+from vita_jax.models.audio.tower import audio_small
+from vita_jax.models.codec.config import codec_small_16k, vita_1_5_codec
+from vita_jax.models.codec.losses import codec_training_small
+from vita_jax.models.speech.config import speech_small, vita_1_5_speech
+from vita_jax.models.state_head import StateHeadConfig
+from vita_jax.models.vita import VitaConfig, vita_1_5, vita_small
 from vita_jax.training.checkpoint import checkpoint_folder, load_params
 from vita_jax.training.experiment import (
+    CTC_VOCABULARY,
     Amount,
     CheckpointConfig,
     DataConfig,
@@ -42,14 +62,17 @@ from vita_jax.training.experiment import (
 from vita_jax.training.optimizer import OptimizerConfig
 from vita_jax.training.stages import Stage
 
-# Evaluation after each stage. After "language" there is no tower yet; after "tower" both parts of stage 0 are measured
-# together, joined by an adapter that has learnt nothing.
-EVALUATED = {"language": (), "tower": ("typed", "text"), "vision_alignment": ("typed", "text")}
-ALL_GROUPS = ("typed", "video_order", "text")
-STAGE_QUESTIONS_PER_KIND = 120
+# Rows of the recogniser's head; the speech of the quickstart has fewer characters.
+CTC_ROWS = 512
 
 TEXT = SourceConfig("text")
 QUESTIONS = SourceConfig("questions")
+ASR = SourceConfig("asr")
+SPOKEN = SourceConfig("spoken", split_rounds=True)
+NEGATIVES = SourceConfig("negatives", split_rounds=True)
+# Manifests of recordings, for the stages without a language model.
+RECORDINGS = SourceConfig("raw/asr")
+ASSISTANT = SourceConfig("raw/speech_out")
 
 
 def captions(ratio: float) -> SourceConfig:
@@ -57,55 +80,110 @@ def captions(ratio: float) -> SourceConfig:
     return SourceConfig("captions", ratio=ratio)
 
 
+def mixture(*parts: tuple[SourceConfig, float]) -> tuple[SourceConfig, ...]:
+    """Sources with their weights."""
+    return tuple(dataclasses.replace(source, weight=weight) for source, weight in parts)
+
+
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What the sizes differ in: steps of the five stages, rows of a batch, and the amounts of data."""
+    """What the sizes differ in.
 
-    steps: tuple[int, int, int, int, int]
-    rates: tuple[float, float, float, float, float]
+    Attributes:
+      plan: steps and peak learning rate of every stage.
+      rows, row_length, row_tiles, row_clips: of a batch for the language model.
+      clips: rows of a batch for the speech encoder, of `clip_frames` frames of 10 ms.
+      crops, crop_frames: of a batch for the codec.
+      replies, reply_tokens, reply_frames: of a batch for the speech decoders: text tokens and codec frames.
+      amounts: of data.
+      speech: amounts of speech.
+    """
+
+    plan: dict[str, tuple[int, float]]
     rows: int
     row_length: int
     row_tiles: int
+    row_clips: int
+    clips: int
+    clip_frames: int
+    crops: int
+    crop_frames: int
+    replies: int
+    reply_tokens: int
+    reply_frames: int
     amounts: dict[str, int]
+    speech: SpeechCounts
 
 
 BENCHMARK = {"typed": 504, "typed_unseen_writers": 104, "text_only": 120, "video_order": 402}
 # Small batches: at this size the number of updates counts for more than what is in each.
 SMALL = Size(
-    steps=(1650, 1000, 250, 400, 1650),
-    rates=(1.5e-3, 1e-3, 2e-3, 7e-4, 1e-3),
+    plan={
+        "language": (1650, 1.5e-3),
+        "tower": (1000, 1e-3),
+        "vision_alignment": (250, 2e-3),
+        "vision_understanding": (400, 7e-4),
+        "vision_sft": (1550, 1e-3),
+        "speech_encoder": (2400, 2e-3),
+        "speech_alignment": (500, 1e-3),
+        "audio_sft": (700, 5e-4),
+        "codec": (4500, 1.5e-3),
+        "speech_decoders": (2500, 2e-3),
+    },
     rows=6,
     row_length=304,  # three conversations
     row_tiles=12,
+    row_clips=6,
+    clips=8,
+    clip_frames=520,
+    crops=8,
+    crop_frames=20,
+    replies=8,
+    reply_tokens=40,
+    reply_frames=160,
     amounts={"text": 36000, "cells": 12000, "captions": 8000, "pictures": 18000, "clips": 4000, **BENCHMARK},
+    speech=SpeechCounts(),
 )
-SMOKE = Size(
-    steps=(4, 4, 3, 3, 4),
-    rates=SMALL.rates,
+SMOKE = dataclasses.replace(
+    SMALL,
+    plan={name: (3, rate) for name, (_, rate) in SMALL.plan.items()},
     rows=4,
     row_length=256,
-    row_tiles=12,
+    clips=2,
+    crops=2,
+    replies=2,
     amounts={"text": 40, "cells": 40, "captions": 40, "pictures": 40, "clips": 6}
     | {"typed": 8, "typed_unseen_writers": 8, "text_only": 8, "video_order": 6},
+    speech=SMOKE_SPEECH,
 )
 # Learning rates and lengths of the original scripts; stage 0 is replaced by the public weights once they are converted.
-FULL = dataclasses.replace(SMALL, rates=(1e-4, 1e-4, 5e-4, 2e-5, 2e-5), rows=128, row_length=6144, row_tiles=26)
+FULL = dataclasses.replace(
+    SMALL,
+    plan=SMALL.plan
+    | {"language": (1650, 1e-4), "tower": (1000, 1e-4), "vision_alignment": (250, 5e-4)}
+    | {"vision_understanding": (400, 2e-5), "vision_sft": (1550, 2e-5)}
+    | {"speech_encoder": (2400, 2e-4), "speech_alignment": (500, 2e-5), "audio_sft": (700, 2e-5)}
+    | {"codec": (4500, 2e-4), "speech_decoders": (2500, 5e-4)},
+    rows=128,
+    row_length=6144,
+    row_tiles=26,
+    row_clips=32,
+)
 
 
-def stages(size: Size) -> tuple[Stage, ...]:
-    """The curriculum."""
+def vision_stages(size: Size) -> tuple[Stage, ...]:
+    """Stages 0 to 1.3."""
     shared = {"batch_size": size.rows, "row_length": size.row_length, "row_tiles": size.row_tiles}
-    language, tower, alignment, understanding, sft = zip(size.steps, size.rates, strict=True)
 
-    def stage(name: str, title: str, plan: tuple[int, float], *trainable: str, **fields: Any) -> Stage:
-        steps, rate = plan
+    def stage(name: str, title: str, *trainable: str, **fields: Any) -> Stage:
+        steps, rate = size.plan[name]
         return Stage(name, title, trainable, steps=steps, learning_rate=rate, **{**shared, **fields})
 
+    everything = ("^vision/", "^projector/", "^language/")
     return (
         stage(
             "language",
             "0a language model",
-            language,
             "^language/",
             sources=(TEXT,),
             objective="text_pretraining",
@@ -114,7 +192,6 @@ def stages(size: Size) -> tuple[Stage, ...]:
         stage(
             "tower",
             "0b vision tower",
-            tower,
             "^vision/",
             "^naming_head/",
             sources=(SourceConfig("cells"),),
@@ -125,7 +202,6 @@ def stages(size: Size) -> tuple[Stage, ...]:
         stage(
             "vision_alignment",
             "1.1 vision alignment",
-            alignment,
             "^projector/",
             sources=(captions(0.2),),
             start_from=("language", "tower"),
@@ -133,53 +209,160 @@ def stages(size: Size) -> tuple[Stage, ...]:
         stage(
             "vision_understanding",
             "1.2 vision understanding",
-            understanding,
-            "^vision/",
-            "^projector/",
-            "^language/",
-            sources=(
-                dataclasses.replace(captions(1.0), weight=0.7),
-                dataclasses.replace(TEXT, weight=0.3),
-            ),
+            *everything,
+            sources=mixture((captions(1.0), 0.7), (TEXT, 0.3)),
             start_from="vision_alignment",
         ),
         stage(
             "vision_sft",
             "1.3 vision SFT",
-            sft,
-            "^vision/",
-            "^projector/",
-            "^language/",
-            sources=(
-                dataclasses.replace(QUESTIONS, weight=0.78),
-                dataclasses.replace(captions(0.2), weight=0.06),
-                dataclasses.replace(TEXT, weight=0.16),
-            ),
+            *everything,
+            sources=mixture((QUESTIONS, 0.78), (captions(0.2), 0.06), (TEXT, 0.16)),
             start_from="vision_understanding",
         ),
+    )
+
+
+HEARING_MIX = mixture(
+    (SPOKEN, 0.4), (NEGATIVES, 0.16), (ASR, 0.12), (QUESTIONS, 0.2), (TEXT, 0.08), (captions(0.2), 0.04)
+)
+
+
+def audio_stages(size: Size) -> tuple[Stage, ...]:
+    """Stages 2.1a to 2.2: hearing."""
+    steps, rates = zip(*(size.plan[name] for name in ("speech_encoder", "speech_alignment", "audio_sft")), strict=True)
+    return (
+        Stage(
+            "speech_encoder",
+            "2.1a speech encoder",
+            ("^audio/encoder/", "^ctc_head/"),
+            (RECORDINGS,),
+            steps=steps[0],
+            learning_rate=rates[0],
+            batch_size=size.clips,
+            row_length=size.clip_frames,
+            row_tiles=0,
+            clip_frames=size.clip_frames,
+            objective="ctc",
+            warmup_ratio=0.1,
+        ),
+        Stage(
+            "speech_alignment",
+            "2.1b speech alignment",
+            ("^audio/adapter/", "^language/"),
+            (ASR,),
+            steps=steps[1],
+            learning_rate=rates[1],
+            # The adapter starts from nothing, the language model must not forget what it knows.
+            learning_rate_scale=(("^language/", 0.5),),
+            batch_size=size.rows,
+            row_length=size.row_length,
+            row_tiles=0,
+            row_clips=size.row_clips,
+            clip_frames=size.clip_frames,
+            start_from=("vision_sft", "speech_encoder"),
+        ),
+        Stage(
+            "audio_sft",
+            "2.2 audio SFT",
+            ("^audio/adapter/", "^language/", "^state_head/"),
+            mixture(
+                (SPOKEN, 0.4), (NEGATIVES, 0.16), (ASR, 0.12), (QUESTIONS, 0.2), (TEXT, 0.08), (captions(0.2), 0.04)
+            ),
+            steps=steps[2],
+            learning_rate=rates[2],
+            batch_size=size.rows,
+            row_length=size.row_length,
+            row_tiles=size.row_tiles,
+            row_clips=size.row_clips,
+            clip_frames=size.clip_frames,
+            state_labels=True,
+            start_from="speech_alignment",
+        ),
+    )
+
+
+def voice_stages(size: Size) -> tuple[Stage, ...]:
+    """Stages 3.1 and 3.2: speaking."""
+    (codec_steps, codec_rate), (steps, rate) = size.plan["codec"], size.plan["speech_decoders"]
+    return (
+        Stage(
+            "codec",
+            "3.1 codec",
+            ("^codec/",),
+            (ASSISTANT,),
+            steps=codec_steps,
+            learning_rate=codec_rate,
+            batch_size=size.crops,
+            row_length=1,
+            row_tiles=0,
+            codec_frames=size.crop_frames,
+            objective="codec",
+        ),
+        Stage(
+            "speech_decoders",
+            "3.2 speech decoders",
+            ("^speech/",),
+            (ASSISTANT,),
+            steps=steps,
+            learning_rate=rate,
+            batch_size=size.replies,
+            row_length=size.reply_tokens,
+            row_tiles=0,
+            codec_frames=size.reply_frames,
+            objective="speech_decoder",
+            start_from=("audio_sft", "codec"),
+        ),
+    )
+
+
+def small_model(width: int = 192, num_layers: int = 4, tower_width: int = 96) -> VitaConfig:
+    """VITA-1.5 with its voice, with few layers and channels."""
+    seeing = vita_small(width, num_layers, tower_width, vocab_size=2048)
+    audio = audio_small(width, tower_width, num_layers)
+    encoder = dataclasses.replace(audio.encoder, dynamic_chunks=True, dropout=0.0, positional_dropout=0.0)
+    codec = codec_small_16k()
+    return dataclasses.replace(
+        seeing,
+        audio=dataclasses.replace(audio, encoder=encoder),
+        state_head=StateHeadConfig(width),
+        ctc_vocab_size=CTC_ROWS,
+        codec=codec,
+        speech=speech_small(codec.num_codes, width // 2, num_layers),
+        codec_training=codec_training_small(adversarial_start=4000),
+    )
+
+
+def full_model() -> VitaConfig:
+    """VITA-1.5 with its voice, at full size."""
+    model = vita_1_5()
+    head = StateHeadConfig(model.language.hidden_size)
+    return dataclasses.replace(
+        model, state_head=head, ctc_vocab_size=CTC_ROWS, codec=vita_1_5_codec(), speech=vita_1_5_speech()
     )
 
 
 def get_config(size: Literal["smoke", "small", "full"] = "small") -> ExperimentConfig:
     """The configuration of one size."""
     plan = {"smoke": SMOKE, "small": SMALL, "full": FULL}[size]
-    models = {"smoke": lambda: vita_small(32, 2, 48), "small": vita_small, "full": vita_1_5}
+    models = {"smoke": lambda: small_model(48, 2, 48), "small": small_model, "full": full_model}
     model = models[size]()
+    speech = {f"speech_{name}": count for name, count in dataclasses.asdict(plan.speech).items()}
     return ExperimentConfig(
         name="quickstart",
         size=size,
         run_dir="runs/quickstart",
         model=model,
         image=ImageConfig(image_size=model.vision.image_size),
-        tokenizer=TokenizerConfig(vocab_size=1000),
+        tokenizer=TokenizerConfig(vocab_size=2048),
         template="qwen2p5_instruct",
         system_texts=SystemTexts(image="Look.", video="Watch.", lang="Read."),
         data=DataConfig(
             num_threads=0 if size != "full" else 2,
-            amounts=tuple(Amount(name, count) for name, count in plan.amounts.items()),
+            amounts=tuple(Amount(name, count) for name, count in {**plan.amounts, **speech}.items()),
         ),
         optimizer=OptimizerConfig() if size == "full" else OptimizerConfig(beta2=0.98),
-        stages=stages(plan),
+        stages=(*vision_stages(plan), *audio_stages(plan), *voice_stages(plan)),
         checkpoint=CheckpointConfig(every_steps=500),
         log=LogConfig(every_steps=25 if size == "small" else 1),
     )
@@ -188,7 +371,13 @@ def get_config(size: Literal["smoke", "small", "full"] = "small") -> ExperimentC
 def prepare(config: ExperimentConfig) -> None:
     """Builds the data and trains the tokenizer, unless they are there."""
     folder = data_folder(config)
-    build_quickstart(folder, {entry.name: entry.count for entry in config.data.amounts}, config.seed)
+    amounts = {entry.name: entry.count for entry in config.data.amounts}
+    speech = {name.removeprefix("speech_"): n for name, n in amounts.items() if name.startswith("speech_")}
+    counts = {name: n for name, n in amounts.items() if not name.startswith("speech_")}
+    build_quickstart(folder, counts, config.seed, speech=SpeechCounts(**speech))
+    if not (folder / CTC_VOCABULARY).is_file():
+        texts = [pair.text for pair in read_manifest(folder / RECORDINGS.path)]
+        build_ctc_vocabulary(texts, config.model.ctc_vocab_size).save(folder / CTC_VOCABULARY)
     if not tokenizer_folder(config).is_dir():
         lines = (folder / "tokenizer_text.txt").read_text(encoding="utf-8").splitlines()
         texts = [json.loads(line) for line in lines]
@@ -197,24 +386,41 @@ def prepare(config: ExperimentConfig) -> None:
         train_sentencepiece([*texts, *fixed], config.tokenizer.vocab_size, tokenizer_folder(config), at_most=True)
 
 
+# What is measured after a stage: groups of the benchmark "quickstart", and of "speech". After "language" there is no
+# tower yet; after "tower" both parts of stage 0 are measured together, joined by an adapter that has learnt nothing.
+SEEN = ("typed", "video_order", "text")
+EVALUATED = {
+    "tower": (("typed", "text"), ()),
+    "vision_alignment": (("typed", "text"), ()),
+    "vision_understanding": (SEEN, ()),
+    "vision_sft": (SEEN, ()),
+    "speech_alignment": ((), ("transcribe",)),
+    "audio_sft": (SEEN, ("spoken", "noise", "transcribe")),
+}
+QUESTIONS_PER_KIND = 120
+# Before and after the audio stages everything is asked: the two are compared question by question.
+ASKED_IN_FULL = ("vision_sft", "audio_sft")
+
+
 def after_stage(config: ExperimentConfig, stage: Stage, params: Any) -> None:
     """Measures the model on a part of the held-out questions."""
-    groups = EVALUATED.get(stage.name, ALL_GROUPS)
-    if not groups:
-        return
     if stage.name == "tower":
         params = {**params, "language": load_params(checkpoint_folder(config.run_dir, "language")).params["language"]}
     tokenizer = load_tokenizer(tokenizer_folder(config))
-    result = evaluate_params(config, params, tokenizer, groups=groups, limit=STAGE_QUESTIONS_PER_KIND)
-    save_stage_evaluation(config, stage.name, result)
-    print(f"after {stage.title}\n{format_result(result)}", flush=True)
+    limit = None if stage.name in ASKED_IN_FULL else QUESTIONS_PER_KIND
+    for benchmark, groups in zip(("quickstart", "speech"), EVALUATED.get(stage.name, ((), ())), strict=True):
+        if groups:
+            result = evaluate_params(config, params, tokenizer, benchmark=benchmark, groups=groups, limit=limit)
+            save_stage_evaluation(config, stage.name, result)
+            print(f"after {stage.title}\n{format_result(result)}", flush=True)
 
 
 def finish(config: ExperimentConfig) -> None:
     """Measures the final model on every held-out question and writes the report."""
     loaded = load_params(config.run_dir)
-    result = evaluate_params(config, loaded.params, load_tokenizer(tokenizer_folder(config)))
-    save_stage_evaluation(config, "final", result)
-    print(format_result(result))
+    for benchmark in ("quickstart", "speech"):
+        result = evaluate_params(config, loaded.params, load_tokenizer(tokenizer_folder(config)), benchmark=benchmark)
+        save_stage_evaluation(config, "final", result)
+        print(format_result(result))
     print(format_stages(Path(config.run_dir), config))
     print(f"report: {write_report(config.run_dir)}")

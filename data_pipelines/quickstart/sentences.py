@@ -15,6 +15,7 @@ import numpy as np
 
 from data_pipelines.quickstart.vocabulary import FILLERS, TEMPLATES
 from vita_jax.errors import UserError
+from vita_jax.inference.spoken_words import digits_aloud
 
 Split = Literal["train", "held_out"]
 HELD_OUT_SHARE = 10  # one text in so many
@@ -24,15 +25,6 @@ MIN_DIGITS, MAX_DIGITS = 3, 6
 DIGITS_SHARE = 0.2
 
 _SLOT = re.compile(r"\{(\w+)\}")
-_PUNCTUATION = re.compile(r"[.,!?:;。，！？：；、]")
-_DIGITS = {
-    "en": ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
-    "zh": tuple("零一二三四五六七八九"),
-}
-_TEENS = (
-    "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
-)  # fmt: skip
-_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 # Asked in writing about something to be heard.
 TRANSCRIBE = {
     "en": ("Write down what you hear.", "What is being said?", "Write what the voice says."),
@@ -107,56 +99,3 @@ def distinct_sentences(
 def units(text: str, language: str) -> Iterator[str]:
     """The words of an English text, the characters of a Chinese one."""
     return iter(text.split() if language == "en" else [c for c in text if not c.isspace()])
-
-
-# ---- how things are said ---------------------------------------------------------------------------------------------
-
-
-def digits_aloud(digits: np.ndarray | list[int] | tuple[int, ...], language: str) -> str:
-    """Digits one by one: (3, 4) -> "three four", "三四"."""
-    return (" " if language == "en" else "").join(_DIGITS[language][int(digit)] for digit in digits)
-
-
-def number_aloud(number: int, language: str) -> str:
-    """A number from 0 to 99 as one says it: 14 -> "fourteen", "十四".
-
-    Raises:
-      UserError: a number out of that range.
-    """
-    if not 0 <= number <= 99:
-        raise UserError(f"numbers are spoken from 0 to 99, got {number}")
-    tens, ones = divmod(number, 10)
-    if tens == 0:
-        return _DIGITS[language][ones]
-    if language == "zh":
-        return (_DIGITS["zh"][tens] if tens > 1 else "") + "十" + (_DIGITS["zh"][ones] if ones else "")
-    if tens == 1:
-        return _TEENS[ones]
-    return _TENS[tens - 2] + (f" {_DIGITS['en'][ones]}" if ones else "")
-
-
-def heard(text: str) -> str:
-    """A written sentence as a listener would write it: lower case, without punctuation, single spaces."""
-    return " ".join(_PUNCTUATION.sub(" ", text.lower()).split())
-
-
-def answer_aloud(answer: str, language: str) -> str:
-    """A written answer in spoken words.
-
-    "3486" is read digit by digit; of a running sum, "7+0=7+7=14", the result is said, as a number; colours are words:
-    "red/grey: 707" is "red grey seven zero seven".
-
-    Args:
-      answer: as the quickstart's answers are written.
-      language: in which digits are said.
-
-    Raises:
-      UserError: an unknown language.
-    """
-    _check_language(language)
-    if "=" in answer:
-        return number_aloud(int(answer.rsplit("=", 1)[1]), language)
-    gap = " " if language == "en" else ""
-    aloud = re.sub(r"\d+", lambda run: f"{gap}{digits_aloud([int(d) for d in run[0]], language)}{gap}", answer)
-    text = heard(aloud.replace("/", " "))
-    return text if language == "en" else text.replace(" ", "")

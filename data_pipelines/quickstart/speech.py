@@ -8,7 +8,7 @@
 
 Each folder has its WAV files (16 kHz, mono, 16 bit) and pictures in media/; paths in records and manifests are relative
 to the folder. A line of a manifest has id, audio, text, language and duration (seconds); those of `speech_out` also
-`spoken` (the text in words, as it is said), `kind`, and `question` where the text is an answer to one.
+`written` (as the language model writes it), `kind`, and `question` where the text is an answer to one.
 """
 
 from __future__ import annotations

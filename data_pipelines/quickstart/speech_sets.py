@@ -22,16 +22,15 @@ from data_pipelines.quickstart.sentences import (
     REFUSAL,
     TRANSCRIBE,
     Split,
-    answer_aloud,
     distinct_sentences,
     draw_statement,
-    heard,
     split_of,
 )
 from data_pipelines.speech.clips import SPEECH, Clip
 from data_pipelines.speech.noises import BABBLE_VOICES, SYNTHETIC_KINDS
 from data_pipelines.speech.voices import Voice, assistant_voice, draw_delivery, training_voices, voices_of
 from vita_jax.errors import UserError
+from vita_jax.inference.spoken_words import answer_aloud, heard
 
 ROUNDS = 4  # questions about one picture
 SPOKEN_KINDS = ("count", "kth", "kth", "largest", "sum", "sum", "read", "ink", "paper", "caption")
@@ -268,7 +267,7 @@ def assistant_texts(language: str, split: Split, count: int, rng: np.random.Gene
     """What the assistant says: different texts, `ASSISTANT_ANSWERS_SHARE` of them answers to questions about pictures.
 
     Returns:
-      {"text": as the language model writes it, "spoken": as it is said, "language", "kind": "answer" or "sentence"};
+      {"text": as it is said, "written": as the language model writes it, "language", "kind": "answer" or "sentence"};
       an answer also has its "question".
     """
     entries: dict[str, dict[str, str]] = {}
@@ -279,11 +278,11 @@ def assistant_texts(language: str, split: Split, count: int, rng: np.random.Gene
             continue
         aloud = answer_aloud(question.answer, language)
         if question.answer not in entries and answer_split(aloud, language) == split:
-            entries[question.answer] = {"text": question.answer, "spoken": aloud, "kind": "answer"} | {
+            entries[question.answer] = {"text": aloud, "written": question.answer, "kind": "answer"} | {
                 "language": language, "question": question.text
             }  # fmt: skip
     for text in distinct_sentences(language, split, count - answers, rng):
-        entries[text] = {"text": text, "spoken": text, "kind": "sentence", "language": language}
+        entries[text] = {"text": text, "written": text, "kind": "sentence", "language": language}
     return list(entries.values())
 
 
@@ -292,5 +291,5 @@ def plan_speech_out(folder: Folder, split: Split, count: int) -> None:
     for language in LANGUAGES:
         for entry in assistant_texts(language, split, count // 2, folder.rng):
             delivery = draw_delivery((assistant_voice(language),), folder.rng)
-            audio = folder.clip(parts=((entry["spoken"], delivery),), varied=False)
+            audio = folder.clip(parts=((entry["text"], delivery),), varied=False)
             folder.manifest.append({"id": f"speech_out-{len(folder.manifest)}", "audio": audio, **entry})

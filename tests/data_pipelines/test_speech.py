@@ -11,7 +11,7 @@ from data_pipelines.quickstart import build as build_lib
 from data_pipelines.quickstart.build import build_quickstart, tokenizer_texts
 from data_pipelines.quickstart.questions import KINDS, LANGUAGES, phrasings
 from data_pipelines.quickstart.scans import load_scan_splits
-from data_pipelines.quickstart.sentences import REFUSAL, TRANSCRIBE, answer_aloud, heard, split_of
+from data_pipelines.quickstart.sentences import REFUSAL, TRANSCRIBE, split_of
 from data_pipelines.quickstart.speech import RECORD_SETS, SPEECH_SETS, build_speech
 from data_pipelines.quickstart.speech_benchmark import NOISE_KINDS, TRANSCRIBE_KINDS, plan_benchmark
 from data_pipelines.quickstart.speech_sets import (
@@ -31,6 +31,7 @@ from data_pipelines.speech.voices import UNSEEN_VARIANT, assistant_voice, held_o
 from vita_jax.data.prompts import preprocess_multimodal, state_labels
 from vita_jax.data.templates import get_template
 from vita_jax.errors import UserError
+from vita_jax.inference.spoken_words import answer_aloud, heard
 
 COUNTS = SpeechCounts(16, 72, 4, 6, 8, 8, 2, 2, 4, processes=1)
 HELD_OUT = {voice.name for language in LANGUAGES for voice in held_out_voices(language)}
@@ -96,7 +97,7 @@ def test_no_held_out_sentence_is_said_or_written_in_training(planned):
                   for part in entry["text"].split(" / ") if part}  # fmt: skip
     assert len(statements) > 50 and not {squeezed(text) for text in statements} & said
     assert all(split_of(text) == "held_out" for text in statements)
-    assert not {squeezed(entry["spoken"]) for entry in planned.answers.manifest} & said
+    assert not {squeezed(entry["text"]) for entry in planned.answers.manifest} & said
 
 
 def test_one_kind_of_noise_is_in_the_benchmark_only(planned):
@@ -194,9 +195,9 @@ def test_the_assistant_has_one_voice_and_says_what_is_written(planned):
     for folder in (planned.speech_out, planned.answers):
         for language in LANGUAGES:
             entries = [e for e in folder.manifest if e["language"] == language]
-            assert len(entries) == len(folder.manifest) // 2 == len({e["text"] for e in entries})
+            assert len(entries) == len(folder.manifest) // 2 == len({e["written"] for e in entries})
             assert sum(e["kind"] == "answer" for e in entries) == len(entries) // 2
-            assert all(e["spoken"] == answer_aloud(e["text"], language) for e in entries if e["kind"] == "answer")
+            assert all(e["text"] == answer_aloud(e["written"], language) for e in entries if e["kind"] == "answer")
             assert all((e["kind"] == "answer") == ("question" in e) for e in entries)
         assert {f"{d.accent}+{d.variant}" for _, d in parts_of(folder)} == {
             assistant_voice(language).name for language in LANGUAGES

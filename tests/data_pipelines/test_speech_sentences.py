@@ -12,19 +12,16 @@ from data_pipelines.quickstart.sentences import (
     HELD_OUT_SHARE,
     REFUSAL,
     TRANSCRIBE,
-    answer_aloud,
-    digits_aloud,
     distinct_sentences,
     draw_digits,
     draw_sentence,
     draw_statement,
-    heard,
-    number_aloud,
     split_of,
     units,
 )
 from data_pipelines.quickstart.vocabulary import FILLERS, TEMPLATES
 from vita_jax.errors import UserError
+from vita_jax.inference.spoken_words import answer_aloud, digits_aloud, heard, number_aloud
 
 LANGUAGES = ("en", "zh")
 WANTED = {"en": 300, "zh": 200}

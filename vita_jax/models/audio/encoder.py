@@ -27,11 +27,12 @@ from vita_jax.ops.attention import dot_product_attention
 from vita_jax.ops.filter_bank import encoder_length
 from vita_jax.ops.masks import chunked_attention_mask, padding_mask, random_chunk
 from vita_jax.ops.patches import overlapping_patches, time_windows
-from vita_jax.ops.positions import sinusoidal_positions
+from vita_jax.ops.positions import relative_weights, sinusoidal_positions
 
 NORM_EPS = 1e-5
 MIN_FRAMES = 7  # what one encoder frame is made of
-LAST_FRAME = {"rel-enc": 5000, "abs-enc": 1500}  # encoder frames of the original's position tables
+# Encoder frames: of the original's position tables; "relative" needs none, an hour is what sinusoids in float32 carry.
+LAST_FRAME = {"relative": 90_000, "rel-enc": 5000, "abs-enc": 1500}
 
 Cached = tuple[jax.Array, jax.Array]  # keys and values (b t n h)
 
@@ -48,7 +49,9 @@ class AudioEncoderConfig:
       dynamic_chunks: draw chunk and left context anew in every training call (not in evaluation, unlike the original).
       stream_positions: "exact": a stream equals the chunk-masked full pass. "lagging": positions as in Freeze-Omni's
         streaming code, which fall one chunk behind once the left context is full.
-      positions: "rel-enc", or "abs-enc" (sinusoids added to the input, plain attention).
+      positions: "relative": scores depend on the distance of key and query (Transformer-XL, arXiv 1901.02860, section
+        3.3). "rel-enc": the released encoder, which leaves out the shift, so that scores depend on where a key stands
+        but not on how far away it is; the same parameters. "abs-enc": sinusoids added to the input, plain attention.
       normalize_before: pre-norm layers and a final norm; else a norm after each residual.
       concat_after: joins attention input and output by a linear layer on both.
       feed_forward: "linear", "conv1d" (two convolutions over time) or "conv1d-linear" (causal depthwise, then linear).
@@ -139,7 +142,7 @@ class Subsampling(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention; with "rel-enc" the position of every key adds to its score."""
+    """Self-attention; with "relative" the distance of every key adds to its score, with "rel-enc" its position."""
 
     config: AudioEncoderConfig
     dtype: jnp.dtype = jnp.float32
@@ -168,12 +171,20 @@ class Attention(nn.Module):
                 jnp.concatenate([old.astype(new.dtype), new], axis=1) for old, new in zip(cached, (k, v), strict=True)
             )
         scored_q, scored_k = q, k
-        if config.positions == "rel-enc":
-            r = Dense(heads, axes, use_bias=False, dtype=self.dtype, name="pos_proj")(positions)
+        if config.positions != "abs-enc":
+            project = Dense(heads, axes, use_bias=False, dtype=self.dtype, name="pos_proj")
             u, w = (self._position_bias(name).astype(self.dtype) for name in ("pos_bias_u", "pos_bias_v"))
-            # Two products in one: [q + u, q + v] . [k, r].
-            scored_q = jnp.concatenate([q + u, q + w], axis=-1)
-            scored_k = jnp.concatenate([k, jnp.broadcast_to(r, k.shape)], axis=-1)
+            if config.positions == "rel-enc":
+                placed_q, placed_k = q + w, project(positions)
+            else:
+                kernel = project(jnp.eye(config.hidden_size, dtype=self.dtype))  # (d n h)
+                weights = jnp.einsum("bsnh,dnh->bsnd", q + w, kernel)
+                placed_q = relative_weights(weights, positions[:, -x.shape[1] :, None])
+                placed_k = positions[:, :, None]
+            # Two products in one: [q + u, q + w] . [k, r].
+            scored_q = jnp.concatenate([q + u, placed_q], axis=-1)
+            placed_k = jnp.broadcast_to(placed_k, (*k.shape[:3], placed_q.shape[-1])).astype(k.dtype)
+            scored_k = jnp.concatenate([k, placed_k], axis=-1)
         out = dot_product_attention(scored_q, scored_k, v, mask=mask, scale=config.head_dim**-0.5)
         out = Dense(
             (config.hidden_size,),
@@ -414,10 +425,10 @@ def make_cache(config: AudioEncoderConfig, batch: int, dtype: jnp.dtype = jnp.fl
             f"audio stream: chunk_size {config.chunk_size} and left_chunks {config.left_chunks}; a stream needs at "
             "least 1 and 0 (4 and 16, for example)"
         )
-    if config.positions != "rel-enc" or config.feed_forward != "linear":
+    if config.positions == "abs-enc" or config.feed_forward != "linear":
         raise UserError(
             f"audio stream: positions {config.positions!r} and feed_forward {config.feed_forward!r} cannot be "
-            "streamed; use 'rel-enc' and 'linear'"
+            "streamed; use 'relative' or 'rel-enc', and 'linear'"
         )
     slots = config.chunk_size * config.left_chunks
     if lagging:

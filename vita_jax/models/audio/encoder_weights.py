@@ -42,7 +42,7 @@ def _layer_rules(config: AudioEncoderConfig, torch: str, path: str) -> list[tabl
     for name in "qkv":
         rules += tables.linear(f"{attention}.linear_{name}", f"{ours}/{name}_proj", (d,), heads, layers=layers)
     rules += tables.linear(f"{attention}.linear_out", f"{ours}/o_proj", heads, (d,), layers=layers)
-    if config.positions == "rel-enc":
+    if config.positions != "abs-enc":
         rules += tables.linear(f"{attention}.linear_pos", f"{ours}/pos_proj", (d,), heads, bias=False, layers=layers)
         for name in ("pos_bias_u", "pos_bias_v"):
             rules.append(tables.copy(f"{attention}.{name}", f"{ours}/{name}", heads, layers=layers))

@@ -64,7 +64,11 @@ def audio_small(output_size: int, width: int = 96, num_layers: int = 4) -> Audio
       num_layers: of the encoder.
     """
     encoder = AudioEncoderConfig(
-        hidden_size=width, num_layers=num_layers, num_heads=width // 24, intermediate_size=4 * width
+        hidden_size=width,
+        num_layers=num_layers,
+        num_heads=width // 24,
+        intermediate_size=4 * width,
+        positions="relative",
     )
     return AudioTowerConfig(encoder, AudioAdapterConfig(input_size=width, output_size=output_size))
 

@@ -41,6 +41,7 @@ from vita_jax.data.templates import SystemTexts
 from vita_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from vita_jax.evaluation.report import write_report
 from vita_jax.evaluation.runner import evaluate_params, format_result, format_stages, save_stage_evaluation
+from vita_jax.models.audio.ctc_head import CtcTraining
 from vita_jax.models.audio.tower import audio_small
 from vita_jax.models.codec.config import codec_small_16k, vita_1_5_codec
 from vita_jax.models.codec.losses import codec_training_small
@@ -327,6 +328,7 @@ def small_model(width: int = 192, num_layers: int = 4, tower_width: int = 96) ->
         audio=dataclasses.replace(audio, encoder=encoder),
         state_head=StateHeadConfig(width),
         ctc_vocab_size=CTC_ROWS,
+        ctc_training=CtcTraining(flat_start_steps=300, spec_augment=False),
         codec=codec,
         speech=speech_small(codec.num_codes, width // 2, num_layers),
         codec_training=codec_training_small(adversarial_start=4000),

@@ -42,6 +42,7 @@ ANSWERS_SHARE = 0.15
 # What a sound that is not for the model is, among the negatives.
 NEGATIVE_MIX = {SPEECH: 0.5, "second_speaker": 0.12, "babble": 0.13, "synthetic": 0.25}
 NEGATIVE_SECONDS = (0.6, 2.5)
+NEGATIVE_LONGEST = 3.6  # with silence around it still as long as the longest sentence
 PICTURE_SHARE = 0.4  # of the negatives
 ASSISTANT_ANSWERS_SHARE = 0.5  # of the assistant's texts; the others are sentences
 SHORT_ANSWER = 2  # spoken units; answers up to that length are all trained, there are too few to hold any out
@@ -223,7 +224,8 @@ def noise_clip(folder: Folder, kind: str, language: str, split: Split, varied: b
     voices = voices_of(language, split)
     number = {SPEECH: 1, "second_speaker": 2, "babble": int(rng.integers(*BABBLE_VOICES))}.get(kind, 0)
     parts = tuple((draw_statement(language, split, rng), draw_delivery(voices, rng)) for _ in range(number))
-    audio = folder.clip(kind, parts=parts, seconds=float(rng.uniform(*NEGATIVE_SECONDS)), varied=varied)
+    audio = folder.clip(kind, parts=parts, seconds=float(rng.uniform(*NEGATIVE_SECONDS)), varied=varied,
+                        longest=NEGATIVE_LONGEST)  # fmt: skip
     return audio, "" if kind == "babble" else " / ".join(text for text, _ in parts)
 
 

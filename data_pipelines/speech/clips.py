@@ -36,6 +36,7 @@ PAD = 0.08
 PADS = (0.05, 0.25)
 # Of every recording: no microphone is entirely silent.
 NOISE_FLOOR = 2e-4
+FADE = 0.05
 REPORTS = 4  # progress lines
 
 Progress = Callable[[str], None]
@@ -55,6 +56,7 @@ class Clip:
       varied: loudness and the silence around it are drawn, as in training; otherwise they are always the same.
       augmented: the speech is heard in a room, through a microphone, before `background`.
       background: kind of a synthetic noise behind the speech, or "second_speaker" for the second of `parts`.
+      longest: seconds after which what is heard breaks off, as when somebody leaves; 0 = never.
     """
 
     path: str
@@ -65,6 +67,7 @@ class Clip:
     varied: bool = True
     augmented: bool = False
     background: str | None = None
+    longest: float = 0.0
 
 
 def write_wav(path: str | Path, waveform: np.ndarray) -> None:
@@ -113,7 +116,15 @@ def waveform_of(clip: Clip, synthesizer: SpeechSynthesizer) -> np.ndarray:
         content = second_speaker(said[0], said[1], rng)
     else:
         content = synthetic_noise(clip.kind, clip.seconds, rng)
+    if clip.longest and len(content) > round(clip.longest * SAMPLE_RATE):
+        content = content[: round(clip.longest * SAMPLE_RATE)] * fade_out(round(clip.longest * SAMPLE_RATE))
     return _recorded(content, clip.varied, rng)
+
+
+def fade_out(size: int) -> np.ndarray:
+    """(n,) ones that fall to 0 in the last `FADE` seconds."""
+    left = np.arange(size, 0, -1) / (FADE * SAMPLE_RATE)
+    return np.minimum(left, 1.0).astype(np.float32)
 
 
 def _speech(clip: Clip, said: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:

@@ -15,13 +15,14 @@ from vita_jax.data.ctc_vocabulary import (
     normalise_transcript,
 )
 from vita_jax.data.loader import SourceConfig
-from vita_jax.data.recognition import RecognitionShape, make_recognition_loader, recognition_element
+from vita_jax.data.recognition import RecognitionShape, make_recognition_loader, recognition_element, recognition_row
 from vita_jax.data.records import RecordError
 from vita_jax.data.speech_pairs import SpokenText
 from vita_jax.errors import UserError
 from vita_jax.ops.filter_bank import log_mel
 
 VOCABULARY = build_ctc_vocabulary(["abc", "你好 a"], size=16)
+WITH_GAP = build_ctc_vocabulary(["ab c", "你好"], size=16)
 SHAPE = RecognitionShape(frames=60)
 
 
@@ -77,14 +78,26 @@ def test_vocabulary_errors(tmp_path):
 
 def test_an_element_holds_features_and_characters(tmp_path):
     samples = write(tmp_path / "a.wav", 0.4)
-    element = recognition_element(SpokenText("line 1", tmp_path / "a.wav", "abc"), SHAPE, VOCABULARY)
-    assert element["lengths"] == 38  # 25 ms windows every 10 ms
-    np.testing.assert_array_equal(element["features"][:38], log_mel(samples))
-    assert element["features"].shape == (60, 80)
-    assert not element["features"][38:].any()
-    assert element["target_lengths"] == 3
-    assert VOCABULARY.decode(element["targets"].tolist()) == "abc"
-    assert element["targets"].shape == (SHAPE.targets,)
+    element = recognition_element(SpokenText("line 1", tmp_path / "a.wav", "abc"), SHAPE, WITH_GAP)
+    np.testing.assert_array_equal(element["features"], log_mel(samples))  # 25 ms windows every 10 ms: 38 frames
+    assert WITH_GAP.decode(element["targets"].tolist()) == "abc "
+    chinese = recognition_element(SpokenText("line 2", tmp_path / "a.wav", "a你好"), SHAPE, WITH_GAP)
+    assert WITH_GAP.decode(chinese["targets"].tolist()) == "a你好"
+
+
+def test_a_row_joins_clips_and_spreads_their_characters():
+    frames = [23, 31]
+    padded = SHAPE.frames - sum(frames)
+    packed = {
+        "features": np.arange(SHAPE.frames * 80, dtype=np.float32).reshape(-1, 80),
+        "features_segment_ids": np.repeat([1, 2, 0], [*frames, padded]),
+        "targets": np.array([1, 2, 3, 4, 5, *[0] * (SHAPE.targets - 5)], np.int32),
+        "targets_segment_ids": np.array([1, 1, 2, 2, 2, *[0] * (SHAPE.targets - 5)]),
+    }
+    row = recognition_row(packed)
+    assert (row["lengths"], row["target_lengths"]) == (54, 5)
+    # 23 frames make 5 frames of the encoder; the second clip begins with frame 23, so with encoder frame 6, and has 7.
+    assert row["frame_targets"].tolist() == [1, 1, 2, 2, 2, -1, 3, 3, 4, 4, 4, 5, 5, -1]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +105,8 @@ def test_an_element_holds_features_and_characters(tmp_path):
     [
         (0.4, "xyz", "unknown character"),
         (0.4, "?", "no text"),
-        (0.4, "abc" * 9, "too long"),
+        (0.4, "abc" * 9, "infeasible"),
+        (0.4, "aabbccaa", "infeasible"),
         (2.0, "abc", "too long"),
         (0.05, "abc", "too short"),
     ],
@@ -125,6 +139,7 @@ def test_batches_leave_out_bad_clips_and_resume(tmp_path):
     assert stream.counts.bad >= 1
     assert stream.counts.reasons.keys() == {"unknown character"}
     assert batches[0]["features"].shape == (3, 60, 80)
+    assert batches[0]["frame_targets"].shape == (3, 14)
     stream.close()
     again = loader()
     again.set_state(state)

@@ -15,6 +15,7 @@ from vita_jax.data.ctc_vocabulary import build_ctc_vocabulary
 from vita_jax.errors import UserError
 from vita_jax.evaluation.recognition import ErrorCounts, chunked, count_errors, transcribe
 from vita_jax.evaluation.scoring import edit_distance
+from vita_jax.models.audio.ctc_head import CtcTraining
 from vita_jax.models.audio.tower import audio_small
 from vita_jax.models.vita import Vita, vita_small
 from vita_jax.ops.filter_bank import log_mel
@@ -25,11 +26,13 @@ from vita_jax.training.objectives.recognition import (
     TIME_MASK_FRAMES,
     TIME_MASKS,
     ctc_objective_loss,
+    recognition_logits,
     spec_augment,
 )
 
 VOCABULARY = build_ctc_vocabulary(["abcd"], size=6)
 WORDS = ("ab", "cd", "dca", "b")
+AT_START = {"ctc_state": {"step": jnp.zeros(())}}
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +58,20 @@ def batch_of(words, targets=None):
     clips = [log_mel(tones(word)) for word in words]
     features = np.zeros((len(words), 80, 80), np.float32)
     rows = np.zeros((len(words), 19), np.int32)
+    spread = np.full((len(words), 19), -1, np.int32)
     targets = [VOCABULARY.encode(word) for word in words] if targets is None else targets
     for i, (clip, ids) in enumerate(zip(clips, targets, strict=True)):
         features[i, : len(clip)] = clip
         rows[i, : len(ids)] = ids
+        count = (len(clip) - 3) // 4
+        spread[i, :count] = np.asarray(ids)[np.arange(count) * len(ids) // count]
     lengths = np.array([len(clip) for clip in clips], np.int32)
     return {
         "features": jnp.asarray(features),
         "lengths": jnp.asarray(lengths),
         "targets": jnp.asarray(rows),
         "target_lengths": jnp.asarray([len(ids) for ids in targets], jnp.int32),
+        "frame_targets": jnp.asarray(spread),
     }
 
 
@@ -76,7 +83,7 @@ def test_the_recogniser_learns_and_hears_whole_and_in_chunks(model, params):
     @jax.jit
     def step(parts, state, key):
         def loss(parts):
-            sums = ctc_objective_loss(model, parts, batch, key)
+            sums = ctc_objective_loss(model, {**parts, **AT_START}, batch, key)
             return sums.loss / sums.count
 
         value, grads = jax.value_and_grad(loss)(parts)
@@ -98,11 +105,36 @@ def test_the_recogniser_learns_and_hears_whole_and_in_chunks(model, params):
 def test_infeasible_targets_are_counted_and_dropped(model, params):
     key = jax.random.key(0)
     too_long = VOCABULARY.encode("abcdabcdabcdabcdab")
-    one = ctc_objective_loss(model, params, batch_of(WORDS[:2], [VOCABULARY.encode("ab"), too_long]), key)
-    assert float(one.count) == 1.0
+    one = ctc_objective_loss(
+        model, {**params, **AT_START}, batch_of(WORDS[:2], [VOCABULARY.encode("ab"), too_long]), key
+    )
+    assert float(one.count) == 2.0  # characters
     assert [float(x) for x in one.metrics["infeasible"]] == [1.0, 2.0]
     assert np.isfinite(float(one.loss))
-    assert float(one.metrics["per_character"][1]) == 2.0
+
+
+def test_the_flat_start_asks_for_evenly_spread_characters_and_fades(model, params):
+    training = CtcTraining(flat_start_steps=4, spec_augment=False)
+    flat = Vita(dataclasses.replace(model.config, ctc_training=training))
+    batch = batch_of(WORDS)
+
+    def at(step):
+        sums = ctc_objective_loss(flat, {**params, "ctc_state": {"step": jnp.float32(step)}}, batch, jax.random.key(0))
+        return {name: float(value / count) for name, (value, count) in sums.metrics.items()}, sums
+
+    first, sums = at(0)
+    logits, _ = recognition_logits(
+        flat, params, batch["features"], batch["lengths"], jax.random.split(jax.random.key(0))[1]
+    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch["frame_targets"], 0))
+    expected = float(jnp.mean(losses[batch["frame_targets"] >= 0]))
+    assert float(sums.loss / sums.count) == pytest.approx(expected, rel=1e-5)
+    assert float(sums.updates["ctc_state/step"]) == 1.0
+    half, sums = at(2)
+    assert float(sums.loss / sums.count) == pytest.approx(0.5 * expected + 0.5 * half["ctc"], rel=1e-5)
+    late, sums = at(7)
+    assert float(sums.loss / sums.count) == pytest.approx(late["ctc"], rel=1e-6)
+    assert first["ctc"] == half["ctc"] == late["ctc"]
 
 
 def test_augmentation_blanks_bounded_stripes_only():

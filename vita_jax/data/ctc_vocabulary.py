@@ -25,11 +25,12 @@ def normalise_transcript(text: str) -> str:
     words = "".join(c if unicodedata.category(c)[0] in HEARD or c == "'" else " " for c in text).split()
     joined = words[:1]
     for word in words[1:]:
-        joined += [word] if _is_chinese(joined[-1][-1]) or _is_chinese(word[0]) else [" ", word]
+        joined += [word] if is_chinese(joined[-1][-1]) or is_chinese(word[0]) else [" ", word]
     return "".join(joined)
 
 
-def _is_chinese(character: str) -> bool:
+def is_chinese(character: str) -> bool:
+    """Whether a character is a Chinese one, written without gaps."""
     return "\u3400" <= character <= "\u9fff"
 
 
@@ -45,6 +46,11 @@ class CtcVocabulary:
     @cached_property
     def _ids(self) -> dict[str, int]:
         return {character: i for i, character in enumerate(self.characters, start=BLANK + 1)}
+
+    @property
+    def gap(self) -> int | None:
+        """Id of the space between words, None in a vocabulary without."""
+        return self._ids.get(" ")
 
     def encode(self, text: str) -> list[int]:
         """Ids of a transcript, normalised first.

@@ -253,16 +253,19 @@ def make_element_loader(
     shard_index: int = 0,
     shard_count: int = 1,
     prefetch_batches: int = 2,
+    pack: Callable[[grain.IterDataset], grain.IterDataset] | None = None,
 ) -> Loader:
     """The stream of batches.
 
     Args:
+      build: one pair and its random numbers -> an element.
       batch_size: b, of this shard.
       num_threads: that read; 0 = none of their own. The result does not depend on it.
       num_epochs: None = forever.
       max_bad_fraction: of the records, at least `BUDGET_RECORDS` of them or one epoch.
       shard_index, shard_count: this host's part of the pairs.
       prefetch_batches: finished batches held ready by a background thread; 0 = none.
+      pack: joins good elements to the rows of batches; None = each is a row.
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be at least 1")
@@ -286,7 +289,9 @@ def make_element_loader(
     elements = stream.random_map(element, seed=crop_seed).to_iter_dataset(threads)
     counts = RecordCounts()
     budget = min(BUDGET_RECORDS, max(len(pairs) // shard_count, 1))
-    batches = GoodRecords(elements, counts, max_bad_fraction, budget).batch(batch_size, drop_remainder=True)
+    rows = GoodRecords(elements, counts, max_bad_fraction, budget)
+    rows = rows if pack is None else pack(rows)
+    batches = rows.batch(batch_size, drop_remainder=True)
     if prefetch_batches:
         batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch_batches)
     return Loader(batches, counts)

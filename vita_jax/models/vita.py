@@ -23,7 +23,7 @@ from einops import rearrange
 from flax import struct
 
 from vita_jax.errors import UserError
-from vita_jax.models.audio.ctc_head import CtcHead
+from vita_jax.models.audio.ctc_head import CtcHead, CtcTraining
 from vita_jax.models.audio.encoder import MIN_FRAMES
 from vita_jax.models.audio.tower import AudioFeatures, AudioTower, AudioTowerConfig, audio_vita_1_0, audio_vita_1_5
 from vita_jax.models.codec.codec import Codec
@@ -55,7 +55,7 @@ class VitaConfig:
       ctc_vocab_size: rows of the recogniser's head on the speech encoder (stage 2.1a); 0 for none.
       codec, speech: speech tokens to sound, and text to speech tokens; None for a model that does not speak. They are
         not part of the forward pass: the speech decoders read input embeddings of the language model.
-      codec_training: how the codec is trained.
+      ctc_training, codec_training: how the recogniser and the codec are trained.
     """
 
     vision: InternViTConfig
@@ -69,6 +69,7 @@ class VitaConfig:
     ctc_vocab_size: int = 0
     codec: CodecConfig | None = None
     speech: SpeechDecoderConfig | None = None
+    ctc_training: CtcTraining = CtcTraining()
     codec_training: CodecTraining = CodecTraining()
 
     def __post_init__(self) -> None:

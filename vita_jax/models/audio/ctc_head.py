@@ -5,11 +5,26 @@ The public code of VITA has no CTC training; names and conventions are those of 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vita_jax.nn.layers import Dense
+
+
+@dataclass(frozen=True)
+class CtcTraining:
+    """How the head and its encoder are trained.
+
+    Attributes:
+      flat_start_steps: steps that begin with the characters of a clip spread evenly over its frames; 0 for none.
+      spec_augment: blanks out stripes of the features, which a long training needs.
+    """
+
+    flat_start_steps: int = 0
+    spec_augment: bool = True
 
 
 class CtcHead(nn.Module):

@@ -2,13 +2,18 @@
 
 VITA-1.5 (arXiv 2501.01957, section 3.3.2) trains its encoder so before it meets the language model; its code has no CTC
 training, so conventions are those of WeNet, which the encoder descends from. Chunks are drawn anew in every step when
-the encoder's config says so (`dynamic_chunks`), after which full and streamed recognition both work. Stretches of time
-and bands of frequency are blanked out (SpecAugment, arXiv 1904.08779, without warping).
+the encoder's config says so (`dynamic_chunks`), after which full and streamed recognition both work.
+
+Where in the sound a character lies is what CTC finds last. The first steps (`flat_start_steps`) therefore also ask for
+each clip's characters spread evenly over its frames, with a weight that falls to 0: the flat start of hidden Markov
+models, which shortens the search several times. Stretches of time and bands of frequency can be blanked out
+(SpecAugment, arXiv 1904.08779, without warping).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +31,9 @@ from vita_jax.training.objectives.base import Batch, LossSums, Objective, Params
 TIME_MASKS, TIME_MASK_FRAMES = 2, 20
 FREQUENCY_MASKS, FREQUENCY_MASK_BINS = 2, 12
 
-CTC_KEYS = ("features", "lengths", "targets", "target_lengths")
+CTC_KEYS = ("features", "lengths", "targets", "target_lengths", "frame_targets")
+# Beside the parameters: the number of the step.
+CTC_STATE = "ctc_state"
 
 
 def spec_augment(features: jax.Array, lengths: jax.Array, key: jax.Array) -> jax.Array:
@@ -91,28 +98,48 @@ def recognition_logits(
     return logits, jnp.sum(valid, axis=1, dtype=jnp.int32)
 
 
+def ctc_extra_params(model: Vita, key: jax.Array) -> dict[str, Any]:
+    """The number of the step, which the flat start counts."""
+    return {CTC_STATE: {"step": jnp.zeros(())}}
+
+
 def ctc_objective_loss(model: Vita, params: Params, batch: Batch, key: jax.Array) -> LossSums:
-    """CTC loss of the clips whose transcript fits.
+    """CTC loss of the rows whose transcript fits, and at first the flat start.
 
     Args:
       model: the composition; only its speech encoder and CTC head run.
-      params: nested parameters.
-      batch: `features` (b f m), `lengths` (b), `targets` (b u) int32, `target_lengths` (b).
+      params: nested parameters with those of `ctc_extra_params`.
+      batch: `features` (b f m), `lengths` (b), `targets` (b u), `target_lengths` (b), `frame_targets` (b s); int32 but
+        for the features.
       key: of dropout, chunks and blanked stripes.
 
     Returns:
-      Sums over clips. Metrics: `per_character`, loss per character; `infeasible`, share of the clips whose transcript
+      Sums over characters. Metrics: `ctc`, the CTC loss per character; `infeasible`, share of the rows whose transcript
       is longer than what the encoder hears; they are left out.
     """
+    training = model.config.ctc_training
     augment_key, encoder_key = jax.random.split(key)
-    features = spec_augment(batch["features"], batch["lengths"], augment_key)
+    features = batch["features"]
+    if training.spec_augment:
+        features = spec_augment(features, batch["lengths"], augment_key)
     logits, frames = recognition_logits(model, params, features, batch["lengths"], encoder_key)
     feasible = ctc_feasible(frames, batch["targets"], batch["target_lengths"])
-    losses = ctc_loss(logits, frames, batch["targets"], batch["target_lengths"])
-    total, count = jnp.sum(losses), jnp.sum(feasible, dtype=jnp.float32)
+    ctc = jnp.sum(ctc_loss(logits, frames, batch["targets"], batch["target_lengths"]))
     characters = jnp.sum(jnp.where(feasible, batch["target_lengths"], 0), dtype=jnp.float32)
-    left_out = (len(losses) - count, jnp.float32(len(losses)))
-    return LossSums(total, count, {"per_character": (total, characters), "infeasible": left_out})
+    metrics = {"ctc": (ctc, characters), "infeasible": (len(frames) - jnp.sum(feasible), jnp.float32(len(frames)))}
+    total, step = ctc, params[CTC_STATE]["step"]
+    if training.flat_start_steps:
+        weight = jnp.maximum(1.0 - step / training.flat_start_steps, 0.0)
+        total = (1.0 - weight) * ctc + weight * characters * _flat_loss(logits, batch["frame_targets"])
+    return LossSums(total, characters, metrics, {f"{CTC_STATE}/step": step + 1})
+
+
+def _flat_loss(logits: jax.Array, frame_targets: jax.Array) -> jax.Array:
+    """Mean cross entropy of the frames that have a character: logits (b s v), frame_targets (b s) -> ()."""
+    wanted = frame_targets >= 0
+    scores = jax.nn.log_softmax(logits.astype(jnp.float32))
+    picked = jnp.take_along_axis(scores, jnp.maximum(frame_targets, 0)[..., None], axis=-1)[..., 0]
+    return -jnp.sum(jnp.where(wanted, picked, 0.0)) / jnp.maximum(jnp.sum(wanted), 1)
 
 
 def _encoder_frames(batch: Mapping[str, np.ndarray]) -> int:
@@ -120,4 +147,4 @@ def _encoder_frames(batch: Mapping[str, np.ndarray]) -> int:
     return int(np.sum(batch["lengths"])) // 4
 
 
-CTC = Objective(ctc_objective_loss, CTC_KEYS, _encoder_frames)
+CTC = Objective(ctc_objective_loss, CTC_KEYS, _encoder_frames, extra_params=ctc_extra_params, extra_names=(CTC_STATE,))

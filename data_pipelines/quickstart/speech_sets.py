@@ -35,7 +35,7 @@ from vita_jax.inference.spoken_words import answer_aloud, heard
 ROUNDS = 4  # questions about one picture
 SPOKEN_KINDS = ("count", "kth", "kth", "largest", "sum", "sum", "read", "ink", "paper", "caption")
 SPOKEN_SHARE = 0.5
-AUGMENTED_SHARE = 0.3
+AUGMENTED_SHARE = 0.15
 # Of the transcribed clips: the recogniser is to read back what is asked and answered, however short.
 QUESTIONS_SHARE = 0.1
 ANSWERS_SHARE = 0.15

@@ -219,6 +219,27 @@ def test_a_stream_equals_the_chunk_masked_full_pass(params, left):
     assert np.abs(lagging[:, same:] - full[:, same:]).max() > 1e-3
 
 
+@pytest.mark.parametrize("positions", ["exact", "lagging"])
+def test_a_stream_by_distances_equals_the_chunk_masked_full_pass(params, positions):
+    """Distances are the same wherever the counting of positions begins, so even "lagging" ones are right."""
+    config = replace(STREAMED, positions="relative", stream_positions=positions)
+    x = features(4 * CHUNK * 6)
+    streamed, _ = stream(config, params, x)
+    whole = np.pad(x, ((0, 0), (3, 0), (0, 0)))
+    full, _ = encode(config, params, whole, np.full(2, whole.shape[1]))
+    np.testing.assert_allclose(streamed, full, atol=1e-5)
+
+
+def test_only_distances_tell_where_a_frame_stands(params):
+    """Two equal frames with different neighbours: the released positions cannot tell them apart, distances can."""
+    x = np.repeat(features(7, 1)[:, ::-1][:, :1], 4 * 9 + 3, axis=1)
+    x[:, 20:24] += 3.0  # something that only the frames before it and behind it are near to
+    for positions, alike in (("rel-enc", True), ("relative", False)):
+        hidden, _ = encode(replace(TINY, positions=positions), params, x, np.array([x.shape[1]]))
+        first, last = hidden[0, 0], hidden[0, -1]
+        assert (np.abs(first - last).max() < 1e-4) == alike
+
+
 def test_streams_of_a_batch_may_start_at_different_times(params):
     x = features(4 * CHUNK * 4)
     want, _ = stream(STREAMED, params, x)

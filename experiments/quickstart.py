@@ -125,7 +125,7 @@ SMALL = Size(
         "vision_alignment": (250, 2e-3),
         "vision_understanding": (400, 7e-4),
         "vision_sft": (1550, 1e-3),
-        "speech_encoder": (4000, 2e-3),
+        "speech_encoder": (11000, 2e-3),
         "speech_alignment": (500, 1e-3),
         "audio_sft": (700, 5e-4),
         "codec": (4500, 1.5e-3),
@@ -135,7 +135,7 @@ SMALL = Size(
     row_length=304,  # three conversations
     row_tiles=12,
     row_clips=4,
-    clips=4,
+    clips=2,
     clip_frames=416,
     crops=8,
     crop_frames=20,
@@ -163,7 +163,7 @@ FULL = dataclasses.replace(
     plan=SMALL.plan
     | {"language": (1650, 1e-4), "tower": (1000, 1e-4), "vision_alignment": (250, 5e-4)}
     | {"vision_understanding": (400, 2e-5), "vision_sft": (1550, 2e-5)}
-    | {"speech_encoder": (4000, 2e-4), "speech_alignment": (500, 2e-5), "audio_sft": (700, 2e-5)}
+    | {"speech_encoder": (11000, 2e-4), "speech_alignment": (500, 2e-5), "audio_sft": (700, 2e-5)}
     | {"codec": (4500, 2e-4), "speech_decoders": (2500, 5e-4)},
     rows=128,
     row_length=6144,
@@ -328,7 +328,7 @@ def small_model(width: int = 192, num_layers: int = 4, tower_width: int = 96) ->
         audio=dataclasses.replace(audio, encoder=encoder),
         state_head=StateHeadConfig(width),
         ctc_vocab_size=CTC_ROWS,
-        ctc_training=CtcTraining(flat_start_steps=500, spec_augment=False),
+        ctc_training=CtcTraining(flat_start_steps=1000, spec_augment=False),
         codec=codec,
         speech=speech_small(codec.num_codes, width // 2, num_layers),
         codec_training=codec_training_small(adversarial_start=4000),

@@ -114,8 +114,9 @@ def abstract_params(config: DecoderConfig) -> dict:
 
 
 def test_experts_are_spread_over_their_mesh_axis():
+    config = replace(CONFIG, vocab_size=20, num_kv_heads=2)
     mesh = AbstractMesh((2, 2, 2, 2, 1), MESH_AXES)
-    specs = {path: x.spec for path, x in flatten(param_shardings(abstract_params(CONFIG), mesh)).items()}
+    specs = {path: x.spec for path, x in flatten(param_shardings(abstract_params(config), mesh)).items()}
     assert specs["layers/moe/gate_proj/kernel"] == PartitionSpec(None, "expert", "fsdp", "tensor")
     assert specs["layers/moe/down_proj/kernel"] == PartitionSpec(None, "expert", "tensor", "fsdp")
     assert specs["layers/moe/router/kernel"] == PartitionSpec(None, "fsdp", None)

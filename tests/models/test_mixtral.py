@@ -122,9 +122,20 @@ def test_experts_are_spread_over_their_mesh_axis():
     assert specs["layers/moe/router/kernel"] == PartitionSpec(None, "fsdp", None)
 
 
-def test_full_size_has_the_published_number_of_parameters():
-    shapes = nn.unbox(abstract_params(mixtral_8x7b(51760)))
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 46_864_666_624
+def test_sizes_that_the_mesh_does_not_divide_are_refused():
+    """An odd vocabulary, or one key head, cannot be cut in two; the message names the parameter and the axis."""
+    mesh = AbstractMesh((2, 2, 2, 2, 1), MESH_AXES)
+    for change, word in (({"num_kv_heads": 2}, "'vocab' of size 19"), ({"vocab_size": 20}, "'kv_heads' of size 1")):
+        with pytest.raises(UserError, match=rf"{word} cannot be cut in 2 parts \(mesh axis tensor\)"):
+            param_shardings(abstract_params(replace(CONFIG, **change)), mesh)
+
+
+def test_full_size_has_the_published_number_of_parameters_and_can_be_cut():
+    boxed = abstract_params(mixtral_8x7b(51760))
+    assert sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(boxed))) == 46_864_666_624
+    specs = flatten(param_shardings(boxed, AbstractMesh((1, 2, 8, 8, 1), MESH_AXES)))
+    assert specs["layers/moe/up_proj/kernel"].spec == PartitionSpec(None, "expert", "fsdp", "tensor")
+    assert specs["lm_head/kernel"].spec == PartitionSpec("fsdp", "tensor")
 
 
 def test_config_of_a_published_mixtral():

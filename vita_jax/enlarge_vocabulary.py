@@ -22,7 +22,7 @@ it further with
   Stage(..., start_from="runs/enlarged"), TokenizerConfig(vocab_size=..., folder="runs/enlarged/tokenizer")
 
 and the model's `language.vocab_size` that is printed. Tokens per character are measured on --measure, or on every
-tenth line of --texts, which is then not learnt from.
+tenth line of --texts, which is then not learnt from. The whole model is held in memory.
 
 examples:
   python -m vita_jax.enlarge_vocabulary --checkpoint runs/base --to runs/enlarged --texts chinese.txt --pieces 20000

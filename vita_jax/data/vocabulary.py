@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -244,7 +244,7 @@ def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
     return tokenizers.Tokenizer.from_str(_json_of(tokenizer)).get_vocab(with_added_tokens=True)
 
 
-def _speller(tokenizer: Tokenizer):
+def _speller(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
     """Text of a piece -> ids, without what a tokenizer puts in front of a text."""
     if isinstance(tokenizer, SentencePieceTokenizer):
         return lambda text: tokenizer.encode(text.replace(SPACE_MARK, " "), allow_special=False)

@@ -33,7 +33,8 @@ ALLOWED = {
     "vita_jax.evaluation": SERVICES | {"vita_jax.inference", "vita_jax.training"},
     "data_pipelines": FUNCTIONS | {"vita_jax.data"},
 }
-COMMANDS = {"train", "evaluate", "chat", "serve", "duplex", "convert", "plan", "latency"}  # may import every room
+# They may import every room.
+COMMANDS = {"train", "evaluate", "chat", "serve", "duplex", "convert", "plan", "latency", "enlarge_vocabulary"}
 
 # Functions of arrays and configs: they know no files, flags, logging, tokenizers.
 PURE = ("vita_jax.ops", "vita_jax.nn", "vita_jax.models")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,3 +122,27 @@ def test_model_parameters_do_not_depend_on_the_objective(model_and_params):
     assert "naming_head" not in plain
     for name in plain:
         jax.tree.map(np.testing.assert_array_equal, plain[name], params[name])
+
+
+def test_load_balancing_loss_is_added_with_its_weight():
+    """The released models leave it out; what the router does is reported in any case."""
+    config = model_config()
+    language = dataclasses.replace(config.language, num_experts=4, remat="full")
+    batch = make_batch(0, rows=2)
+    models = [
+        Vita(dataclasses.replace(config, language=dataclasses.replace(language, router_aux_loss_coef=weight)))
+        for weight in (0.0, 0.5)
+    ]
+    params = unbox(jax.jit(lambda key: init_params(models[0], OBJECTIVES["language_modeling"], key))(KEY))
+
+    def loss(params, model):
+        sums = OBJECTIVES["language_modeling"].loss(model, params, batch, KEY)
+        return sums.loss / sums.count, sums
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    ((plain, sums), plain_grads), ((total, _), grads) = (run(params, model) for model in models)
+    metrics = {name: float(value / count) for name, (value, count) in sums.metrics.items()}
+    assert float(total) == pytest.approx(float(plain) + 0.5 * metrics["router_balance"], rel=1e-5)
+    assert sum(metrics[f"expert_load_{i}"] for i in range(4)) == pytest.approx(1.0, rel=1e-5)
+    router, plain_router = (g["language"]["layers"]["moe"]["router"]["kernel"] for g in (grads, plain_grads))
+    assert float(jnp.abs(router - plain_router).max()) > 1e-6

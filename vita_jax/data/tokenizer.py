@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import sentencepiece
 import tokenizers
 
+from vita_jax.data.sentencepiece_file import PieceType, read_pieces
 from vita_jax.errors import UserError
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -24,9 +25,9 @@ NEWLINE = "\n"
 SENTENCEPIECE_FILE, JSON_FILE, JSON_CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 
 # sentencepiece writes a space as this character, so the character itself has to travel as bytes to survive.
-_SPACE_MARK = "▁"
+SPACE_MARK = "▁"
 # 256 bytes, the unknown piece, the chat symbols and the newline: what every model of ours holds before any text.
-_FIXED_PIECES = 256 + 1 + len(CHAT_SYMBOLS) + 1
+FIXED_PIECES = 256 + 1 + len(CHAT_SYMBOLS) + 1
 # Longer lines make the trainer slow and are skipped above its limit (in bytes; a character has at most 4).
 _MAX_LINE_CHARACTERS = 1000
 
@@ -74,6 +75,8 @@ class Tokenizer(Protocol):
 class SentencePieceTokenizer:
     """A model made by `train_sentencepiece`. pad is <|endoftext|>, eos is <|im_end|>, there is no BOS.
 
+    Special tokens are the chat symbols and what `vita_jax.data.vocabulary` has added to them.
+
     source: path of the `.model` file, or its bytes. Raises UserError when the file is missing, is no sentencepiece
     model, or lacks the chat symbols or byte pieces (then it was made by another program and would not be lossless).
     """
@@ -104,10 +107,17 @@ class SentencePieceTokenizer:
                 "missing); train it with vita_jax.data.tokenizer.train_sentencepiece, or give a "
                 f"{JSON_FILE} for a public tokenizer"
             )
-        self._special = {symbol: ids[symbol] for symbol in CHAT_SYMBOLS}
+        pieces = enumerate(read_pieces(proto, name))
+        marked = {p.text: id_ for id_, p in pieces if p.type == PieceType.USER_DEFINED and p.text != NEWLINE}
+        self._special = {symbol: ids[symbol] for symbol in CHAT_SYMBOLS} | marked
         self._special_ids = frozenset(self._special.values())
         self._bytes = [ids[f"<0x{byte:02X}>"] for byte in range(256)]
-        self._split = _alternatives([*CHAT_SYMBOLS, _SPACE_MARK])
+        self._split = _alternatives([*self._special, SPACE_MARK])
+
+    @property
+    def proto(self) -> bytes:
+        """Content of the model file."""
+        return self._proto
 
     def __getstate__(self) -> dict[str, Any]:
         return {"proto": self._proto}
@@ -143,7 +153,7 @@ class SentencePieceTokenizer:
         for piece in self._split.split(text):
             if piece in self._special and allow_special:
                 ids.append(self._special[piece])
-            elif piece == _SPACE_MARK or (piece in self._special and len(piece) == 1):
+            elif piece == SPACE_MARK or (piece in self._special and len(piece) == 1):
                 ids.extend(self._bytes[byte] for byte in piece.encode("utf-8"))
             elif piece in self._special:
                 # A user-defined piece is only matched whole, so one cut makes it ordinary text.
@@ -215,6 +225,23 @@ class JsonTokenizer:
             )
         return id_
 
+    @classmethod
+    def from_text(cls, definition: str, config: str, name: str = "the given text") -> "JsonTokenizer":
+        """From the content of the two files. Raises UserError as the class does; `name` is for its messages."""
+        tokenizer = cls.__new__(cls)
+        tokenizer._load(definition, config, name)
+        return tokenizer
+
+    @property
+    def definition(self) -> str:
+        """Content of `tokenizer.json`."""
+        return self._definition
+
+    @property
+    def config_text(self) -> str:
+        """Content of `tokenizer_config.json`."""
+        return self._config_text
+
     def __getstate__(self) -> dict[str, Any]:
         return {"definition": self._definition, "config": self._config_text, "name": self._name}
 
@@ -278,9 +305,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def train_sentencepiece(
-    texts: Iterable[str], vocab_size: int, folder: str | Path, *, at_most: bool = False
+    texts: Iterable[str], vocab_size: int, folder: str | Path | None, *, at_most: bool = False
 ) -> SentencePieceTokenizer:
-    """Train a byte-pair model on `texts`, write `folder/tokenizer.model` and return its tokenizer.
+    """Train a byte-pair model on `texts`, write `folder/tokenizer.model` (None: no file) and return its tokenizer.
 
     No normalisation, no dummy prefix, white space kept, digits split, byte fallback; newline and the chat symbols are
     single pieces. The same texts in the same order give the same bytes. When the texts have more distinct characters
@@ -291,10 +318,10 @@ def train_sentencepiece(
     Raises UserError when vocab_size is too small, or too large for the texts (the message says the maximum).
     """
     lines, characters = _training_lines(texts, vocab_size)
-    smallest = _FIXED_PIECES + characters
+    smallest = FIXED_PIECES + characters
     if vocab_size < smallest:
         raise UserError(
-            f"vocab_size {vocab_size} is too small: {_FIXED_PIECES} pieces are fixed and at least "
+            f"vocab_size {vocab_size} is too small: {FIXED_PIECES} pieces are fixed and at least "
             f"{characters} are needed for characters; use {smallest} or more"
         )
     model = io.BytesIO()
@@ -330,13 +357,14 @@ def train_sentencepiece(
             f"{too_large[1]} pieces; lower it, give more text, or pass at_most=True"
         ) from error
     tokenizer = SentencePieceTokenizer(model.getvalue())
-    tokenizer.save(folder)
+    if folder is not None:
+        tokenizer.save(folder)
     return tokenizer
 
 
 def _training_lines(texts: Iterable[str], vocab_size: int) -> tuple[list[str], int]:
     """Lines without chat symbols and rare characters, and how many distinct characters they have."""
-    cut = _alternatives([*CHAT_SYMBOLS, NEWLINE, _SPACE_MARK, "\0"], keep=False)
+    cut = _alternatives([*CHAT_SYMBOLS, NEWLINE, SPACE_MARK, "\0"], keep=False)
     lines: list[str] = []
     counts: Counter[str] = Counter()
     for text in texts:
@@ -350,7 +378,7 @@ def _training_lines(texts: Iterable[str], vocab_size: int) -> tuple[list[str], i
         # Without a piece for the space, text that has one would come back with the trainer's mark for it.
         lines.append(" ")
         counts[" "] = max(counts.values()) + 1  # never among the rarest
-    room = max(1, (vocab_size - _FIXED_PIECES) * 3 // 4)
+    room = max(1, (vocab_size - FIXED_PIECES) * 3 // 4)
     kept = sorted(counts, key=lambda character: (-counts[character], character))[:room]
     if len(kept) < len(counts):
         # Cutting lines at rare characters keeps them out of the vocabulary, whatever the trainer's own coverage rule.

@@ -1,8 +1,8 @@
 """Checkpoints: everything a stage needs to go on, in one folder per step, complete or not there at all.
 
-`<run_dir>/stages/<stage>/checkpoints/<step>/` holds three Orbax items and a manifest:
+`<run_dir>/stages/<stage>/checkpoints/<step>/` holds up to three Orbax items and a manifest:
   params          all parameters, trainable and frozen, as nested dicts
-  optimizer       optimiser state (trainable parameters only)
+  optimizer       optimiser state (trainable parameters only); models made by a command have none
   meta            JSON: format version, stage, step, whether the stage is finished, rng, data-iterator state and the
                   resolved configuration
   manifest.json   size and CRC-32 of every file of these items; a folder without it is incomplete and is not looked at
@@ -30,6 +30,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
 from vita_jax import config as config_lib
+from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UserError
 from vita_jax.training.experiment import ExperimentConfig
 from vita_jax.training.objectives import OBJECTIVES
@@ -134,18 +135,16 @@ class StageCheckpoints:
         return max(complete_steps(self.folder), default=None)
 
     def save(self, step: int, params: Mapping[str, Any], opt_state: Any, meta: Mapping[str, Any]) -> None:
-        """Starts writing the checkpoint of `step`. The arrays may be donated or changed as soon as this returns."""
+        """Starts writing the checkpoint of `step`. The arrays may be donated or changed as soon as this returns.
+
+        `opt_state` None leaves it out: the checkpoint can be used, but the stage cannot be gone on with.
+        """
         self.wait()
         self._in_flight = step
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                optimizer=ocp.args.StandardSave(opt_state),
-                meta=ocp.args.JsonSave(dict(meta)),
-            ),
-            force=True,
-        )
+        items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(dict(meta))}
+        if opt_state is not None:
+            items["optimizer"] = ocp.args.StandardSave(opt_state)
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def wait(self) -> None:
         """Returns when the checkpoint being written is complete, and removes those beyond `keep`."""
@@ -334,6 +333,41 @@ def load_params(path: str | Path, shardings: Any = None) -> LoadedModel:
     extra = OBJECTIVES[config.stage(meta["stage"]).objective].extra_names
     params = {name: tree for name, tree in params.items() if name not in extra}
     return LoadedModel(params, config, meta["stage"], meta["step"], folder, folder.parents[3])
+
+
+def save_model(
+    config: ExperimentConfig, stage: str, step: int, params: Mapping[str, Any], tokenizer: Tokenizer
+) -> Path:
+    """Writes a new run whose stage `stage` is finished with `params`: something to use, or to start a stage from.
+
+    Args:
+      config: of the model; `config.run_dir` must be new or empty.
+      stage, step: which of the configuration's stages the parameters come from, and after how many steps.
+      params: nested parameters.
+      tokenizer: of the model.
+
+    Returns:
+      The checkpoint's folder. It has no optimiser state.
+
+    Raises:
+      UserError: the folder is not empty.
+    """
+    run_dir = Path(config.run_dir)
+    check_new_folder(run_dir)
+    tokenizer.save(run_dir / "tokenizer")
+    config_lib.save_json(config, run_dir / CONFIG)
+    folder = checkpoint_folder(run_dir, stage)
+    meta = snapshot_meta(config, config.stage(stage), step, [0, 0], None, 0.0) | {"finished": True}
+    with StageCheckpoints(folder, keep=1) as checkpoints:
+        checkpoints.save(step, params, None, meta)
+    return folder / str(step)
+
+
+def check_new_folder(folder: str | Path) -> None:
+    """Raises UserError unless `folder` can be made or is empty."""
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} is there already and not empty; give a new folder")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

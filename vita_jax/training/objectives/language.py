@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vita_jax.errors import UserError
+from vita_jax.models.language.experts import ROUTER, router_logits
 from vita_jax.models.state_head import FIRST_STATE_LABEL, state_loss
 from vita_jax.models.vita import Vita, VitaInputs
+from vita_jax.ops.experts import Balance, balance
 from vita_jax.ops.losses import IGNORE_LABEL, next_token_scores, position_scores, shift_labels
 from vita_jax.training.objectives.base import Batch, LossSums, Objective, Params
 
@@ -47,9 +49,10 @@ def language_modeling_loss(model: Vita, params: Params, batch: Batch, key: jax.A
     Returns:
       Sums over answer tokens; metric `accuracy`: share of them that the largest logit gets right. With state labels the
       mean loss of the head is added to the mean loss of the answers (of this batch, or micro-batch); metrics
-      `state_loss` and `state_accuracy`.
+      `state_loss` and `state_accuracy`. With a mixture of experts also what `_with_balance` adds.
     """
-    hidden, kernel = _hidden_states(model, params, batch, key), params["language"]["lm_head"]["kernel"]
+    hidden, used = _hidden_states(model, params, batch, key)
+    kernel = params["language"]["lm_head"]["kernel"]
     loss, count, correct = next_token_scores(
         hidden, kernel, batch["labels"], batch["segment_ids"], chunk_size=LOSS_CHUNK
     )
@@ -58,7 +61,7 @@ def language_modeling_loss(model: Vita, params: Params, batch: Batch, key: jax.A
         head_loss, weight, state_metrics = _state_sums(model, params, batch["state_labels"], hidden)
         loss = loss + head_loss * count / jnp.maximum(weight, 1e-6)
         metrics |= state_metrics
-    return LossSums(loss, count, metrics)
+    return _with_balance(model, LossSums(loss, count, metrics), used)
 
 
 def _state_sums(
@@ -80,7 +83,8 @@ def text_pretraining_loss(model: Vita, params: Params, batch: Batch, key: jax.Ar
 
     Args and returns: as `language_modeling_loss`; `count` is the sum of the weights, the metric is that of the answers.
     """
-    hidden, kernel = _hidden_states(model, params, batch, key), params["language"]["lm_head"]["kernel"]
+    hidden, used = _hidden_states(model, params, batch, key)
+    kernel = params["language"]["lm_head"]["kernel"]
     text = jnp.where(batch["feature_index"] < 0, batch["tokens"], IGNORE_LABEL)
     targets = shift_labels(text, batch["segment_ids"])
     answers = (shift_labels(batch["labels"], batch["segment_ids"]) != IGNORE_LABEL).astype(jnp.float32)
@@ -88,11 +92,33 @@ def text_pretraining_loss(model: Vita, params: Params, batch: Batch, key: jax.Ar
     losses, correct = position_scores(hidden, kernel, targets, chunk_size=LOSS_CHUNK)
     weights = answers + PROMPT_WEIGHT * others
     accuracy = (jnp.sum(correct * answers), jnp.sum(answers))
-    return LossSums(jnp.sum(losses * weights), jnp.sum(weights), {"accuracy": accuracy})
+    sums = LossSums(jnp.sum(losses * weights), jnp.sum(weights), {"accuracy": accuracy})
+    return _with_balance(model, sums, used)
 
 
-def _hidden_states(model: Vita, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
-    return model.apply({"params": params}, model_inputs(batch), deterministic=False, rngs={"dropout": key})
+def _hidden_states(model: Vita, params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Balance | None]:
+    """Hidden states (b s d); and how evenly experts are used by what is not padding, if there are experts."""
+    inputs, rngs, language = model_inputs(batch), {"dropout": key}, model.config.language
+    if not language.num_experts:
+        return model.apply({"params": params}, inputs, deterministic=False, rngs=rngs), None
+    hidden, kept = model.apply({"params": params}, inputs, deterministic=False, rngs=rngs, mutable=[ROUTER])
+    return hidden, balance(router_logits(kept), language.experts_per_token, batch["segment_ids"])
+
+
+def _with_balance(model: Vita, sums: LossSums, used: Balance | None) -> LossSums:
+    """Adds the load-balancing loss with the config's weight, and metrics of a mixture of experts.
+
+    The metrics are `router_balance`, the loss without its weight, and for every expert `expert_load_<number>`, its
+    share of all assignments. Both are means over a batch, so they count by the batch's answers like the loss itself.
+    """
+    if used is None:
+        return sums
+    loads = {f"expert_load_{i}": load for i, load in enumerate(used.load)}
+    metrics = {"router_balance": used.loss, **loads}
+    weighted = {name: (value * sums.count, sums.count) for name, value in metrics.items()}
+    weight = model.config.language.router_aux_loss_coef
+    loss = sums.loss + weight * used.loss * sums.count if weight else sums.loss
+    return LossSums(loss, sums.count, {**sums.metrics, **weighted})
 
 
 def _row_tokens(batch: Mapping[str, np.ndarray]) -> int:

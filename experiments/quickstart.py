@@ -43,7 +43,7 @@ from vita_jax.evaluation.comparison import changes_since
 from vita_jax.evaluation.report import write_report
 from vita_jax.evaluation.results import FINAL, format_result, format_stages, read_evaluation, save_stage_evaluation
 from vita_jax.evaluation.runner import evaluate_params
-from vita_jax.inference.speak import save_voices, trained_voices
+from vita_jax.inference.speak import save_voices
 from vita_jax.models.audio.ctc_head import CtcTraining
 from vita_jax.models.audio.tower import audio_small
 from vita_jax.models.codec.config import codec_small_16k, vita_1_5_codec
@@ -429,7 +429,7 @@ def after_stage(config: ExperimentConfig, stage: Stage, params: Any) -> None:
 def finish(config: ExperimentConfig) -> None:
     """Measures the final model on everything that was held out, keeps its voices and writes the report."""
     params, tokenizer = load_params(config.run_dir).params, load_tokenizer(tokenizer_folder(config))
-    save_voices(config, trained_voices(config, params))
+    save_voices(config, params)
     for benchmark in ("quickstart", "speech"):
         result = evaluate_params(config, params, tokenizer, benchmark=benchmark, keep_sounds=True)
         before = read_evaluation(config.run_dir, COMPARED_STAGE)

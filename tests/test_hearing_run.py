@@ -27,7 +27,7 @@ from vita_jax.inference.speak import Speaker, SpeakOptions, save_voices, voices
 from vita_jax.models.audio.cmvn import RELEASED_MEAN
 from vita_jax.training import loop
 from vita_jax.training.checkpoint import checkpoint_folder, load_params
-from vita_jax.training.experiment import tokenizer_folder
+from vita_jax.training.experiment import data_folder, tokenizer_folder
 from vita_jax.training.metrics import read_metrics
 
 
@@ -103,7 +103,7 @@ def test_evaluate_the_speech_benchmark(config, tmp_path, capsys):
     assert set(result["real_time"]) == {"encoder", "ar_decoder", "codec"} and min(result["real_time"].values()) > 0
     assert result["sounds"] and {sound["title"] for sound in result["sounds"]} >= {"recording", "codec copy"}
     for sound in result["sounds"]:
-        assert (Path(config.run_dir) / sound["file"]).read_bytes().startswith(b"RIFF"), sound
+        assert (Path(config.run_dir) / "evaluation" / sound["file"]).read_bytes().startswith(b"RIFF"), sound
     printed = capsys.readouterr().out
     assert "sound that is not for the model" in printed and "seconds of computing per second of sound" in printed
     assert "is \\ taken for" in printed and "without any error: " in printed
@@ -138,19 +138,17 @@ def test_groups_that_a_model_cannot_have(config):
     assert "left out: spoken, because the model does not hear" in format_result(result)
 
 
-def test_voices_come_from_file_or_recordings(config, tmp_path):
+def test_voices_outlive_the_data(config, tmp_path):
     params = load_params(config.run_dir).params
     made = voices(config, params)
     assert set(made) == {"en", "zh"} and made["en"].shape == (config.model.codec.num_global_codes,)
-    moved = dataclasses.replace(config, run_dir=str(tmp_path))
-    save_voices(moved, {"en": np.asarray([1, 2])})
-    assert {name: codes.tolist() for name, codes in voices(moved, params).items()} == {"en": [1, 2]}
-    (tmp_path / "voices.json").write_text('{"en": [1, 2, 3]}')
-    with pytest.raises(UserError, match="must be 2 numbers from 0 to 11"):
-        voices(moved, params)
-    (tmp_path / "voices.json").unlink()
-    with pytest.raises(UserError, match="none of its stages trains a voice"):
-        voices(dataclasses.replace(moved, stages=config.stages[:2]), params)
+    data = dataclasses.replace(config.data, folder=str(data_folder(config)))
+    moved = dataclasses.replace(config, run_dir=str(tmp_path), data=data)
+    (tmp_path / "voices.json").write_text('{"en": [11, 11]}')
+    assert save_voices(moved, params) == tmp_path / "voices.json"
+    away = dataclasses.replace(moved, data=dataclasses.replace(data, folder=str(tmp_path / "none")))
+    for language, codes in voices(away, params).items():
+        np.testing.assert_array_equal(codes, made[language])
 
 
 def test_several_replies_are_those_of_one_at_a_time(config):

@@ -80,7 +80,7 @@ def hearing_experiment(run_dir: str | Path, speaks: bool = False, **fields) -> E
         ),
     )
     if speaks:
-        voice = {"sources": (SourceConfig("assistant"),), "steps": 2, "row_tiles": 0, "batch_size": 2}
+        voice = {"sources": (SourceConfig("raw/speech_out"),), "steps": 2, "row_tiles": 0, "batch_size": 2}
         stages += (
             stage("codec", objective="codec", trainable=("^codec/",), codec_frames=16, **voice),
             stage(
@@ -126,7 +126,7 @@ def prepare_hearing(config: ExperimentConfig) -> None:
     texts = [turn["value"] for entries in records.values() for entry in entries for turn in entry["conversations"]]
     train_sentencepiece(texts * 3, VOCAB, tokenizer_folder(config), at_most=True)
     build_ctc_vocabulary(WORDS, config.model.ctc_vocab_size).save(folder / CTC_VOCABULARY)
-    write_assistant(folder / "assistant")
+    write_assistant(folder / "raw" / "speech_out")
     write_benchmark(folder / "benchmarks" / "speech")
     write_assistant(folder / "benchmarks" / "speech" / "speech_out")
     write_written_benchmark(folder / "benchmarks" / "quickstart")

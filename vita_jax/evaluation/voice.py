@@ -26,8 +26,9 @@ from vita_jax.evaluation.recognition import Recogniser, count_errors
 from vita_jax.evaluation.scoring import is_refusal, normalise
 from vita_jax.evaluation.subject import Subject
 from vita_jax.evaluation.waves import copy_waves, mel_distances
-from vita_jax.inference.speak import Speaker, voices, why_no_voices, write_wav
+from vita_jax.inference.speak import RECORDINGS, VOICES, Speaker, voices, write_wav
 from vita_jax.inference.spoken_words import answer_aloud, language_of
+from vita_jax.training.experiment import data_folder
 
 # Held-out texts in the assistant's voice, in the benchmark's folder.
 TEXTS = "speech_out"
@@ -35,7 +36,7 @@ TEXTS = "speech_out"
 ANSWERS_PER_KIND = 16
 # Sounds that a result keeps for people to listen to.
 KEPT_ANSWERS = 6
-AUDIO_FOLDER = Path("evaluation") / "audio"
+EVALUATION, AUDIO = "evaluation", "audio"  # folders of the run
 NEEDS_DECODERS = ("voice_decoders", "voice_answers")
 NEEDS_CODEC = ("voice_copy", *NEEDS_DECODERS)
 
@@ -74,8 +75,9 @@ def why_no_voice(subject: Subject, name: str) -> str | None:
         return "the model has no codec"
     if name in NEEDS_DECODERS and model.speech is None:
         return "the model has no speech decoders"
-    if name in NEEDS_DECODERS and (reason := why_no_voices(subject.config)):
-        return reason
+    places = (Path(subject.config.run_dir) / VOICES, data_folder(subject.config) / RECORDINGS)
+    if name in NEEDS_DECODERS and not any(place.is_file() for place in places):
+        return f"there is neither {places[0]} nor {places[1]} to take a voice from"
     if name != "voice_answers" and not (subject.root / TEXTS / MANIFEST).is_file():
         return f"the benchmark has no recordings of the assistant ({TEXTS})"
     return None
@@ -110,8 +112,8 @@ def voice_figures(
 
     Returns:
       Figures by group, with "character_error_rate" and for copies "mel_distance"; a voice that had nothing to say has
-      none. And the sounds that were kept: {"title", "text", "heard", "file" (below the run's folder), "item" (id of the
-      question, or None), "question" (its file, or None)}.
+      none. And the sounds that were kept: {"title", "text", "heard", "file" (below `<run_dir>/evaluation`), "item" (id
+      of the question, or None), "question" (its file, or None)}.
     """
     names = [group.name for group in groups]
     by_name = {group.name: group for group in groups}
@@ -228,7 +230,7 @@ def _figures(group: Group, said: Sequence[_Said], **more: float) -> dict[str, An
 
 def _keep_sounds(subject: Subject, said: Mapping[str, Sequence[_Said]], rate: int) -> list[dict[str, Any]]:
     """Writes some of the waves to the run's folder; returns what they are."""
-    folder = Path(subject.config.run_dir) / AUDIO_FOLDER
+    folder = Path(subject.config.run_dir) / EVALUATION / AUDIO
     folder.mkdir(parents=True, exist_ok=True)
     sounds: list[dict[str, Any]] = []
 
@@ -243,9 +245,9 @@ def _keep_sounds(subject: Subject, said: Mapping[str, Sequence[_Said]], rate: in
             "title": title,
             "text": entry.text,
             "heard": entry.heard,
-            "file": (AUDIO_FOLDER / f"{name}.wav").as_posix(),
+            "file": f"{AUDIO}/{name}.wav",
             "item": None if entry.item is None else entry.item.id,
-            "question": None if question is None else (AUDIO_FOLDER / question).as_posix(),
+            "question": None if question is None else f"{AUDIO}/{question}",
         })  # fmt: skip
 
     for number, entry in enumerate(_varied(said.get("voice_answers", ()), KEPT_ANSWERS)):

@@ -1,9 +1,11 @@
 """A reply aloud: text to speech tokens, sentence by sentence, and these to sound, all at once or as they come.
 
-    text -> sentences -> ids of the language model -> its embeddings -> NAR and AR decoders -> codec tokens -> wave
+    text -> sentences -> words -> ids of the language model -> its embeddings -> NAR and AR decoders -> codec tokens
+         -> wave
 
-The voice is that of a recording (`voice_of`). Streamed and offline sound are the same samples: every sentence is drawn
-with a key of its own, and the codec is decoded with its whole context (`codec_stream`).
+The voice is that of a recording (`voice_of`); `voices` gives those of a trained run. Streamed and offline sound are the
+same samples: every sentence is drawn with a key of its own, and the codec is decoded with its whole context
+(`codec_stream`).
 """
 
 from __future__ import annotations
@@ -25,16 +27,16 @@ from vita_jax.errors import UserError
 from vita_jax.inference.codec_stream import LATER_SENTENCES, CodecStreamer, StreamOptions, to_pcm16
 from vita_jax.inference.speech_text import MIN_PIECE_LENGTH, remove_markers, speakable_pieces
 from vita_jax.inference.speech_tokens import SpeechSampling, draw_speech_tokens, stream_speech_tokens
-from vita_jax.inference.spoken_words import language_of
+from vita_jax.inference.spoken_words import LANGUAGES, answer_aloud, language_of
 from vita_jax.models.codec.codec import Codec
 from vita_jax.models.speech.nar_decoder import text_rows
 from vita_jax.models.speech.speech_decoder import SpeechDecoder
 from vita_jax.models.vita import VitaConfig
 from vita_jax.training.experiment import ExperimentConfig, data_folder
-from vita_jax.training.objectives.speech import SPEECH_OBJECTIVES
 
-# The voice of every language, in the run's folder.
+# The voices of a run, and the recordings of its assistant below the data folder.
 VOICES = "voices.json"
+RECORDINGS = Path("raw") / "speech_out" / MANIFEST
 # Sentences whose tokens are drawn together where several replies are spoken.
 SENTENCES_AT_ONCE = 32
 
@@ -177,26 +179,47 @@ class Speaker:
         """One sentence as segments for the player, which joined are `speak_ids`."""
         yield from self._streamer.segments(self.tokens(text_ids, sentence), self.options.stream)
 
-    def speak(self, text: str, tokenizer: Tokenizer) -> np.ndarray:
-        """A whole reply, sentence after sentence: (n,) float32 samples in -1 .. 1."""
-        pieces = sentences([text], tokenizer, self.options.min_piece)
+    def speak(self, text: str, tokenizer: Tokenizer, language: str | None = None) -> np.ndarray:
+        """A whole reply, sentence after sentence: (n,) float32 samples in -1 .. 1; none if there is nothing to say.
+
+        Args:
+          text: the reply.
+          tokenizer: of the language model.
+          language: in which it is written out in words, see `sentences`.
+        """
+        pieces = sentences([text], tokenizer, self.options.min_piece, language)
         waves = [self.speak_ids(ids, number) for number, ids in enumerate(pieces)]
         return np.concatenate([np.zeros((0,), np.float32), *waves])
 
-    def stream(self, text: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    def stream(self, text: Iterable[str], tokenizer: Tokenizer, language: str | None = None) -> Iterator[np.ndarray]:
         """A reply that is still being written, as segments for the player, which joined are `speak`."""
-        for number, ids in enumerate(sentences(text, tokenizer, self.options.min_piece)):
+        for number, ids in enumerate(sentences(text, tokenizer, self.options.min_piece, language)):
             yield from self.stream_ids(ids, number)
 
 
-def sentences(text: Iterable[str], tokenizer: Tokenizer, min_length: int = MIN_PIECE_LENGTH) -> Iterator[list[int]]:
+def sentences(
+    text: Iterable[str], tokenizer: Tokenizer, min_length: int = MIN_PIECE_LENGTH, language: str | None = None
+) -> Iterator[list[int]]:
     """Ids of the speakable pieces of a reply that comes in strings of any length, as soon as each is complete.
 
-    Only markers are taken out: what the decoders were trained on is what they can say, so the text is otherwise left as
-    it is, and `speech_text` offers the originals' normalisations to a caller whose data has them.
+    What the decoders were trained on is what they can say. Without a language only markers are taken out, and
+    `speech_text` offers the originals' normalisations to a caller whose data has them. With one, every piece is written
+    out in words (`answer_aloud`), as the decoders of this package's experiments are trained.
+
+    Args:
+      text: the reply.
+      tokenizer: of the language model.
+      min_length: characters; a shorter piece waits for the next punctuation mark.
+      language: "en" or "zh", in which digits are said; None leaves the text as it is written.
+
+    Raises:
+      UserError: an unknown language.
     """
     for piece in speakable_pieces(text, min_length):
-        ids = tokenizer.encode(remove_markers(piece).strip(), allow_special=False, add_bos=False)
+        words = remove_markers(piece).strip()
+        if language is not None:
+            words = answer_aloud(words, language)
+        ids = tokenizer.encode(words, allow_special=False, add_bos=False)
         if ids:
             yield ids
 
@@ -219,75 +242,63 @@ def voice_of(config: VitaConfig, params: Mapping[str, Any], recording: np.ndarra
 
 
 def voices(config: ExperimentConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The voice that each language is spoken in: language -> (g,) int32, see `voice_of`.
+    """The voices of a run by language, (g,) int32 each.
 
-    That of `<run_dir>/voices.json` if there is such a file, else of the recordings that the voice was trained on.
+    They are those of `<run_dir>/voices.json` where there is one, else of the first recording in each language that the
+    voice was trained on.
+
+    Args:
+      config: the run; its `run_dir` says where it lies now.
+      params: nested parameters; `codec` is used.
 
     Raises:
-      UserError: the model has no codec, the file is damaged or does not fit it, or there are neither file nor
-        recordings.
+      UserError: the model has no codec, there is neither the file nor a recording, or one of them is damaged.
     """
-    if config.model.codec is None:
-        raise UserError("this model does not speak: its config has no `codec`")
     path = Path(config.run_dir) / VOICES
-    if not path.is_file():
-        return trained_voices(config, params)
-    try:
-        found = {name: np.asarray(codes, np.int32) for name, codes in json.loads(path.read_text("utf-8")).items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it to have it made again") from None
-    codec = config.model.codec
-    for name, codes in found.items():
-        fits = codes.shape == (codec.num_global_codes,) and np.all((codes >= 0) & (codes < codec.num_codes))
-        if not fits:
-            raise UserError(
-                f"{path}: the voice {name!r} must be {codec.num_global_codes} numbers from 0 to {codec.num_codes - 1}; "
-                "delete the file to have it made again"
-            )
-    return found
-
-
-def why_no_voices(config: ExperimentConfig) -> str | None:
-    """Why there are no voices to speak in; None if there are."""
-    if (Path(config.run_dir) / VOICES).is_file():
-        return None
-    recordings = _voice_recordings(config)
-    if recordings is None:
-        return f"the run has no {VOICES}, and none of its stages trains a voice"
-    manifest = recordings / MANIFEST if recordings.suffix == "" else recordings
-    return None if manifest.is_file() else f"there is neither {VOICES} in the run nor {manifest}"
-
-
-def _voice_recordings(config: ExperimentConfig) -> Path | None:
-    """What the first stage of the voice is trained on."""
-    stages = [stage for stage in config.stages if stage.objective in SPEECH_OBJECTIVES]
-    return data_folder(config) / stages[0].sources[0].path if stages else None
-
-
-def trained_voices(config: ExperimentConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Language -> (g,) int32 codes of its first recording among those that the voice was trained on.
-
-    Raises:
-      UserError: no stage trains a voice, its recordings are not there, or the model has no codec.
-    """
-    recordings = _voice_recordings(config)
-    if recordings is None:
-        raise UserError(f"no voice: {why_no_voices(config)}")
+    if path.is_file():
+        return read_voices(path)
+    manifest = data_folder(config) / RECORDINGS
+    if not manifest.is_file():
+        raise UserError(
+            f"the model's voice is unknown: there is neither {path} nor {manifest}; keep the run's data folder, or put "
+            f'codes per language in {VOICES}, such as {{"en": [1, 2]}}'
+        )
     if config.model.codec is None:
         raise UserError("a voice needs a codec; set the model config's `codec`")
     found: dict[str, np.ndarray] = {}
-    for pair in read_manifest(recordings):
+    for pair in read_manifest(manifest):
         language = language_of(pair.text)
         if language not in found:
-            found[language] = voice_of(config.model, params, read_wave(pair.audio, config.model.codec.sampling_rate))
+            recording = read_wave(pair.audio, config.model.codec.sampling_rate)
+            found[language] = voice_of(config.model, params, recording)
+            if len(found) == len(LANGUAGES):
+                break
     return found
 
 
-def save_voices(config: ExperimentConfig, found: Mapping[str, np.ndarray]) -> Path:
-    """Writes `<run_dir>/voices.json`. Returns its path. Raises UserError if it cannot be written."""
+def read_voices(path: str | Path) -> dict[str, np.ndarray]:
+    """A JSON object, language -> list of codes. Raises `UserError` if it is anything else."""
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"voices {path} cannot be read: {error}") from None
+    whole = isinstance(entries, dict) and entries
+    if not whole or not all(isinstance(v, list) and v and all(type(c) is int for c in v) for v in entries.values()):
+        raise UserError(f'voices {path}: expected codes per language, such as {{"en": [1, 2]}}')
+    return {language: np.asarray(codes, np.int32) for language, codes in entries.items()}
+
+
+def save_voices(config: ExperimentConfig, params: Mapping[str, Any]) -> Path:
+    """Writes `<run_dir>/voices.json`, the voices of the recordings, so that they outlive the data. Returns its path.
+
+    Raises:
+      UserError: see `voices`, or it cannot be written.
+    """
     path = Path(config.run_dir) / VOICES
     try:
-        path.write_text(json.dumps({name: codes.tolist() for name, codes in found.items()}) + "\n", encoding="utf-8")
+        path.unlink(missing_ok=True)  # of an earlier training
+        found = {language: codes.tolist() for language, codes in voices(config, params).items()}
+        path.write_text(json.dumps(found) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
     return path

@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from vita_jax.data.templates import get_template
 from vita_jax.errors import UserError
 from vita_jax.evaluation.benchmarks import get_benchmark
 from vita_jax.evaluation.benchmarks.benchmark import Group
@@ -89,8 +90,6 @@ def test_character_errors_are_counted_beside_exact_clips():
 
 
 def test_accepted_is_what_was_not_refused():
-    from vita_jax.data.templates import get_template
-
     items = [Item(str(i), "spoken", "count", "en", "", "1", audio="a.wav") for i in range(4)]
     result = score(get_benchmark("speech"), items, ["☞1", "☟no", "1", "☞2"], get_template("qwen2p5_instruct"))
     assert list(result["groups"]) == ["spoken", "accepted"]

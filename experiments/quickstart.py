@@ -39,8 +39,11 @@ from vita_jax.data.loader import SourceConfig
 from vita_jax.data.speech_pairs import read_manifest
 from vita_jax.data.templates import SystemTexts
 from vita_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from vita_jax.evaluation.comparison import changes_since
 from vita_jax.evaluation.report import write_report
-from vita_jax.evaluation.runner import evaluate_params, format_result, format_stages, save_stage_evaluation
+from vita_jax.evaluation.results import FINAL, format_result, format_stages, read_evaluation, save_stage_evaluation
+from vita_jax.evaluation.runner import evaluate_params
+from vita_jax.inference.speak import save_voices
 from vita_jax.models.audio.ctc_head import CtcTraining
 from vita_jax.models.audio.tower import audio_small
 from vita_jax.models.codec.config import codec_small_16k, vita_1_5_codec
@@ -390,22 +393,28 @@ def prepare(config: ExperimentConfig) -> None:
 
 # What is measured after a stage: groups of the benchmark "quickstart", and of "speech". After "language" there is no
 # tower yet; after "tower" both parts of stage 0 are measured together, joined by an adapter that has learnt nothing.
+# The codec starts from nothing, so what reads its copies back is the recogniser of 2.1a; the voice as a whole is
+# measured at the end.
 SEEN = ("typed", "video_order", "text")
 EVALUATED = {
     "tower": (("typed", "text"), ()),
     "vision_alignment": (("typed", "text"), ()),
     "vision_understanding": (SEEN, ()),
     "vision_sft": (SEEN, ()),
+    "speech_encoder": ((), ("recognition_full", "recognition_chunked")),
     "speech_alignment": ((), ("transcribe",)),
-    "audio_sft": (SEEN, ("spoken", "noise", "transcribe")),
+    "audio_sft": (SEEN, ("spoken", "noise", "transcribe", "accepted", "input_head")),
+    "codec": ((), ("voice_synthesizer", "voice_copy")),
 }
 QUESTIONS_PER_KIND = 120
 # Before and after the audio stages everything is asked: the two are compared question by question.
 ASKED_IN_FULL = ("vision_sft", "audio_sft")
+# The final model is compared with this stage, the last one that only sees, on these groups.
+COMPARED_STAGE, COMPARED = "vision_sft", ("typed", "text")
 
 
 def after_stage(config: ExperimentConfig, stage: Stage, params: Any) -> None:
-    """Measures the model on a part of the held-out questions."""
+    """Measures the model on a part of what was held out."""
     if stage.name == "tower":
         params = {**params, "language": load_params(checkpoint_folder(config.run_dir, "language")).params["language"]}
     tokenizer = load_tokenizer(tokenizer_folder(config))
@@ -418,11 +427,15 @@ def after_stage(config: ExperimentConfig, stage: Stage, params: Any) -> None:
 
 
 def finish(config: ExperimentConfig) -> None:
-    """Measures the final model on every held-out question and writes the report."""
-    loaded = load_params(config.run_dir)
+    """Measures the final model on everything that was held out, keeps its voices and writes the report."""
+    params, tokenizer = load_params(config.run_dir).params, load_tokenizer(tokenizer_folder(config))
+    save_voices(config, params)
     for benchmark in ("quickstart", "speech"):
-        result = evaluate_params(config, loaded.params, load_tokenizer(tokenizer_folder(config)), benchmark=benchmark)
-        save_stage_evaluation(config, "final", result)
-        print(format_result(result))
+        result = evaluate_params(config, params, tokenizer, benchmark=benchmark, keep_sounds=True)
+        before = read_evaluation(config.run_dir, COMPARED_STAGE)
+        if benchmark == "quickstart" and before is not None:
+            result["changes"] = changes_since(before, result, COMPARED, COMPARED_STAGE)
+        save_stage_evaluation(config, FINAL, result)
+        print(format_result(result), flush=True)
     print(format_stages(Path(config.run_dir), config))
     print(f"report: {write_report(config.run_dir)}")

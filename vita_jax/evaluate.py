@@ -12,10 +12,17 @@ from vita_jax.errors import UserError
 
 EXAMPLES = """\
 DIR is a run (its last finished stage is taken), a stage's folder, or one checkpoint.
-For a run the result is also kept as DIR/evaluation/final.json, unless --limit is given.
+For a run the result is also kept as DIR/evaluation/final.json (final.speech.json for the benchmark speech, with some
+of what was said in DIR/evaluation/audio), unless --limit is given.
+
+benchmarks:
+  quickstart  typed questions about pictures and clips, and questions without
+  speech      spoken questions, refusals, transcripts, input head, recogniser, the voice read back, real-time factors
 
 examples:
   python -m vita_jax.evaluate --checkpoint runs/quickstart
+  python -m vita_jax.evaluate --checkpoint runs/quickstart --benchmark speech
+  python -m vita_jax.evaluate --checkpoint runs/quickstart --benchmark speech --groups voice_copy voice_answers
   python -m vita_jax.evaluate --checkpoint runs/quickstart --limit 20
   python -m vita_jax.evaluate --checkpoint runs/quickstart/stages/vision_sft --output result.json
 """
@@ -25,11 +32,12 @@ def make_parser() -> ArgumentParser:
     """The command's arguments."""
     parser = ArgumentParser(
         prog="python -m vita_jax.evaluate",
-        description="Asks a model the questions of a benchmark and prints how many it answers correctly.",
+        description="Asks a model the questions of a benchmark, listens to it, and prints what comes of it.",
         epilog=EXAMPLES,
     )
     parser.add_argument("--checkpoint", metavar="DIR", required=True, help="a run, or one checkpoint of it")
-    parser.add_argument("--benchmark", metavar="NAME", default="quickstart", help="default: quickstart")
+    parser.add_argument("--benchmark", metavar="NAME", default="quickstart", help="quickstart (the default) or speech")
+    parser.add_argument("--groups", metavar="NAME", nargs="+", help="measure only these groups of it; not kept")
     parser.add_argument("--limit", metavar="N", type=int, help="ask at most N questions of each kind of each group")
     parser.add_argument("--output", metavar="FILE", help="write the result as JSON to this file, too")
     return parser
@@ -42,6 +50,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
     from vita_jax.data.tokenizer import load_tokenizer
     from vita_jax.evaluation.benchmarks import get_benchmark
+    from vita_jax.evaluation.comparison import changes_again
     from vita_jax.evaluation.runner import (
         FINAL,
         evaluate_params,
@@ -61,17 +70,22 @@ def evaluate(arguments: argparse.Namespace) -> int:
     # A run may have been moved since; where it is now is what counts.
     config = dataclasses.replace(loaded.config, run_dir=str(loaded.run_dir))
     print(f"checkpoint {loaded.path} (stage {loaded.stage}, step {loaded.step})", flush=True)
+    is_run = (Path(arguments.checkpoint) / CONFIG).is_file()
+    is_kept = is_run and arguments.limit is None and arguments.groups is None
     result = evaluate_params(
         config,
         loaded.params,
         load_tokenizer(loaded.run_dir / "tokenizer"),
         benchmark=arguments.benchmark,
+        groups=arguments.groups,
         limit=arguments.limit,
         progress=show_progress if sys.stderr.isatty() else None,
+        keep_sounds=is_kept,
     )
+    if is_kept:
+        result |= changes_again(loaded.run_dir, result)
     print(format_result(result))
-    is_run = (Path(arguments.checkpoint) / CONFIG).is_file()
-    written = save_stage_evaluation(config, FINAL, result) if is_run and arguments.limit is None else None
+    written = save_stage_evaluation(config, FINAL, result) if is_kept else None
     stages = format_stages(loaded.run_dir, config) if is_run else ""
     if stages:
         print(f"\n{stages}")

@@ -11,6 +11,7 @@ from PIL import Image
 from data_pipelines.build import build_records
 from tests.data.media import talk, tone, write_wav
 from tests.training.tiny import TILE, experiment, model_config, stage
+from tests.training.voice import CODEC, SPEECH, training
 from vita_jax.data.ctc_vocabulary import build_ctc_vocabulary
 from vita_jax.data.loader import SourceConfig
 from vita_jax.data.speech_pairs import MANIFEST
@@ -37,7 +38,7 @@ WORDS = ("red", "green", "blue")
 
 
 def hearing_model(vocab_size: int = VOCAB, **changes) -> VitaConfig:
-    """One layer of everything."""
+    """One layer of everything that hears; `changes` may add a voice, see `VOICE`."""
     vision = model_config().vision
     language = DecoderConfig(vocab_size, WIDTH, 1, 2, 1, 8, 24)
     encoder = AudioEncoderConfig(hidden_size=24, num_layers=1, num_heads=2, intermediate_size=32)
@@ -47,8 +48,15 @@ def hearing_model(vocab_size: int = VOCAB, **changes) -> VitaConfig:
     return VitaConfig(vision, projector, language, **{**values, **changes})
 
 
-def hearing_experiment(run_dir: str | Path, **fields) -> ExperimentConfig:
-    """`recognition` for the speech encoder, then `hearing` for adapter, language model and state head."""
+VOICE = {"codec": CODEC, "speech": SPEECH, "codec_training": training()}
+
+
+def hearing_experiment(run_dir: str | Path, speaks: bool = False, **fields) -> ExperimentConfig:
+    """`recognition` for the speech encoder, then `hearing` for adapter, language model and state head.
+
+    Args:
+      speaks: adds a voice, with the stages `codec` and `decoders`.
+    """
     stages = (
         stage(
             "recognition",
@@ -71,12 +79,30 @@ def hearing_experiment(run_dir: str | Path, **fields) -> ExperimentConfig:
             state_labels=True,
         ),
     )
-    defaults = {"model": hearing_model(), "tokenizer": TokenizerConfig(VOCAB), "stages": stages}
+    if speaks:
+        voice = {"sources": (SourceConfig("raw/speech_out"),), "steps": 2, "row_tiles": 0, "batch_size": 2}
+        stages += (
+            stage("codec", objective="codec", trainable=("^codec/",), codec_frames=16, **voice),
+            stage(
+                "decoders",
+                objective="speech_decoder",
+                trainable=("^speech/",),
+                codec_frames=40,
+                row_length=24,
+                start_from=("hearing", "codec"),
+                **voice,
+            ),
+        )
+    defaults = {
+        "model": hearing_model(**VOICE if speaks else {}),
+        "tokenizer": TokenizerConfig(VOCAB),
+        "stages": stages,
+    }
     return experiment(run_dir, **{**defaults, **fields})
 
 
 def prepare_hearing(config: ExperimentConfig) -> None:
-    """Builds records, tokenizer, CTC vocabulary and a benchmark with all three groups."""
+    """Builds records, tokenizer, CTC vocabulary, the assistant's sentences and both benchmarks."""
     folder = data_folder(config)
     source = folder / "source"
     records: dict[str, list[dict]] = {"asr": [], "spoken": []}
@@ -100,7 +126,34 @@ def prepare_hearing(config: ExperimentConfig) -> None:
     texts = [turn["value"] for entries in records.values() for entry in entries for turn in entry["conversations"]]
     train_sentencepiece(texts * 3, VOCAB, tokenizer_folder(config), at_most=True)
     build_ctc_vocabulary(WORDS, config.model.ctc_vocab_size).save(folder / CTC_VOCABULARY)
+    write_assistant(folder / "raw" / "speech_out")
     write_benchmark(folder / "benchmarks" / "speech")
+    write_assistant(folder / "benchmarks" / "speech" / "speech_out")
+    write_written_benchmark(folder / "benchmarks" / "quickstart")
+
+
+def write_assistant(root: Path) -> None:
+    """Two texts in either language, as tones at the codec's rate."""
+    entries = []
+    for number, text in enumerate(("red", "红", "green blue", "蓝")):
+        rate = CODEC.sampling_rate
+        write_wav(root / f"{number}.wav", tone(0.2 + 0.03 * number, rate, 100.0 * (1 + number)), rate)
+        language, kind = ("en", "zh")[number % 2], ("answer", "sentence")[number // 2]
+        entry = {"id": f"a{number}", "audio": f"{number}.wav", "text": text, "language": language, "kind": kind}
+        entries.append(entry)
+    (root / MANIFEST).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def write_written_benchmark(root: Path) -> None:
+    """Two questions about pictures and two without."""
+    items = []
+    (root / "media").mkdir(parents=True, exist_ok=True)
+    for number in range(2):
+        Image.fromarray(np.full((TILE, TILE, 3), 120 * number, np.uint8)).save(root / f"media/{number}.png")
+        common = {"kind": "colour", "language": "en", "question": "number?", "answer": "red"}
+        items.append({**common, "id": f"w{number}", "group": "typed", "image": f"media/{number}.png"})
+        items.append({**common, "id": f"x{number}", "group": "text"})
+    (root / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
 
 
 def write_benchmark(root: Path) -> None:

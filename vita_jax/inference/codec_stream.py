@@ -10,7 +10,7 @@ joints. Waves are (n,) float32 arrays in -1 .. 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +26,8 @@ from vita_jax.models.codec.generator import context_frames
 ORIGINAL_CONTEXT = 10  # frames
 SPEECH_LEVEL = 0.03  # a sample above it is no longer leading silence
 PCM_SCALE = 32768
+# Utterances that are decoded together, and the multiple of frames they are padded to, so that few shapes are compiled.
+UTTERANCES_AT_ONCE, FRAME_STEP = 8, 40
 
 Decode = Callable[[np.ndarray], np.ndarray]  # (n,) int32 codec ids -> (n * hop,) samples
 
@@ -141,6 +143,14 @@ def stream_segments(
         yield held
 
 
+@partial(jax.jit, static_argnames="codec")
+def decode_codes(
+    codec: Codec, params: Any, codes: jax.Array, voices: jax.Array, lengths: jax.Array | None = None
+) -> jax.Array:
+    """`Codec.decode`, compiled once per shape: (b t q), (b g) int32 -> (b t*hop) samples."""
+    return codec.apply({"params": params}, codes, voices, lengths, method=Codec.decode)
+
+
 class CodecStreamer:
     """Plays token streams with one voice: holds the codec's parameters and the compiled decode.
 
@@ -166,12 +176,29 @@ class CodecStreamer:
         self.codec, self.context = codec, context_frames(c)
         self._voice = jnp.asarray(global_codes, jnp.int32)[None]
         self._params = {name: params[name] for name in ("quantizer", "generator")}
-        self._decode = jax.jit(partial(codec.apply, method=Codec.decode))
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """A whole utterance at once: (t,) int32 -> (t * hop,) samples."""
         codes = jnp.asarray(tokens, jnp.int32)[None, :, None]
-        return np.asarray(self._decode({"params": self._params}, codes, self._voice)[0])
+        return np.asarray(decode_codes(self.codec, self._params, codes, self._voice)[0])
+
+    def decode_many(self, utterances: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Whole utterances, several at a time: (t,) int32 each -> (t * hop,) samples each; as `decode` gives them."""
+        waves = [np.zeros((0,), np.float32)] * len(utterances)
+        order = sorted((i for i, tokens in enumerate(utterances) if len(tokens)), key=lambda i: len(utterances[i]))
+        for start in range(0, len(order), UTTERANCES_AT_ONCE):
+            chosen = order[start : start + UTTERANCES_AT_ONCE]
+            size = -(-len(utterances[chosen[-1]]) // FRAME_STEP) * FRAME_STEP
+            codes = np.zeros((UTTERANCES_AT_ONCE, size, 1), np.int32)
+            lengths = np.ones((UTTERANCES_AT_ONCE,), np.int32)
+            for row, i in enumerate(chosen):
+                codes[row, : len(utterances[i]), 0] = utterances[i]
+                lengths[row] = len(utterances[i])
+            voices = jnp.repeat(self._voice, UTTERANCES_AT_ONCE, axis=0)
+            decoded = np.asarray(decode_codes(self.codec, self._params, codes, voices, lengths))
+            for row, i in enumerate(chosen):
+                waves[i] = decoded[row, : len(utterances[i]) * self.codec.config.hop]
+        return waves
 
     def segments(self, tokens: Iterable[int], options: StreamOptions = LATER_SENTENCES) -> Iterator[np.ndarray]:
         """Segments of a stream of codec ids, see `stream_segments`."""
@@ -188,7 +215,7 @@ class CodecStreamer:
             codes = np.zeros((1, size, 1), np.int32)
             codes[0, : len(window), 0] = window
             lengths = jnp.asarray([len(window)], jnp.int32)
-            wave = self._decode({"params": self._params}, jnp.asarray(codes), self._voice, lengths)
+            wave = decode_codes(self.codec, self._params, jnp.asarray(codes), self._voice, lengths)
             return np.asarray(wave[0, : len(window) * hop])
 
         return stream_segments(tokens, decode, hop, options, context)

@@ -218,3 +218,46 @@ def stream_speech_tokens(
                 return
             spoken += 1
             yield token
+
+
+def draw_speech_tokens(
+    model: SpeechDecoder,
+    params: Any,
+    features: jax.Array,
+    lengths: jax.Array,
+    *,
+    key: jax.Array,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    sampling: SpeechSampling = SpeechSampling(),
+    steps_per_call: int = 10,
+) -> list[np.ndarray]:
+    """Codec ids of several sentences at once, EOS not included; greedy ones are those of `stream_speech_tokens`.
+
+    Args:
+      features: (b s d), lengths: (b,) int32; a row of length 0 stays empty.
+      max_tokens: at most so many ids of each sentence.
+      steps_per_call: ids drawn per row in one call of the device; it ends with the call in which the last row ends.
+
+    Returns:
+      For every row (n,) int32.
+
+    Raises:
+      UserError: a size below 1.
+    """
+    if max_tokens < 1 or steps_per_call < 1:
+        raise UserError(f"max_tokens {max_tokens} and steps_per_call {steps_per_call} must be at least 1")
+    calls = -(-max_tokens // steps_per_call)
+    state = _start(model, params, features, lengths, key=key, max_tokens=calls * steps_per_call, sampling=sampling)
+    state = state.replace(ended=jnp.asarray(lengths) == 0)
+    drawn = []
+    for _ in range(calls):
+        state, tokens = speech_steps(model, params, state, sampling, steps_per_call)
+        drawn.append(np.asarray(tokens))
+        if np.all(np.asarray(state.ended)):
+            break
+    special = (model.config.eos, model.config.pad)
+    rows = []
+    for row, length in zip(np.concatenate(drawn, axis=1)[:, :max_tokens], np.asarray(lengths), strict=True):
+        ends = np.flatnonzero(np.isin(row, special))
+        rows.append(row[: ends[0] if len(ends) else len(row)] if length else row[:0])
+    return rows

@@ -166,7 +166,7 @@ def _losses(config: ExperimentConfig, records: Iterable[Mapping[str, Any]]) -> s
 
 def _stages(run_dir: Path, config: ExperimentConfig) -> str:
     panels = [_stage_panel(stage_accuracies(run_dir, config)), _stage_panel(_stages_heard(run_dir, config))]
-    return f"<h2>Accuracy after each stage</h2>\n{''.join(panels)}" if any(panels) else ""
+    return f"<h2>Accuracy after each stage</h2>\n<div class=stack>{''.join(panels)}</div>" if any(panels) else ""
 
 
 def _stages_heard(run_dir: Path, config: ExperimentConfig) -> list[tuple[str, dict[str, Any]]]:

@@ -37,6 +37,7 @@ th:first-child, td:first-child { text-align: left; padding-left: 0 }
 .tables { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(245px, 1fr)); align-items: start }
 /* two panels that keep the width of their tables */
 .pair { display: flex; flex-wrap: wrap; gap: 16px; align-items: start } .pair .panel { flex: 1 1 auto; max-width: 100% }
+.stack { display: grid; gap: 16px }
 h3 { font-size: 15px; margin: 0 0 6px } .parts table { table-layout: fixed; margin-bottom: 10px }
 .item { background: var(--paper); border: 1px solid var(--line); border-top: 4px solid var(--good);
   border-radius: 10px; overflow: hidden; display: flex; flex-direction: column }

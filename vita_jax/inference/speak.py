@@ -1,13 +1,16 @@
 """A reply aloud: text to speech tokens, sentence by sentence, and these to sound, all at once or as they come.
 
-    text -> sentences -> ids of the language model -> its embeddings -> NAR and AR decoders -> codec tokens -> wave
+    text -> sentences -> words -> ids of the language model -> its embeddings -> NAR and AR decoders -> codec tokens
+         -> wave
 
-The voice is that of a recording (`voice_of`). Streamed and offline sound are the same samples: every sentence is drawn
-with a key of its own, and the codec is decoded with its whole context (`codec_stream`).
+The voice is that of a recording (`voice_of`); `voices` gives those of a trained run. Streamed and offline sound are the
+same samples: every sentence is drawn with a key of its own, and the codec is decoded with its whole context
+(`codec_stream`).
 """
 
 from __future__ import annotations
 
+import json
 import wave
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,15 +21,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vita_jax.data.speech_pairs import MANIFEST, read_manifest, read_wave
 from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UserError
 from vita_jax.inference.codec_stream import LATER_SENTENCES, CodecStreamer, StreamOptions, to_pcm16
 from vita_jax.inference.speech_text import MIN_PIECE_LENGTH, remove_markers, speakable_pieces
 from vita_jax.inference.speech_tokens import SpeechSampling, stream_speech_tokens
+from vita_jax.inference.spoken_words import LANGUAGES, answer_aloud, language_of
 from vita_jax.models.codec.codec import Codec
 from vita_jax.models.speech.nar_decoder import text_rows
 from vita_jax.models.speech.speech_decoder import SpeechDecoder
 from vita_jax.models.vita import VitaConfig
+from vita_jax.training.experiment import ExperimentConfig, data_folder
+
+# The voices of a run, and the recordings of its assistant below the data folder.
+VOICES = "voices.json"
+RECORDINGS = Path("raw") / "speech_out" / MANIFEST
 
 
 @dataclass(frozen=True)
@@ -125,26 +135,47 @@ class Speaker:
         """One sentence as segments for the player, which joined are `speak_ids`."""
         yield from self._streamer.segments(self.tokens(text_ids, sentence), self.options.stream)
 
-    def speak(self, text: str, tokenizer: Tokenizer) -> np.ndarray:
-        """A whole reply, sentence after sentence: (n,) float32 samples in -1 .. 1."""
-        pieces = sentences([text], tokenizer, self.options.min_piece)
+    def speak(self, text: str, tokenizer: Tokenizer, language: str | None = None) -> np.ndarray:
+        """A whole reply, sentence after sentence: (n,) float32 samples in -1 .. 1; none if there is nothing to say.
+
+        Args:
+          text: the reply.
+          tokenizer: of the language model.
+          language: in which it is written out in words, see `sentences`.
+        """
+        pieces = sentences([text], tokenizer, self.options.min_piece, language)
         waves = [self.speak_ids(ids, number) for number, ids in enumerate(pieces)]
         return np.concatenate([np.zeros((0,), np.float32), *waves])
 
-    def stream(self, text: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    def stream(self, text: Iterable[str], tokenizer: Tokenizer, language: str | None = None) -> Iterator[np.ndarray]:
         """A reply that is still being written, as segments for the player, which joined are `speak`."""
-        for number, ids in enumerate(sentences(text, tokenizer, self.options.min_piece)):
+        for number, ids in enumerate(sentences(text, tokenizer, self.options.min_piece, language)):
             yield from self.stream_ids(ids, number)
 
 
-def sentences(text: Iterable[str], tokenizer: Tokenizer, min_length: int = MIN_PIECE_LENGTH) -> Iterator[list[int]]:
+def sentences(
+    text: Iterable[str], tokenizer: Tokenizer, min_length: int = MIN_PIECE_LENGTH, language: str | None = None
+) -> Iterator[list[int]]:
     """Ids of the speakable pieces of a reply that comes in strings of any length, as soon as each is complete.
 
-    Only markers are taken out: what the decoders were trained on is what they can say, so the text is otherwise left as
-    it is, and `speech_text` offers the originals' normalisations to a caller whose data has them.
+    What the decoders were trained on is what they can say. Without a language only markers are taken out, and
+    `speech_text` offers the originals' normalisations to a caller whose data has them. With one, every piece is written
+    out in words (`answer_aloud`), as the decoders of this package's experiments are trained.
+
+    Args:
+      text: the reply.
+      tokenizer: of the language model.
+      min_length: characters; a shorter piece waits for the next punctuation mark.
+      language: "en" or "zh", in which digits are said; None leaves the text as it is written.
+
+    Raises:
+      UserError: an unknown language.
     """
     for piece in speakable_pieces(text, min_length):
-        ids = tokenizer.encode(remove_markers(piece).strip(), allow_special=False, add_bos=False)
+        words = remove_markers(piece).strip()
+        if language is not None:
+            words = answer_aloud(words, language)
+        ids = tokenizer.encode(words, allow_special=False, add_bos=False)
         if ids:
             yield ids
 
@@ -164,6 +195,53 @@ def voice_of(config: VitaConfig, params: Mapping[str, Any], recording: np.ndarra
     samples = jnp.asarray(recording[: frames * hop], jnp.float32)[None]
     _, codes = Codec(config.codec).apply({"params": params["codec"]}, samples, method=Codec.encode)
     return np.asarray(codes[0])
+
+
+def voices(config: ExperimentConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The voices of a run by language, (g,) int32 each.
+
+    They are those of `<run_dir>/voices.json` where there is one, else of the first recording in each language that the
+    voice was trained on.
+
+    Args:
+      config: the run; its `run_dir` says where it lies now.
+      params: nested parameters; `codec` is used.
+
+    Raises:
+      UserError: the model has no codec, there is neither the file nor a recording, or one of them is damaged.
+    """
+    path = Path(config.run_dir) / VOICES
+    if path.is_file():
+        return read_voices(path)
+    manifest = data_folder(config) / RECORDINGS
+    if not manifest.is_file():
+        raise UserError(
+            f"the model's voice is unknown: there is neither {path} nor {manifest}; keep the run's data folder, or put "
+            f'codes per language in {VOICES}, such as {{"en": [1, 2]}}'
+        )
+    if config.model.codec is None:
+        raise UserError("a voice needs a codec; set the model config's `codec`")
+    found: dict[str, np.ndarray] = {}
+    for pair in read_manifest(manifest):
+        language = language_of(pair.text)
+        if language not in found:
+            recording = read_wave(pair.audio, config.model.codec.sampling_rate)
+            found[language] = voice_of(config.model, params, recording)
+            if len(found) == len(LANGUAGES):
+                break
+    return found
+
+
+def read_voices(path: str | Path) -> dict[str, np.ndarray]:
+    """A JSON object, language -> list of codes. Raises `UserError` if it is anything else."""
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"voices {path} cannot be read: {error}") from None
+    whole = isinstance(entries, dict) and entries
+    if not whole or not all(isinstance(v, list) and v and all(type(c) is int for c in v) for v in entries.values()):
+        raise UserError(f'voices {path}: expected codes per language, such as {{"en": [1, 2]}}')
+    return {language: np.asarray(codes, np.int32) for language, codes in entries.items()}
 
 
 def write_wav(path: str | Path, samples: np.ndarray, sampling_rate: int) -> None:

@@ -37,7 +37,7 @@ th:first-child, td:first-child { text-align: left; padding-left: 0 }
 .tables { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(245px, 1fr)); align-items: start }
 /* two panels that keep the width of their tables */
 .pair { display: flex; flex-wrap: wrap; gap: 16px; align-items: start } .pair .panel { flex: 1 1 auto; max-width: 100% }
-.stack { display: grid; gap: 16px }
+.uneven { align-items: start } .stack { display: grid; gap: 16px }
 h3 { font-size: 15px; margin: 0 0 6px } .parts table { table-layout: fixed; margin-bottom: 10px }
 .item { background: var(--paper); border: 1px solid var(--line); border-top: 4px solid var(--good);
   border-radius: 10px; overflow: hidden; display: flex; flex-direction: column }
@@ -50,7 +50,7 @@ h3 { font-size: 15px; margin: 0 0 6px } .parts table { table-layout: fixed; marg
   grid-template-columns: max-content 1fr; gap: 2px 12px } .item dt { color: var(--soft) }
 .item dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap }
 .item audio, .heard audio { width: 100%; height: 32px; display: block; margin: 6px 0 }
-.item .heard { padding: 10px 14px 0 } .heard img { width: 100%; border-radius: 4px }
+.item .heard { padding: 10px 14px 0; overflow-wrap: anywhere } .heard img { width: 100%; border-radius: 4px }
 table.counts { width: auto } table.counts td { text-align: center; min-width: 84px }
 table.counts td:first-child { min-width: 0 }
 footer { margin-top: 48px; color: var(--soft); font-size: 13px }

@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from vita_jax.data.audio import MAX_SECONDS, AudioConfig, read_audio
 from vita_jax.data.ctc_vocabulary import normalise_transcript
@@ -37,12 +38,13 @@ REPLY_PICTURE_SIDE = 160
 def player(path: Path) -> str:
     """A sound file to look at and to listen to; one that cannot be read is shown with the reason."""
     try:
-        waveform = read_audio(path, HEARD)
+        waveform = read_audio(path, HEARD, name=path.name)
         picture = image_tag(spectrogram(waveform), "log-mel spectrogram")
     except UserError as error:
         return f"<div class=heard><span class=soft>no sound: {escaped(error)}</span></div>"
     data = base64.b64encode(wav_file(waveform)).decode("ascii")
-    return f'<div class=heard>{picture}<audio controls preload="none" src="data:audio/wav;base64,{data}"></audio></div>'
+    sound = f'<audio controls preload="metadata" src="data:audio/wav;base64,{data}"></audio>'
+    return f"<div class=heard>{picture}{sound}</div>"
 
 
 def wav_file(waveform: np.ndarray, rate: int = RELEASED.sample_rate) -> bytes:
@@ -76,6 +78,7 @@ def spectrogram(waveform: np.ndarray) -> bytes:
         axis.set_yticks([])
         axis.spines[:].set_visible(False)
         axis.tick_params(length=2, pad=1)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g} s")
         data = io.BytesIO()
         figure.savefig(data, format="png", dpi=SPECTROGRAM_DPI)
@@ -119,7 +122,7 @@ def replies(run_dir: Path, root: Path, result: Mapping[str, Any]) -> str:
             f"<dt>heard</dt><dd><strong>{escaped(heard) or '-'}</strong></dd></dl></div></div>"
         )
     note = "<p class=soft>What the recogniser of stage 2.1a hears in each sound; it was never trained on them.</p>"
-    return f"<h2>Its voice</h2>\n{note}\n<div class=row>{''.join(cards)}</div>"
+    return f"<h2>Its voice</h2>\n{note}\n<div class='row uneven'>{''.join(cards)}</div>"
 
 
 def confusion_section(result: Mapping[str, Any]) -> str:

@@ -64,7 +64,8 @@ def test_report_of_a_run_that_hears_and_speaks(tmp_path):
     write_wav(sounds / "sounds" / "a.wav", tone(0.3))
     write_wav(sounds / "sounds" / "none.wav", tone(0.0))
     items = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
-    examples = [{**item, "truth": item["answer"], "answer": "", "right": False} for item in items]
+    nothing = {"image": None, "video": None}
+    examples = [{**nothing, **item, "truth": item["answer"], "answer": "", "right": False} for item in items]
     kept = {"title": "spoken answer", "text": "Red.", "heard": "red", "file": "sounds/a.wav", "item": "s0"}
     head = {"classes": ["speech", "<noise>"], "counts": [[7, 1], [0, 4]]}
     result = {

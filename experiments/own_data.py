@@ -1,53 +1,130 @@
-"""The quickstart's small model on your own records: pictures, videos and text, in any mixture.
+"""The quickstart's small model on your own data: pictures, videos, sounds and text, transcribed speech, a voice.
 
-    python -m vita_jax.train --config=experiments/own_data.py \\
-        --config.data.json=my.json --config.data.root=my_media --config.run_dir=runs/mine
+    python -m vita_jax.train --config=experiments/own_data.py --config.run_dir=runs/mine \\
+        --config.data.json=my.json --config.data.root=my_media \\
+        --config.data.asr=transcribed/manifest.jsonl --config.data.speech=speaker/manifest.jsonl
+
+Each kind of data has its stages; what is not given is left out, stages and parts of the model alike.
+
+    data.asr                 speech_encoder   2.1a: the speech encoder, by CTC, for whole clips and chunks of any size
+    data.json and data.root  own_data         the language model; with tower, audio adapter and input head as far as the
+                                              records show pictures or play sounds
+    data.speech              codec            3.1: the codec, on the sound alone
+    data.speech              speech_decoders  3.2: text to speech tokens; all else is frozen
 
 The records file is described in the README and in `vita_jax/data/records.py`; bad records are listed in
-`<run_dir>/data/records/rejects.jsonl`. A tokenizer is trained on the records' own text. Talk to the result with
-`python -m vita_jax.chat --checkpoint runs/mine`.
+`<run_dir>/data/records/rejects.jsonl`. Records with "<audio>" train the speech encoder along unless `data.asr` has
+trained it before; without transcripts they need many more records to be understood.
 
-Sizes: `smoke` (a few steps), `small` (the quickstart's model; minutes on a laptop), `full` (VITA-1.5's full-size vision
-and language models; needs accelerators). `--config.stages.own_data.steps=N` sets the length of training, `.row_length`
-and `.row_tiles` the longest record (tokens, picture tiles and frames).
+A manifest has a JSON object per line, {"audio": path, "text": what is said}; paths start from its folder; recordings
+may have any common format, rate and number of channels (the first is taken). For `data.speech` they should be of one
+speaker (per language: the first recording in each is the voice it speaks with). Its texts are written out as replies
+are before they are spoken: lower case, no punctuation, digits one by one.
+
+Tokenizer and recogniser's characters are those of the data. Talk to the result with
+`python -m vita_jax.chat --checkpoint runs/mine`, `--audio FILE` asks aloud, `--speak FILE.wav` has it answer aloud.
+Without records the language model learns nothing, so that there is a recogniser or a voice, but nobody to talk to.
+
+Sizes: `smoke` (a few steps), `small` (the quickstart's model; minutes to an hour on a laptop), `full` (VITA-1.5's
+full-size models; needs accelerators). Per stage, as in `--config.stages.own_data.steps=N`: `.steps` is the length of
+training; `.row_length`, `.row_tiles`, `.row_clips` and `.clip_frames` bound the longest record (tokens, picture tiles
+and frames, sounds, frames of 10 ms of each); `.clip_frames` the longest transcribed clip; `.codec_frames` (40 a second)
+and `.row_length` the longest sentence of the voice.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import json
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from data_pipelines.build import build_records
+from vita_jax.data.ctc_vocabulary import build_ctc_vocabulary, load_ctc_vocabulary
 from vita_jax.data.images import ImageConfig
 from vita_jax.data.loader import SourceConfig
 from vita_jax.data.records import read_json_records
+from vita_jax.data.speech_pairs import MANIFEST, SpokenText, read_manifest
+from vita_jax.data.spoken_words import answer_aloud, language_of
 from vita_jax.data.templates import SystemTexts
 from vita_jax.data.tokenizer import train_sentencepiece
 from vita_jax.errors import UserError
-from vita_jax.models.vita import vita_1_5, vita_small
+from vita_jax.models.audio.ctc_head import CtcTraining
+from vita_jax.models.audio.tower import audio_small
+from vita_jax.models.codec.config import codec_small_16k, vita_1_5_codec
+from vita_jax.models.codec.losses import codec_training_small
+from vita_jax.models.speech.config import speech_small, vita_1_5_speech
+from vita_jax.models.state_head import StateHeadConfig
+from vita_jax.models.vita import VitaConfig, vita_1_5, vita_small
 from vita_jax.training.experiment import (
+    CTC_VOCABULARY,
     DataConfig,
     ExperimentConfig,
     TokenizerConfig,
     data_folder,
     tokenizer_folder,
 )
-from vita_jax.training.stages import Stage
+from vita_jax.training.stages import Stage, starts_of
 
 RECORDS = "records"
+# The manifests as the stages read them, below the data folder; a voice is looked for in the second.
+TRANSCRIBED, VOICE = "raw/asr", "raw/speech_out"
 VOCAB_SIZE = 4096
+NEEDED = (
+    "own_data needs your data: --config.data.json=FILE with --config.data.root=DIR (records), "
+    "--config.data.asr=MANIFEST.jsonl (transcribed speech), --config.data.speech=MANIFEST.jsonl (a voice and its "
+    "texts), or several of them"
+)
+
+# Steps, rows and peak learning rate of every stage.
+PLANS = {
+    "smoke": {name: (6, 2, 3e-3) for name in ("speech_encoder", "own_data", "codec", "speech_decoders")},
+    "small": {
+        "speech_encoder": (2400, 4, 2e-3),
+        "own_data": (600, 8, 1.5e-3),
+        "codec": (4500, 8, 1.5e-3),
+        "speech_decoders": (2500, 8, 2e-3),
+    },
+    "full": {
+        "speech_encoder": (20_000, 128, 2e-4),
+        "own_data": (5000, 128, 2e-5),
+        "codec": (100_000, 32, 2e-4),
+        "speech_decoders": (20_000, 64, 5e-4),
+    },
+}
+
+
+def small_model(width: int = 192, num_layers: int = 4, tower_width: int = 96) -> VitaConfig:
+    """The quickstart's model with room for more words. The recogniser's head gets its size from the transcripts."""
+    seeing = vita_small(width, num_layers, tower_width, VOCAB_SIZE)
+    audio = audio_small(width, tower_width, num_layers)
+    encoder = dataclasses.replace(audio.encoder, dynamic_chunks=True, dropout=0.0, positional_dropout=0.0)
+    codec = codec_small_16k()
+    return dataclasses.replace(
+        seeing,
+        audio=dataclasses.replace(audio, encoder=encoder),
+        state_head=StateHeadConfig(width),
+        ctc_training=CtcTraining(flat_start_steps=500),
+        codec=codec,
+        speech=speech_small(codec.num_codes, width // 2, num_layers),
+        codec_training=codec_training_small(adversarial_start=4000),
+    )
+
+
+def full_model() -> VitaConfig:
+    """VITA-1.5 with its voice, at full size."""
+    model = vita_1_5()
+    audio = dataclasses.replace(model.audio, encoder=dataclasses.replace(model.audio.encoder, dynamic_chunks=True))
+    head = StateHeadConfig(model.language.hidden_size)
+    return dataclasses.replace(model, audio=audio, state_head=head, codec=vita_1_5_codec(), speech=vita_1_5_speech())
 
 
 def get_config(size: Literal["smoke", "small", "full"] = "small") -> ExperimentConfig:
-    """The configuration of one size; `data.json` and `data.root` must be set."""
-    model = {
-        "smoke": lambda: vita_small(32, 2, 48, VOCAB_SIZE),
-        "small": lambda: vita_small(vocab_size=VOCAB_SIZE),
-        "full": vita_1_5,
-    }[size]()
-    steps, rows, rate = {"smoke": (6, 2, 3e-3), "small": (600, 8, 1.5e-3), "full": (5000, 128, 2e-5)}[size]
+    """The configuration of one size with all stages; `prepare` leaves out those that `data` has nothing for."""
+    models = {"smoke": lambda: small_model(48, 2, 48), "small": small_model, "full": full_model}
+    model = models[size]()
     image = ImageConfig(image_size=model.vision.image_size)
     return ExperimentConfig(
         name="own_data",
@@ -59,47 +136,205 @@ def get_config(size: Literal["smoke", "small", "full"] = "small") -> ExperimentC
         template="qwen2p5_instruct",
         system_texts=SystemTexts(image="Look.", video="Watch.", lang="Read."),
         data=DataConfig(num_threads=2 if size == "full" else 0),
-        stages=(
-            Stage(
-                "own_data",
-                "own data",
-                trainable=(".",),
-                sources=(SourceConfig(RECORDS),),
-                steps=steps,
-                learning_rate=rate,
-                batch_size=rows,
-                row_length=512 if size != "full" else 6144,
-                row_tiles=2 * image.most_tiles,
-            ),
+        stages=_stages(size, 2 * image.most_tiles),
+    )
+
+
+def _stages(size: str, tiles: int) -> tuple[Stage, ...]:
+    small, plan = size != "full", PLANS[size]
+    seconds = 4 if size == "smoke" else 16
+
+    def stage(name: str, title: str, *trainable: str, source: str, **fields: Any) -> Stage:
+        steps, rows, rate = plan[name]
+        shared = {"steps": steps, "batch_size": rows, "learning_rate": rate, "row_tiles": 0}
+        return Stage(name, title, trainable, (SourceConfig(source),), **{**shared, **fields})
+
+    return (
+        stage(
+            "speech_encoder",
+            "2.1a speech encoder",
+            "^audio/encoder/",
+            "^ctc_head/",
+            source=TRANSCRIBED,
+            objective="ctc",
+            row_length=100 * seconds,
+            clip_frames=100 * seconds,
+            warmup_ratio=0.1,
+        ),
+        stage(
+            "own_data",
+            "own data",
+            "^vision/",
+            "^projector/",
+            "^language/",
+            "^audio/",
+            "^state_head/",
+            source=RECORDS,
+            row_length=512 if small else 6144,
+            row_tiles=tiles,
+            row_clips=4 if small else 32,
+            clip_frames=100 * seconds,
+            state_labels=True,
+            start_from="speech_encoder",
+        ),
+        stage(
+            "codec",
+            "3.1 codec",
+            "^codec/",
+            source=VOICE,
+            objective="codec",
+            row_length=1,
+            codec_frames=20,
+        ),
+        stage(
+            "speech_decoders",
+            "3.2 speech decoders",
+            "^speech/",
+            source=VOICE,
+            objective="speech_decoder",
+            row_length=96,
+            codec_frames=400,
+            start_from=("own_data", "codec"),
         ),
     )
 
 
-def _texts(path: Path) -> Iterator[str]:
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def prepare(config: ExperimentConfig) -> ExperimentConfig:
+    """Builds records and manifests, trains the tokenizer, and leaves out stages and parts that have no data.
+
+    Raises:
+      UserError: no data at all, records without their folder or the other way round, or data that cannot be read.
+    """
+    data = config.data
+    if (data.json is None) != (data.root is None):
+        given, missing = ("json=FILE", "root=DIR") if data.root is None else ("root=DIR", "json=FILE")
+        raise UserError(f"--config.data.{given} is given without --config.data.{missing}; records need both")
+    if data.json is None and data.asr is None and data.speech is None:
+        raise UserError(NEEDED)
+    folder = data_folder(config)
+    texts: list[str] = []
+    counts: dict[str, int] = {}
+    if data.json is not None:
+        counts = build_records(
+            Path(data.json), Path(data.root), folder / RECORDS, max_bad_fraction=data.max_bad_fraction
+        ).counts
+        print(f"data: {counts}", flush=True)
+        texts += _record_texts(Path(data.json))
+    if data.asr is not None:
+        pairs = read_manifest(data.asr)
+        _write_manifest(folder / TRANSCRIBED, ({"audio": pair.audio, "text": pair.text} for pair in pairs))
+        config = _with_recogniser(config, pairs)
+        texts += [pair.text for pair in pairs]
+        print(f"data: {len(pairs)} transcribed clips", flush=True)
+    if data.speech is not None:
+        lines = [
+            {"audio": pair.audio, "text": answer_aloud(pair.text, language_of(pair.text)), "written": pair.text}
+            for pair in read_manifest(data.speech)
+        ]
+        _write_manifest(folder / VOICE, lines)
+        texts += [text for line in lines for text in (line["text"], line["written"])]
+        print(f"data: {len(lines)} sentences of the voice", flush=True)
+    if not tokenizer_folder(config).is_dir():
+        fixed = [*dataclasses.astuple(config.system_texts), "system\n", "user\n", "assistant\n"] * 20
+        train_sentencepiece([*texts, *fixed], config.tokenizer.vocab_size, tokenizer_folder(config), at_most=True)
+    return fitted(config, counts)
+
+
+def _record_texts(path: Path) -> Iterator[str]:
     """Every turn of every record that has its turns where they belong; the builder reports the others."""
     for record in read_json_records(path):
         turns = record.get("conversations") if isinstance(record, dict) else None
         for turn in turns if isinstance(turns, list) else ():
             if isinstance(turn, dict) and isinstance(turn.get("value"), str):
-                yield turn["value"].replace("<image>", "").replace("<video>", "")
+                yield turn["value"].replace("<image>", "").replace("<video>", "").replace("<audio>", "")
 
 
-def prepare(config: ExperimentConfig) -> ExperimentConfig:
-    """Builds the records, trains the tokenizer, and leaves out the tiles where no record has any."""
-    if config.data.json is None or config.data.root is None:
-        raise UserError("own_data needs your records: --config.data.json=FILE and --config.data.root=DIR")
-    manifest = build_records(
-        Path(config.data.json),
-        Path(config.data.root),
-        data_folder(config) / RECORDS,
-        max_bad_fraction=config.data.max_bad_fraction,
-    )
-    print(f"data: {manifest.counts}", flush=True)
-    if not tokenizer_folder(config).is_dir():
-        texts = list(_texts(Path(config.data.json)))
-        fixed = [*dataclasses.astuple(config.system_texts), "system\n", "user\n", "assistant\n"] * 20
-        train_sentencepiece([*texts, *fixed], config.tokenizer.vocab_size, tokenizer_folder(config), at_most=True)
-    if manifest.counts["images"] or manifest.counts["videos"]:
-        return config
-    stages = tuple(dataclasses.replace(s, row_tiles=0, trainable=("^language/",)) for s in config.stages)
-    return dataclasses.replace(config, stages=stages)
+def _write_manifest(folder: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Writes `manifest.jsonl` with full paths, since it lies elsewhere than the user's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = [{**line, "audio": str(Path(line["audio"]).absolute())} for line in lines]
+    text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _with_recogniser(config: ExperimentConfig, pairs: list[SpokenText]) -> ExperimentConfig:
+    """The configuration with a head for the characters of the transcripts, which are kept in the data folder.
+
+    `model.ctc_vocab_size` is the number of its rows where that is set, and an error if they are too few.
+    """
+    path = data_folder(config) / CTC_VOCABULARY
+    if not path.is_file():
+        texts = [pair.text for pair in pairs]
+        rows = config.model.ctc_vocab_size or sys.maxunicode
+        build_ctc_vocabulary(texts, rows).save(path)
+    rows = config.model.ctc_vocab_size or len(load_ctc_vocabulary(path))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, ctc_vocab_size=rows))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the data has nothing for
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fitted(config: ExperimentConfig, counts: dict[str, int]) -> ExperimentConfig:
+    """The configuration without the stages and parts of the model that nothing would train.
+
+    Args:
+      counts: of the records' pictures, videos and sounds; empty without records.
+    """
+    data = config.data
+    sees = bool(counts.get("images") or counts.get("videos"))
+    hears = bool(counts.get("audios"))
+    given = {
+        "speech_encoder": data.asr is not None,
+        "own_data": data.json is not None,
+        "codec": data.speech is not None,
+        "speech_decoders": data.speech is not None,
+    }
+    model = config.model
+    if not hears:
+        model = dataclasses.replace(model, state_head=None)
+    if data.asr is None:
+        model = dataclasses.replace(model, audio=model.audio if hears else None, ctc_vocab_size=0)
+    if data.speech is None:
+        model = dataclasses.replace(model, codec=None, speech=None)
+
+    def starts_given(stage: Stage) -> tuple[str, ...]:
+        """What the stage starts from; in place of a stage without data, what that would have started from."""
+        starts = starts_of(stage)
+        kept = [(s,) if given.get(s, True) else starts_given(config.stage(s)) for s in starts]
+        return tuple(dict.fromkeys(name for names in kept for name in names))
+
+    stages = []
+    for stage in config.stages:
+        if not given.get(stage.name, True):
+            continue
+        starts = starts_given(stage)
+        if stage.name == "own_data":
+            stage = _own_stage(stage, sees, hears, trains_encoder=data.asr is None)
+        stages.append(dataclasses.replace(stage, start_from=starts or None))
+    return dataclasses.replace(config, model=model, stages=tuple(stages))
+
+
+def _own_stage(stage: Stage, sees: bool, hears: bool, trains_encoder: bool) -> Stage:
+    """The stage on the records, of the modalities that they have. A trained speech encoder is frozen, so that it stays
+    the recogniser it is.
+    """
+    trainable = {
+        "^vision/": sees,
+        "^projector/": sees,
+        "^audio/": hears,
+        "^state_head/": hears,
+    }
+    kept = [pattern for pattern in stage.trainable if trainable.get(pattern, True)]
+    if not trains_encoder:
+        kept = ["^audio/adapter/" if pattern == "^audio/" else pattern for pattern in kept]
+    changes: dict[str, Any] = {} if sees else {"row_tiles": 0}
+    if not hears:
+        changes |= {"row_clips": 0, "clip_frames": 0, "state_labels": False}
+    return dataclasses.replace(stage, trainable=tuple(kept), **changes)

@@ -1,23 +1,43 @@
 #!/usr/bin/env bash
-# The main job: builds the quickstart data, trains a small VITA through its vision stages, measures it, writes a report.
+# The main job: builds the quickstart data, trains a small VITA to see, to listen and to speak, measures it, writes a
+# report. Or talks with the one that is kept in the repository.
 set -euo pipefail
 
 usage() {
   cat <<'TEXT'
 usage: launch/quickstart.sh [--config.FIELD=VALUE ...]
+       launch/quickstart.sh --talk [OPTION ...]
 
-Sets up .venv (see launch/setup.sh), then trains experiments/quickstart.py. A run that was stopped goes on from its last
-checkpoint when the same command is given again.
+Sets up .venv (see launch/setup.sh), then trains experiments/quickstart.py: a small VITA that sees, listens and answers
+aloud. A run that was stopped goes on from its last checkpoint when the same command is given again.
+
+--talk trains nothing: it talks with the weights kept in experiments/quickstart/weights. Options are those of the
+command vita_jax.chat, such as --image FILE, --audio FILE, --text TEXT, --speak FILE.wav; without them it asks for
+questions.
 
 examples:
   launch/quickstart.sh
   launch/quickstart.sh --config.size=smoke --config.run_dir=runs/smoke
   launch/quickstart.sh --config.seed=1 --config.run_dir=runs/seed1
+  launch/quickstart.sh --talk
+  launch/quickstart.sh --talk --image digits.png --text "What is the largest digit?" --speak reply.wav
 TEXT
 }
 
-# Paths in the arguments are relative to the repository.
+# Paths in the arguments are relative to the repository when training, and to the caller's folder when talking.
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+weights="$root/experiments/quickstart/weights"
+
+talk() {
+  if [ ! -d "$weights" ]; then
+    echo "error: there are no kept weights in experiments/quickstart/weights; train your own with" \
+      "launch/quickstart.sh and talk to them with .venv/bin/python -m vita_jax.chat --checkpoint runs/quickstart" >&2
+    exit 1
+  fi
+  bash "$root/launch/setup.sh"
+  exec "$root/.venv/bin/python" -m vita_jax.chat --checkpoint "$weights" "$@"
+}
+
 run_dir=runs/quickstart
 print_only=0
 for argument in "$@"; do
@@ -27,6 +47,10 @@ for argument in "$@"; do
     --print_config) print_only=1 ;;
   esac
 done
+if [ "${1:-}" = --talk ]; then
+  shift
+  talk "$@"
+fi
 
 cd "$root"
 bash launch/setup.sh
@@ -36,5 +60,7 @@ bash launch/setup.sh
 cat <<TEXT
 
 report:  $run_dir/report.html
-chat:    .venv/bin/python -m vita_jax.chat --checkpoint $run_dir --image FILE --text "What number is written here?"
+chat:    .venv/bin/python -m vita_jax.chat --checkpoint $run_dir --image FILE --text "What is the largest digit?"
+aloud:   .venv/bin/python -m vita_jax.chat --checkpoint $run_dir --image FILE --audio QUESTION.wav --speak REPLY.wav
+sounds:  spoken questions with pictures to try are in $run_dir/data/benchmarks/speech/media
 TEXT

@@ -55,3 +55,27 @@ def test_an_unknown_option_of_setup_is_an_error(empty_checkout: Path) -> None:
     refused = run("bash", str(empty_checkout), "--dev", PATH="/usr/bin:/bin")
     assert refused.returncode == 1
     assert "unknown option --dev" in refused.stderr
+
+
+def test_talking_without_kept_weights_says_how_to_get_some(tmp_path: Path) -> None:
+    script = tmp_path / "launch" / "quickstart.sh"
+    script.parent.mkdir()
+    script.write_bytes((ROOT / "launch" / "quickstart.sh").read_bytes())
+    refused = run("bash", str(script), "--talk", "--text", "a")
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
+    assert refused.stderr.startswith("error: there are no kept weights in experiments/quickstart/weights; train")
+
+
+def test_talk_hands_its_options_to_chat(tmp_path: Path) -> None:
+    script = tmp_path / "launch" / "quickstart.sh"
+    script.parent.mkdir()
+    script.write_bytes((ROOT / "launch" / "quickstart.sh").read_bytes())
+    (tmp_path / "launch" / "setup.sh").write_text("exit 0\n")
+    (tmp_path / "experiments" / "quickstart" / "weights").mkdir(parents=True)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/usr/bin/env bash\nprintf "%s|" "$@"\n')
+    python.chmod(0o755)
+    talked = run("bash", str(script), "--talk", "--text", "How many?", "--speak", "a.wav")
+    weights = tmp_path / "experiments" / "quickstart" / "weights"
+    assert talked.stdout == f"-m|vita_jax.chat|--checkpoint|{weights}|--text|How many?|--speak|a.wav|"

@@ -1,11 +1,16 @@
-"""`python -m vita_jax.chat --checkpoint DIR`: show a model pictures or videos and ask it about them, or speak to it."""
+"""`python -m vita_jax.chat --checkpoint DIR`: show a model pictures or videos and ask it about them, or speak to it.
+
+`--speak FILE` has it answer aloud.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vita_jax.command_line import ArgumentParser, run_command
@@ -15,8 +20,8 @@ if TYPE_CHECKING:
     from vita_jax.inference.session import Session
 
 EXAMPLES = """\
-Without --text it asks for questions until /quit or the end of input; --image, --video and --audio then belong to the
-first one. Sound alone is a spoken question: it is answered at once.
+Without --text it asks for questions until /quit or the end of input; --image, --video, --audio and --speak then belong
+to the first one. Sound alone is a spoken question: it is answered at once.
 
 examples:
   python -m vita_jax.chat
@@ -25,10 +30,12 @@ examples:
   python -m vita_jax.chat --checkpoint runs/quickstart --image first.png second.png
   python -m vita_jax.chat --image digits.png --audio question.wav
   python -m vita_jax.chat --audio sentence.wav --text "Write down what is said."
+  python -m vita_jax.chat --image digits.png --audio question.wav --speak reply.wav
 """
 
 COMMANDS = (
-    "/image FILE  /video FILE  (for the next question)   /audio FILE  (ask aloud)   /reset  (new conversation)   /quit"
+    "/image FILE  /video FILE  (for the next question)   /audio FILE  (ask aloud)   "
+    "/speak FILE  (the next answer as sound)   /reset  (new conversation)   /quit"
 )
 KINDS = ("image", "video", "audio")
 # Printed where the model says nothing because it takes the sound not to be meant for it.
@@ -51,6 +58,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--text", help="ask this one question, print the answer and stop")
     for kind in KINDS:
         parser.add_argument(f"--{kind}", metavar="FILE", nargs="+", action="extend", default=[], help=HELP[kind])
+    parser.add_argument("--speak", metavar="FILE.wav", help="write the answer to this file as sound, too")
     return parser
 
 
@@ -61,6 +69,8 @@ def chat(arguments: argparse.Namespace) -> int:
     from vita_jax.inference.session import Session
     from vita_jax.parallel.mesh import enable_compilation_cache
 
+    if arguments.speak is not None:
+        check_sound_file(arguments.speak, "--speak")
     for kind in KINDS:
         for path in getattr(arguments, kind):
             media_from_file(path, kind)
@@ -68,7 +78,9 @@ def chat(arguments: argparse.Namespace) -> int:
         raise UserError("--text is empty; write a question")
     enable_compilation_cache()
     session = Session.load(arguments.checkpoint)
-    attached = Attached(arguments.image, arguments.video)
+    if arguments.speak is not None:
+        session.speaker("en")  # a model without a voice is refused before it answers
+    attached = Attached(arguments.image, arguments.video, arguments.speak)
     if arguments.text is not None:
         answer(session, arguments.text, attached, arguments.audio)
     elif arguments.audio:
@@ -78,19 +90,77 @@ def chat(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def check_sound_file(path: str, what: str) -> None:
+    """Raises UserError, before any work is done, for a file that an answer cannot be written to."""
+    file = Path(path)
+    if file.suffix.lower() != ".wav":
+        raise UserError(f"{what} {path}: answers are written as WAV; give the file a name that ends with .wav")
+    if file.is_dir():
+        raise UserError(f"{what} {path} cannot be written: it is a folder; name a file")
+    if not file.absolute().parent.is_dir():
+        raise UserError(
+            f"{what} {path} cannot be written: there is no folder {file.parent}; make it, or choose another"
+        )
+    if not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+        raise UserError(f"{what} {path} cannot be written: no permission; choose another file")
+
+
 @dataclasses.dataclass
 class Attached:
-    """Files that go with the next question."""
+    """Files that go with the next question, and the file that its answer is spoken to."""
 
     images: list[str] = dataclasses.field(default_factory=list)
     videos: list[str] = dataclasses.field(default_factory=list)
+    speak: str | None = None
 
 
 def answer(session: Session, question: str, attached: Attached, audio: Sequence[str] = ()) -> None:
-    """Prints the answer as it is produced; an empty question is asked by the sound."""
+    """Prints the answer as it is produced, and speaks it if that is wanted; an empty question is asked by the sound."""
+    pieces = []
     for text in session.ask(question, attached.images, attached.videos, audio):
         print(text, end="", flush=True)
-    print(NOT_MEANT if audio and session.last_state == "noise" else "")
+        pieces.append(text)
+    refused = bool(audio) and session.last_state == "noise"
+    print(NOT_MEANT if refused else "")
+    if attached.speak is None:
+        return
+    if refused:
+        print(f"nothing is said: {attached.speak} is not written")
+    else:
+        reply = "".join(pieces)
+        speak(session, reply, language_of_question(session, question, audio, reply), attached.speak)
+
+
+def speak(session: Session, reply: str, language: str, path: str) -> None:
+    """Writes the reply to a WAV file in the model's own voice and says so; where there is nothing to say, says that."""
+    from vita_jax.inference.speak import write_wav
+
+    samples, rate = session.say(reply, language)
+    if not len(samples):
+        reason = "the answer is empty" if not reply.strip() else "the voice made no sound of this answer"
+        print(f"{reason}: {path} is not written")
+        return
+    write_wav(path, samples, rate)
+    print(f"spoken: {path} ({len(samples) / rate:.1f} s)")
+
+
+def language_of_question(session: Session, question: str, audio: Sequence[str], reply: str) -> str:
+    """The language an answer is spoken in: that of the typed question; of a spoken one, what the model's recogniser
+    hears; without a recogniser, or where it hears nothing, that of the answer.
+    """
+    from vita_jax.data.audio import read_audio
+    from vita_jax.data.ctc_vocabulary import load_ctc_vocabulary
+    from vita_jax.data.spoken_words import language_of
+    from vita_jax.evaluation.recognition import transcribe
+
+    if question.strip():
+        return language_of(question)
+    vocabulary = session.ctc_vocabulary_file
+    if vocabulary is None:
+        return language_of(reply)
+    waves = [read_audio(path, session.config.audio) for path in audio]
+    heard = "".join(transcribe(session.model, session.params, load_ctc_vocabulary(vocabulary), waves))
+    return language_of(heard or reply)
 
 
 def converse(session: Session, attached: Attached) -> None:
@@ -114,9 +184,10 @@ def converse(session: Session, attached: Attached) -> None:
 
 def ask_with(session: Session, question: str, attached: Attached, audio: Sequence[str] = ()) -> None:
     """`answer`, after which the attached files are used up, whatever happens."""
-    given = Attached(list(attached.images), list(attached.videos))
+    given = Attached(list(attached.images), list(attached.videos), attached.speak)
     attached.images.clear()
     attached.videos.clear()
+    attached.speak = None
     answer(session, question, given, audio)
 
 
@@ -124,7 +195,8 @@ def respond(session: Session, line: str, attached: Attached) -> Attached:
     """Does what one line asks for. Returns the files that the next question brings along.
 
     Raises:
-      UserError: an unknown command, or a file that cannot be used; a question with a bad file drops its files.
+      UserError: an unknown command, a file that cannot be used, or a model without a voice; a question with a bad file
+        drops its files.
     """
     from vita_jax.data.examples import media_from_file, media_tiles
 
@@ -147,6 +219,13 @@ def respond(session: Session, line: str, attached: Attached) -> Attached:
             raise UserError(f"{command} needs a file: {command} FILE")
         ask_with(session, "", attached, [path])
         attached = Attached()
+    elif command == "/speak":
+        if not path:
+            raise UserError("/speak needs a file: /speak FILE.wav")
+        check_sound_file(path, "/speak")
+        session.speaker("en")
+        attached.speak = path
+        print(f"{path}: the next answer is written to it as sound")
     elif command == "/reset":
         session.reset()
         attached = Attached()

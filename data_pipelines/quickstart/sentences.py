@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 
 from data_pipelines.quickstart.vocabulary import FILLERS, TEMPLATES
+from vita_jax.data.spoken_words import digits_aloud
 from vita_jax.errors import UserError
-from vita_jax.inference.spoken_words import digits_aloud
 
 Split = Literal["train", "held_out"]
 HELD_OUT_SHARE = 10  # one text in so many

@@ -29,8 +29,8 @@ from data_pipelines.quickstart.sentences import (
 from data_pipelines.speech.clips import SPEECH, Clip
 from data_pipelines.speech.noises import BABBLE_VOICES, SYNTHETIC_KINDS
 from data_pipelines.speech.voices import Voice, assistant_voice, draw_delivery, training_voices, voices_of
+from vita_jax.data.spoken_words import answer_aloud, heard
 from vita_jax.errors import UserError
-from vita_jax.inference.spoken_words import answer_aloud, heard
 
 ROUNDS = 4  # questions about one picture
 SPOKEN_KINDS = ("count", "kth", "kth", "largest", "sum", "sum", "read", "ink", "paper", "caption")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import wave
 
+import av
 import numpy as np
 import pytest
 
+from tests.data.media import tone, write_wav
 from vita_jax.data.loader import SourceConfig
 from vita_jax.data.records import RecordError
 from vita_jax.data.speech_pairs import (
@@ -30,6 +32,18 @@ class Letters:
 
     def encode(self, text: str, *, allow_special: bool = True, add_bos: bool = True) -> list[int]:
         return [ord(letter) - ord("a") + 1 for letter in text]
+
+
+def encode(path, codec, samples, rate):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, layout="mono")
+        values = np.round(samples[None] * 32767).astype(np.int16)
+        frame = av.AudioFrame.from_ndarray(values, format="s16", layout="mono")
+        frame.sample_rate = rate
+        resampler = av.AudioResampler(stream.format, "mono", rate, frame_size=stream.frame_size or 1024)
+        for piece in [*resampler.resample(frame), *resampler.resample(None), None]:
+            for packet in stream.encode(piece):
+                container.mux(packet)
 
 
 def write(path, samples, rate=RATE):
@@ -106,7 +120,7 @@ def test_pairs_are_padded(source):
 
 
 def test_bad_records_are_counted_and_too_many_stop(source, tmp_path):
-    write(tmp_path / "0.wav", [1, 2, 3], rate=44100)
+    (tmp_path / "0.wav").write_bytes(b"no sound at all, only text")
     (tmp_path / "1.wav").write_bytes(b"RIFF")
     (tmp_path / "2.wav").unlink()
     shape = PairShape(RATE, HOP, frames=11, tokens=6)
@@ -115,7 +129,7 @@ def test_bad_records_are_counted_and_too_many_stop(source, tmp_path):
     next(loader)
     counts = loader.counts
     assert counts.bad == 4
-    assert counts.reasons == {"audio form": 1, "damaged media": 1, "missing media": 1, "too long": 1}
+    assert counts.reasons == {"damaged media": 2, "missing media": 1, "too long": 1}
     strict = make_pair_loader([source], shape, Letters(), max_bad_fraction=0.1, **options)
     with pytest.raises(UserError, match="records cannot be used"):
         next(strict)
@@ -136,5 +150,23 @@ def test_errors_name_the_place(source, tmp_path):
     with pytest.raises(UserError, match="cannot be shared"):
         crop_loader(SourceConfig(source.path, ratio=0.2), shard_index=0, shard_count=3)
     write(tmp_path / "none.wav", [])
-    with pytest.raises(RecordError, match="has no samples"):
+    with pytest.raises(RecordError, match="none.wav: holds no samples"):
         read_wave(tmp_path / "none.wav", RATE)
+    with pytest.raises(RecordError, match="missing.wav: cannot be read"):
+        read_wave(tmp_path / "missing.wav", RATE)
+
+
+def test_recordings_of_other_forms_are_decoded_and_resampled(tmp_path):
+    rate, seconds = 16_000, 0.5
+    expected = tone(seconds, rate, 440.0)
+    write_wav(tmp_path / "stereo.wav", np.stack([tone(seconds, 48_000), np.zeros(24_000, np.float32)]), 48_000)
+    encode(tmp_path / "a.flac", "flac", tone(seconds, 22_050), 22_050)
+    encode(tmp_path / "a.mp3", "mp3", tone(seconds, 44_100), 44_100)
+    for name, tolerance in (("stereo.wav", 1e-3), ("a.flac", 1e-3)):
+        samples = read_wave(tmp_path / name, rate)
+        assert samples.dtype == np.float32 and len(samples) == len(expected)
+        np.testing.assert_allclose(samples[500:-500], expected[500:-500], atol=tolerance)
+    # MP3 adds a little silence in front and changes the samples, not the tone.
+    heard = read_wave(tmp_path / "a.mp3", rate)
+    assert abs(len(heard) - len(expected)) < rate // 10
+    assert np.argmax(np.abs(np.fft.rfft(heard, rate))) == 440

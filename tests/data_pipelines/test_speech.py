@@ -29,9 +29,9 @@ from data_pipelines.speech.noises import SYNTHETIC_KINDS, TRAINING_KINDS, UNSEEN
 from data_pipelines.speech.synthesizer import SAMPLE_RATE
 from data_pipelines.speech.voices import UNSEEN_VARIANT, assistant_voice, held_out_voices
 from vita_jax.data.prompts import preprocess_multimodal, state_labels
+from vita_jax.data.spoken_words import answer_aloud, heard
 from vita_jax.data.templates import get_template
 from vita_jax.errors import UserError
-from vita_jax.inference.spoken_words import answer_aloud, heard
 
 COUNTS = SpeechCounts(16, 72, 4, 6, 8, 8, 2, 2, 4, processes=1)
 HELD_OUT = {voice.name for language in LANGUAGES for voice in held_out_voices(language)}

@@ -20,8 +20,8 @@ from data_pipelines.quickstart.sentences import (
     units,
 )
 from data_pipelines.quickstart.vocabulary import FILLERS, TEMPLATES
+from vita_jax.data.spoken_words import answer_aloud, digits_aloud, heard, number_aloud
 from vita_jax.errors import UserError
-from vita_jax.inference.spoken_words import answer_aloud, digits_aloud, heard, number_aloud
 
 LANGUAGES = ("en", "zh")
 WANTED = {"en": 300, "zh": 200}

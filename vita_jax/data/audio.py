@@ -99,16 +99,23 @@ class Clip:
 # ---- decoding -------------------------------------------------------------------------------------------------------
 
 
-def read_audio(source: AudioSource, config: AudioConfig = AudioConfig(), *, name: str | None = None) -> np.ndarray:  # noqa: B008
+def read_audio(
+    source: AudioSource,
+    config: AudioConfig = AudioConfig(),  # noqa: B008
+    *,
+    name: str | None = None,
+    sample_rate: int | None = None,
+) -> np.ndarray:
     """Decodes a sound file of any common format, rate and number of channels.
 
     Args:
       source: a path, or the bytes of a file.
-      config: rate of the result, longest duration, channel.
+      config: longest duration, channel, and the rate of the result where none is given.
       name: what to call the file in error messages; default the path.
+      sample_rate: of the result, for sound that is not made into features.
 
     Returns:
-      (n,) float32 at `config.sample_rate`; integer samples of k bits are divided by 2**(k-1), so they are in -1..1.
+      (n,) float32 at `sample_rate`; integer samples of k bits are divided by 2**(k-1), so they are in -1..1.
 
     Raises:
       UserError: a missing, empty, damaged, cut off or too long file, or one without sound; names it.
@@ -131,7 +138,7 @@ def read_audio(source: AudioSource, config: AudioConfig = AudioConfig(), *, name
             raise UserError(f"{label}: the sound is damaged ({_reason(error)})") from error
     if not np.isfinite(waveform).all():
         raise UserError(f"{label}: the sound is damaged: it holds samples that are no numbers")
-    return resample(waveform, rate, config.sample_rate)
+    return resample(waveform, rate, config.sample_rate if sample_rate is None else sample_rate)
 
 
 def _check_riff_size(source: AudioSource, label: str) -> None:

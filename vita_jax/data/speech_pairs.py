@@ -1,7 +1,8 @@
 """Spoken sentences and their text, for training the voice: Grain, deterministic, resumable.
 
 A manifest has one JSON object per line, {"id": ..., "audio": path, "text": ...}; paths start from its folder; the audio
-is 16-bit mono WAV at the codec's sampling rate. manifest(s) -> seeded subset -> shuffle (anew every epoch) -> repeat ->
+is in any format that `vita_jax.data.audio` decodes; 16-bit mono WAV at the rate that is wanted (the codec's, or 16 kHz
+for the recogniser) is read fastest. manifest(s) -> seeded subset -> shuffle (anew every epoch) -> repeat ->
 shard -> crops or padded pairs (threads) -> leave out bad records -> batch -> prefetch. The state of a loader is a small
 dict, as in `loader`.
 """
@@ -18,6 +19,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from vita_jax.data.audio import MAX_SECONDS, AudioConfig, read_audio
 from vita_jax.data.loader import (
     BUDGET_RECORDS,
     WAITING_PER_THREAD,
@@ -32,6 +34,8 @@ from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UserError
 
 PCM_SCALE = 32768.0
+# A stage may accept less, never more.
+LONGEST = AudioConfig(max_seconds=MAX_SECONDS)
 MANIFEST = "manifest.jsonl"
 
 Arrays = dict[str, np.ndarray]
@@ -104,30 +108,39 @@ def read_manifest(path: str | Path) -> list[SpokenText]:
 
 
 def read_wave(path: str | Path, sampling_rate: int) -> np.ndarray:
-    """Samples of a 16-bit mono WAV file: (n,) float32 in -1 .. 1.
+    """Samples of a sound file: (n,) float32 in -1 .. 1.
+
+    16-bit mono WAV at the wanted rate is read as it is; any other format, rate and number of channels goes through the
+    decoder of `vita_jax.data.audio`, which takes the first channel and resamples.
 
     Raises:
-      RecordError: it cannot be read, is of another form or rate, or holds no samples.
+      RecordError: it cannot be read, is damaged, too long, or holds no samples.
     """
+    samples = _plain_wave(path, sampling_rate)
+    if samples is not None:
+        return samples
+    try:
+        return read_audio(str(path), LONGEST, sample_rate=sampling_rate)
+    except UserError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise RecordError(str(path), "", reason, "damaged media") from error
+
+
+def _plain_wave(path: str | Path, sampling_rate: int) -> np.ndarray | None:
+    """Samples of a 16-bit mono WAV file at that rate; None for a file of another form."""
     try:
         with wave.open(str(path), "rb") as file:
-            form = (file.getnchannels(), file.getsampwidth(), file.getframerate())
-            data = file.readframes(file.getnframes())
+            if (file.getnchannels(), file.getsampwidth(), file.getframerate()) != (1, 2, sampling_rate):
+                return None
+            promised = file.getnframes()
+            data = file.readframes(promised)
     except OSError as error:
         raise RecordError(str(path), "", f"cannot be read: {error.strerror}", "missing media") from None
-    except (wave.Error, EOFError) as error:
-        raise RecordError(str(path), "", f"is no PCM WAV file: {error}", "damaged media") from None
-    if form != (1, 2, sampling_rate):
-        raise RecordError(
-            str(path),
-            "",
-            f"has {form[0]} channels, {8 * form[1]} bits, {form[2]} Hz; expected mono, 16 bits, {sampling_rate} Hz",
-            "audio form",
-        )
+    except (wave.Error, EOFError):
+        return None
     samples = np.frombuffer(data[: len(data) // 2 * 2], "<i2").astype(np.float32) / PCM_SCALE
-    if not len(samples):
-        raise RecordError(str(path), "", "has no samples", "damaged media")
-    return samples
+    # Whether fewer samples than promised are a damage is for the decoder to say, which knows headers of streams, too.
+    return samples if len(samples) and len(samples) == promised else None
 
 
 class PairSource:

@@ -26,7 +26,7 @@ from vita_jax.models.vita import Vita, VitaInputs
 SPEECH_GROUP, NOISE_GROUP = "spoken", "noise"
 TEXT_BENCHMARK, TEXT_GROUPS = "quickstart", ("typed", "text")
 # Frames of 40 ms that a streaming encoder hears at a time, and how many such chunks it remembers.
-CHUNK, LEFT_CHUNKS = 4, 16
+CHUNK, LEFT_CHUNKS = 16, 4
 
 
 # ---- input head -----------------------------------------------------------------------------------------------------

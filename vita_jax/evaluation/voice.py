@@ -18,6 +18,7 @@ import numpy as np
 from vita_jax.data.audio import read_audio
 from vita_jax.data.ctc_vocabulary import normalise_transcript
 from vita_jax.data.speech_pairs import MANIFEST, read_manifest, read_wave
+from vita_jax.data.spoken_words import answer_aloud, language_of
 from vita_jax.errors import UserError
 from vita_jax.evaluation.benchmarks import Group
 from vita_jax.evaluation.figures import Outcome, group_figures
@@ -27,7 +28,6 @@ from vita_jax.evaluation.scoring import is_refusal, normalise
 from vita_jax.evaluation.subject import Subject
 from vita_jax.evaluation.waves import copy_waves, mel_distances
 from vita_jax.inference.speak import RECORDINGS, VOICES, Speaker, voices, write_wav
-from vita_jax.inference.spoken_words import answer_aloud, language_of
 from vita_jax.training.experiment import data_folder
 
 # Held-out texts in the assistant's voice, in the benchmark's folder.

@@ -22,12 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from vita_jax.data.speech_pairs import MANIFEST, read_manifest, read_wave
+from vita_jax.data.spoken_words import LANGUAGES, answer_aloud, language_of
 from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UserError
 from vita_jax.inference.codec_stream import LATER_SENTENCES, CodecStreamer, StreamOptions, to_pcm16
 from vita_jax.inference.speech_text import MIN_PIECE_LENGTH, remove_markers, speakable_pieces
 from vita_jax.inference.speech_tokens import SpeechSampling, draw_speech_tokens, stream_speech_tokens
-from vita_jax.inference.spoken_words import LANGUAGES, answer_aloud, language_of
 from vita_jax.models.codec.codec import Codec
 from vita_jax.models.speech.nar_decoder import text_rows
 from vita_jax.models.speech.speech_decoder import SpeechDecoder

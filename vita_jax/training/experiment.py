@@ -68,6 +68,8 @@ class DataConfig:
       folder: built data; relative paths of the stages' sources are below it. None is `<run_dir>/data`.
       json: a user's own record file, for experiments that build from one.
       root: the folder its media paths start from.
+      asr: a user's own manifest of transcribed speech, see `vita_jax.data.speech_pairs`.
+      speech: a user's own manifest of a voice and its texts.
       max_bad_fraction: share of records that may be unusable before the run stops.
       num_threads: threads that read and decode.
       amounts: sizes of generated data, addressed by name: `--config.data.amounts.images.count=100`.
@@ -76,6 +78,8 @@ class DataConfig:
     folder: str | None = None
     json: str | None = None
     root: str | None = None
+    asr: str | None = None
+    speech: str | None = None
     max_bad_fraction: float = 0.01
     num_threads: int = 2
     amounts: tuple[Amount, ...] = ()

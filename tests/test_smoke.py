@@ -5,8 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from PIL import Image
+
+from vita_jax.training.checkpoint import load_params
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +34,10 @@ def run_dir(tmp_path_factory) -> Path:
 
 
 def test_smoke_run_leaves_everything(run_dir):
-    stages = ("language", "tower", "vision_alignment", "vision_understanding", "vision_sft")
+    stages = (
+        *("language", "tower", "vision_alignment", "vision_understanding", "vision_sft"),
+        *("speech_encoder", "speech_alignment", "audio_sft", "codec", "speech_decoders"),
+    )
     assert all(any((run_dir / "stages" / stage / "checkpoints").iterdir()) for stage in stages)
     assert (run_dir / "config.json").is_file() and (run_dir / "tokenizer").is_dir()
     steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").open(encoding="utf-8")]
@@ -38,6 +45,25 @@ def test_smoke_run_leaves_everything(run_dir):
     assert "<img" in (run_dir / "report.html").read_text(encoding="utf-8")
     final = json.loads((run_dir / "evaluation" / "final.json").read_text(encoding="utf-8"))
     assert set(final["groups"]) == {"typed", "typed_unseen_writers", "video_order", "text"}
+    assert set(final["changes"]) == {"typed", "text"}
+    speech = json.loads((run_dir / "evaluation" / "final.speech.json").read_text(encoding="utf-8"))
+    heard = {"spoken", "noise", "transcribe", "accepted", "input_head", "recognition_full", "recognition_chunked"}
+    voices = {"voice_synthesizer", "voice_copy", "voice_decoders"}
+    assert set(speech["groups"]) - {"voice_answers"} == heard | voices
+    assert set(json.loads((run_dir / "voices.json").read_text(encoding="utf-8"))) == {"en", "zh"}
+
+
+def test_later_stages_leave_the_recogniser_and_the_language_model_alone(run_dir):
+    """2.1a is the last stage that trains the speech encoder, and 3.2 freezes all but the speech decoders."""
+
+    def params(stage):
+        return load_params(run_dir / "stages" / stage / "checkpoints").params
+
+    recogniser, hearing, final = params("speech_encoder"), params("audio_sft"), params("speech_decoders")
+    jax.tree.map(np.testing.assert_array_equal, recogniser["audio"]["encoder"], final["audio"]["encoder"])
+    jax.tree.map(np.testing.assert_array_equal, recogniser["ctc_head"], final["ctc_head"])
+    for part in ("language", "vision", "projector", "audio", "state_head"):
+        jax.tree.map(np.testing.assert_array_equal, hearing[part], final[part])
 
 
 def test_finished_run_is_not_trained_again(run_dir):
@@ -45,7 +71,7 @@ def test_finished_run_is_not_trained_again(run_dir):
     output = command(
         "vita_jax.train", "--config=experiments/quickstart.py", "--config.size=smoke", f"--config.run_dir={run_dir}"
     )
-    assert output.count("already finished") == 5
+    assert output.count("already finished") == 10
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 
 
@@ -65,6 +91,9 @@ def test_evaluate_and_chat(run_dir):
     assert "typed" in command("vita_jax.evaluate", "--checkpoint", run_dir, "--limit", "2").lower()
     picture = next((run_dir / "data/benchmarks/quickstart/media").glob("*.png"))
     command("vita_jax.chat", "--checkpoint", run_dir, "--image", picture, "--text", "How many digits are there?")
+    speech = run_dir / "data/benchmarks/speech"
+    question, picture = next((speech / "media").glob("*.wav")), next((speech / "media").glob("*.png"))
+    command("vita_jax.chat", "--checkpoint", run_dir, "--image", picture, "--audio", question)
     output = command(
         "vita_jax.chat", "--checkpoint", run_dir, "--image", run_dir / "config.json", "--text", "?", status=2
     )

@@ -34,6 +34,7 @@ from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UserError
 from vita_jax.training.experiment import ExperimentConfig
 from vita_jax.training.objectives import OBJECTIVES
+from vita_jax.training.portable import is_portable, read_portable
 from vita_jax.training.stages import Stage
 
 FORMAT_VERSION = 1
@@ -300,15 +301,21 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def load_params(path: str | Path, shardings: Any = None) -> LoadedModel:
-    """Parameters and configuration of a run or checkpoint.
+    """Parameters and configuration of a run or checkpoint, or of an exported folder that needs no run.
 
     Args:
-      path: see `find_checkpoint`.
+      path: see `find_checkpoint`; or a folder as in `vita_jax.training.portable`, which is its own run directory.
       shardings: nested dict of shardings to restore into; None puts everything on the first device.
 
     Raises:
       UserError: nothing there, damaged, or of another format.
     """
+    if is_portable(path):
+        folder = Path(path).absolute()
+        model = read_portable(folder, shardings)
+        return LoadedModel(
+            model.params, model.config, model.stage, model.step, Path(path).absolute(), Path(path).absolute()
+        )
     folder = find_checkpoint(path).absolute()
     meta = read_meta(folder)
     try:

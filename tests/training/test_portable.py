@@ -111,7 +111,7 @@ def test_nothing_is_overwritten_or_left_half_done(run, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(portable, "write_tensors", full_disk)
-    with pytest.raises(UserError, match="No space left on device; nothing was left behind"):
+    with pytest.raises(UserError, match="could not be written: No space left on device"):
         write_portable(tmp_path / "new", model, run_dir)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["used"]
     with pytest.raises(UserError, match="no folder 'tokenizer'"):

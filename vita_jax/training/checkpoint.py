@@ -313,9 +313,7 @@ def load_params(path: str | Path, shardings: Any = None) -> LoadedModel:
     if is_portable(path):
         folder = Path(path).absolute()
         model = read_portable(folder, shardings)
-        return LoadedModel(
-            model.params, model.config, model.stage, model.step, Path(path).absolute(), Path(path).absolute()
-        )
+        return LoadedModel(model.params, model.config, model.stage, model.step, folder, folder)
     folder = find_checkpoint(path).absolute()
     meta = read_meta(folder)
     try:

@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
@@ -122,22 +122,39 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     Raises:
       UserError: there is something at `folder` already, or it cannot be written (a full disk, say).
     """
+    with new_run(folder) as partial:
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def new_run(folder: str | Path, keep: Callable[[Path], bool] = lambda partial: False) -> Iterator[Path]:
+    """As `new_folder`, but what was written so far stays if it is interrupted, as `<folder>.partial`.
+
+    Args:
+      folder: where the result goes.
+      keep: whether what an earlier attempt left at that path may be gone on with; else it is deleted.
+
+    Raises:
+      UserError: see `new_folder`.
+    """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already; choose a new folder, or delete it first")
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    if partial.exists() and not keep(partial):
+        shutil.rmtree(partial)
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
         yield partial
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"{folder} could not be written: {reason}; nothing was left behind") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{folder} could not be written: {error.strerror or error}") from error
 
 
 def as_dtype(

@@ -23,6 +23,7 @@ MODELS = (
     "speech_decoder",
     "codec",
 )
+ALLOWANCES = ("missing", "unexpected", "misshapen")
 DTYPES = ("float32", "float16", "bfloat16")
 DESCRIPTION = """\
 Carries weights between this package and PyTorch, bit for bit.
@@ -42,8 +43,8 @@ examples:
   python -m vita_jax.convert export --layout vita_jax --dtype bfloat16 --from runs/quickstart --to kept
   python -m vita_jax.chat --checkpoint kept --text "1 + 2?"
 
-Any action of `--from DIR` that was interrupted while it imported goes on when it is given again. `.bin` and `.pt` files
-need torch (pip install 'vita_jax[convert]'), safetensors do not.
+An import that was interrupted goes on when the same command is given again. `.bin` and `.pt` files need torch
+(pip install 'vita_jax[convert]'), safetensors files do not.
 """
 
 
@@ -62,7 +63,7 @@ def make_parser() -> ArgumentParser:
         "--allow",
         nargs="+",
         default=[],
-        choices=("missing", "unexpected", "misshapen"),
+        choices=ALLOWANCES,
         help="leave out what tensors are missing for or have another shape; pass over tensors that nothing uses",
     )
     add.add_argument("--dry-run", action="store_true", help="check everything, write nothing")

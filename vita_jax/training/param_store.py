@@ -139,7 +139,7 @@ def open_params(folder: Path) -> dict[str, Any]:
         content = json.loads((folder / METADATA).read_text(encoding="utf-8"))
         paths = ["/".join(entry["key"] for entry in leaf["key_metadata"]) for leaf in content["tree_metadata"].values()]
         driver = "zarr3" if content.get("use_zarr3") else "zarr"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} holds no parameters that can be read: {error!r}") from None
     cache: dict[Any, np.ndarray] = {}
     leaves = []

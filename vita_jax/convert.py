@@ -23,6 +23,7 @@ MODELS = (
     "speech_decoder",
     "codec",
 )
+LORA = "lora"
 ALLOWANCES = ("missing", "unexpected", "misshapen")
 DTYPES = ("float32", "float16", "bfloat16")
 DESCRIPTION = """\
@@ -42,6 +43,8 @@ examples:
   python -m vita_jax.convert export --from runs/quickstart --to quickstart_torch
   python -m vita_jax.convert export --layout vita_jax --dtype bfloat16 --from runs/quickstart --to kept
   python -m vita_jax.chat --checkpoint kept --text "1 + 2?"
+  python -m vita_jax.convert import --model lora --base runs/vita_1_5 --from adapters --to runs/adapted
+  python -m vita_jax.convert export --layout peft --from runs/adapted --to adapters
 
 An import that was interrupted goes on when the same command is given again. `.bin` and `.pt` files need torch
 (pip install 'vita_jax[convert]'), safetensors files do not.
@@ -54,7 +57,7 @@ def make_parser() -> ArgumentParser:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     add = actions.add_parser("import", description="A public folder -> a run with one checkpoint.", epilog=EXAMPLES)
-    add.add_argument("--model", metavar="NAME", choices=MODELS, required=True, help=", ".join(MODELS))
+    add.add_argument("--model", metavar="NAME", choices=(*MODELS, LORA), required=True, help=", ".join((*MODELS, LORA)))
     add.add_argument("--from", dest="source", metavar="DIR", required=True, help="the public folder, or its one file")
     add.add_argument("--to", dest="target", metavar="DIR", required=True, help="the run: a new folder")
     add.add_argument("--dtype", choices=DTYPES, help="of the parameters; default: as they are")
@@ -66,6 +69,8 @@ def make_parser() -> ArgumentParser:
         choices=ALLOWANCES,
         help="leave out what tensors are missing for or have another shape; pass over tensors that nothing uses",
     )
+    add.add_argument("--base", metavar="CHECKPOINT", help="with --model lora: what the adapters are for")
+    add.add_argument("--keep-adapters", action="store_true", help="with --model lora: beside the weights, not merged")
     add.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
     add.set_defaults(run=import_folder)
 
@@ -74,9 +79,10 @@ def make_parser() -> ArgumentParser:
     out.add_argument("--to", dest="target", metavar="DIR", required=True, help="a new folder")
     out.add_argument(
         "--layout",
-        choices=("pytorch", "vita_jax"),
+        choices=("pytorch", "vita_jax", "peft"),
         default="pytorch",
-        help="pytorch: names, config and tokenizer of public checkpoints; vita_jax: for this package, without the run",
+        help="pytorch: names, config and tokenizer of public checkpoints; vita_jax: for this package, without the run; "
+        "peft: the adapters alone",
     )
     out.add_argument("--dtype", choices=DTYPES, help="default: as they are; with --layout vita_jax of matrices only")
     out.add_argument("--shard-gb", type=float, default=1.0, metavar="N", help="largest file of weights; default 1")
@@ -96,8 +102,30 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
+def import_adapters(arguments: argparse.Namespace) -> int:
+    """`import --model lora`."""
+    from vita_jax.exchange.adapters import import_lora, read_adapters
+    from vita_jax.exchange.exporting import open_checkpoint
+
+    if arguments.base is None:
+        raise UserError("--model lora needs --base, the checkpoint that the adapters are for")
+    base = open_checkpoint(arguments.base)
+    if arguments.dry_run:
+        read_adapters(base, arguments.source)
+        print("the adapters fit")
+        return 0
+    for warning in import_lora(base, arguments.source, arguments.target, merged=not arguments.keep_adapters):
+        print(f"warning: {warning}")
+    print(f"written: {arguments.target}")
+    return 0
+
+
 def import_folder(arguments: argparse.Namespace) -> int:
     """`import`."""
+    if arguments.model == LORA:
+        return import_adapters(arguments)
+    if arguments.base is not None or arguments.keep_adapters:
+        raise UserError("--base and --keep-adapters belong to --model lora")
     # Imported here, as below, so that --help and a mistyped argument answer at once.
     from vita_jax.data.templates import SystemTexts
     from vita_jax.exchange.importing import PLAIN_TEXTS, fitting_table, import_released
@@ -143,7 +171,11 @@ def export_checkpoint(arguments: argparse.Namespace) -> int:
 
         print("\n".join(format_rows(stored_rows(exporting.open_checkpoint(arguments.source)))))
         return 0
-    if arguments.layout == "vita_jax":
+    if arguments.layout == "peft":
+        from vita_jax.exchange.adapters import export_lora
+
+        files = export_lora(exporting.open_checkpoint(arguments.source, merge_adapters=False), arguments.target)
+    elif arguments.layout == "vita_jax":
         loaded = load_params(arguments.source)
         model = PortableModel(loaded.params, loaded.config, loaded.stage, loaded.step)
         files = write_portable(arguments.target, model, loaded.run_dir, arguments.dtype)

@@ -70,8 +70,13 @@ class Stored:
     run_dir: Path
 
 
-def open_checkpoint(path: str | Path) -> Stored:
-    """Opens a run, a checkpoint or a folder that needs no run; adapters (LoRA) are merged into what they adapt.
+def open_checkpoint(path: str | Path, *, merge_adapters: bool = True) -> Stored:
+    """Opens a run, a checkpoint or a folder that needs no run.
+
+    Args:
+      path: of either.
+      merge_adapters: adds adapters (LoRA) to what they adapt, for which the model has to be read into memory; else they
+        stay leaves of their own.
 
     Raises:
       UserError: see `vita_jax.training.checkpoint.load_params`.
@@ -85,7 +90,7 @@ def open_checkpoint(path: str | Path) -> Stored:
     extra = OBJECTIVES[config.stage(meta["stage"]).objective].extra_names
     params = {name: tree for name, tree in open_params(folder / "params").items() if name not in extra}
     base, adapters = detach(params)
-    if adapters:
+    if adapters and merge_adapters:
         params = merge(_read_all(base), _read_all(adapters))
     return Stored(params, config, meta["stage"], meta["step"], folder.parents[3])
 

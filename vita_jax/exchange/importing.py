@@ -27,6 +27,7 @@ from vita_jax.errors import UserError
 from vita_jax.exchange.released import CONFIG as RELEASED_CONFIG
 from vita_jax.exchange.released import MODEL_JSON, TRAIN, Released, find_file, read_json
 from vita_jax.exchange.tokenizers import TOKENIZER_FILES, make_tokenizer
+from vita_jax.models.vita import VitaConfig
 from vita_jax.training.checkpoint import CONFIG, checkpoint_folder, snapshot_meta, write_manifest
 from vita_jax.training.experiment import DataConfig, DTypePolicy, ExperimentConfig, TokenizerConfig
 from vita_jax.training.param_store import ParamWriter
@@ -93,17 +94,6 @@ def experiment_of(
       template: of the conversations; default the one of the model.
     """
     model = released.config
-    past = Stage(
-        STAGE,
-        f"imported {released.model}",
-        trainable=(".",),
-        sources=(SourceConfig("none"),),
-        steps=STEP,
-        learning_rate=0.0,
-        batch_size=1,
-        row_length=model.language.max_positions,
-        row_tiles=0,
-    )
     return ExperimentConfig(
         name=released.model,
         size="full",
@@ -114,10 +104,35 @@ def experiment_of(
         template=template or ("mixtral_two" if model.language.num_experts else "qwen2p5_instruct"),
         system_texts=system_texts,
         data=DataConfig(),
-        stages=(past,),
+        stages=(past_stage(f"imported {released.model}", model),),
         audio=AudioConfig(),
         dtypes=DTypePolicy(compute_dtype="bfloat16" if half else "float32"),
     )
+
+
+def past_stage(title: str, model: VitaConfig) -> Stage:
+    """A finished stage that stands for whatever the weights went through elsewhere."""
+    return Stage(
+        STAGE,
+        title,
+        trainable=(".",),
+        sources=(SourceConfig("none"),),
+        steps=STEP,
+        learning_rate=0.0,
+        batch_size=1,
+        row_length=model.language.max_positions,
+        row_tiles=0,
+    )
+
+
+def seal(partial: Path, config: ExperimentConfig) -> None:
+    """Makes a run of a folder whose parameters are written: the rest of its checkpoint, and at last its manifest."""
+    folder = checkpoint_folder(partial, STAGE) / str(STEP)
+    meta = snapshot_meta(config, config.stages[0], STEP, [0, 0], None, 0.0)
+    (folder / "meta").mkdir(exist_ok=True)
+    (folder / "meta" / "metadata").write_text(json.dumps(meta), encoding="utf-8")
+    config_lib.save_json(config, partial / CONFIG)
+    write_manifest(folder)
 
 
 def import_released(
@@ -156,12 +171,8 @@ def import_released(
         warnings += _write_params(released, table, folder / "params", partial, fingerprint, dtype, progress)
         stored = dtype or released.tensors.info(table.rules[0].names[0]).dtype
         config = experiment_of(released, run_dir, system_texts=system_texts, half=stored in ("float16", "bfloat16"))
-        meta = snapshot_meta(config, config.stages[0], STEP, [0, 0], None, 0.0)
-        (folder / "meta").mkdir(exist_ok=True)
-        (folder / "meta" / "metadata").write_text(json.dumps(meta), encoding="utf-8")
-        config_lib.save_json(config, partial / CONFIG)
+        seal(partial, config)
         (partial / JOURNAL).unlink()
-        write_manifest(folder)
     return warnings
 
 

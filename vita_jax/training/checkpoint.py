@@ -34,7 +34,7 @@ from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UserError
 from vita_jax.training.experiment import ExperimentConfig
 from vita_jax.training.objectives import OBJECTIVES
-from vita_jax.training.portable import is_portable, read_portable
+from vita_jax.training.portable import check_new_folder, is_portable, read_portable
 from vita_jax.training.stages import Stage
 
 FORMAT_VERSION = 1
@@ -366,13 +366,6 @@ def save_model(
     with StageCheckpoints(folder, keep=1) as checkpoints:
         checkpoints.save(step, params, None, meta)
     return folder / str(step)
-
-
-def check_new_folder(folder: str | Path) -> None:
-    """Raises UserError unless `folder` can be made or is empty."""
-    path = Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} is there already and not empty; give a new folder")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

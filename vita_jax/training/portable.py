@@ -142,8 +142,7 @@ def new_run(folder: str | Path, keep: Callable[[Path], bool] = lambda partial: F
       UserError: see `new_folder`.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already; choose a new folder, or delete it first")
+    check_new_folder(folder)
     partial = folder.with_name(folder.name + ".partial")
     if partial.exists() and not keep(partial):
         shutil.rmtree(partial)
@@ -155,6 +154,13 @@ def new_run(folder: str | Path, keep: Callable[[Path], bool] = lambda partial: F
         partial.rename(folder)
     except OSError as error:
         raise UserError(f"{folder} could not be written: {error.strerror or error}") from error
+
+
+def check_new_folder(folder: str | Path) -> None:
+    """Raises UserError unless `folder` can be made or is empty."""
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} is there already and not empty; give a new folder")
 
 
 def as_dtype(

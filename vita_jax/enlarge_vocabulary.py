@@ -60,7 +60,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     """Raises UserError for what can be told wrong before anything is read."""
     from vita_jax.data.vocabulary import script_of
     from vita_jax.models.language.vocabulary import INITIALISATIONS, padded_rows
-    from vita_jax.training.checkpoint import check_new_folder
+    from vita_jax.training.portable import check_new_folder
 
     if arguments.pieces is None and arguments.texts:
         raise UserError("--texts needs --pieces N: how many new pieces to learn")

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -49,9 +49,9 @@ class Rule:
     experts: int | None = None
 
     def __post_init__(self) -> None:
-        for field, mark in (("layers", LAYER), ("experts", EXPERT)):
-            if (mark in self.torch) != (getattr(self, field) is not None):
-                raise ValueError(f"rule {self.torch!r}: `{field}` goes together with {mark} in the name")
+        for axis, mark in (("layers", LAYER), ("experts", EXPERT)):
+            if (mark in self.torch) != (getattr(self, axis) is not None):
+                raise ValueError(f"rule {self.torch!r}: `{axis}` goes together with {mark} in the name")
         sizes = {math.prod(s) for s in (self.torch_shape, self.split, self.shape) if s is not None}
         if len(sizes) != 1:
             shapes = f"{self.torch_shape}, {self.split}, {self.shape}"
@@ -187,8 +187,56 @@ def copy(
     return Rule(torch, path, torch_shape, shape=shape, layers=layers, experts=experts)
 
 
-def iter_import(table: Table, tensors: Mapping[str, np.ndarray], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (path, parameter), fetching one tensor at a time; stacked ones have leading axes (l ...) or (l e ...).
+@dataclass(frozen=True)
+class Mismatch:
+    """How the tensors of a checkpoint and a table disagree; names with their prefix, sorted.
+
+    Attributes:
+      missing: names that the table needs.
+      unused: names that no rule uses and that are not ignored.
+      misshapen: name -> (shape found, shape expected).
+    """
+
+    missing: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    misshapen: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+
+    def raise_any(self) -> None:
+        """Raises `UserError` with everything that does not fit, if anything does not."""
+        shapes = [f"{name} {found} instead of {expected}" for name, (found, expected) in self.misshapen.items()]
+        _raise_unmatched(self.missing, self.unused, "tensors", shapes)
+
+
+def compare(table: Table, shapes: Mapping[str, tuple[int, ...]], prefix: str = "") -> Mismatch:
+    """Holds a table against names and shapes, without any tensor being read.
+
+    Args:
+      table: the rules.
+      shapes: torch name -> shape; only names that start with `prefix` are looked at.
+      prefix: stands before every torch name of the table.
+    """
+    expected = {prefix + name: rule.torch_shape for rule in table.rules for name in rule.names}
+    return Mismatch(
+        missing=tuple(sorted(expected.keys() - shapes.keys())),
+        unused=_unused(table, shapes, expected, prefix),
+        misshapen={
+            name: (tuple(shapes[name]), shape)
+            for name, shape in sorted(expected.items())
+            if name in shapes and tuple(shapes[name]) != shape
+        },
+    )
+
+
+def _unused(table: Table, names: Iterable[str], expected: Container[str], prefix: str) -> tuple[str, ...]:
+    ignored = re.compile("|".join(f"(?:{pattern})" for pattern in table.ignore) or r"(?!)")
+    own = (name for name in names if name.startswith(prefix) and name not in expected)
+    return tuple(sorted(name for name in own if not ignored.fullmatch(name[len(prefix) :])))
+
+
+def iter_parts(
+    table: Table, tensors: Mapping[str, np.ndarray], prefix: str = ""
+) -> Iterator[tuple[Rule, tuple[int, ...], np.ndarray]]:
+    """Yields (rule, place in the stack, parameter without the stacked axes), fetching one tensor at a time.
 
     Args:
       table: the rules.
@@ -199,29 +247,33 @@ def iter_import(table: Table, tensors: Mapping[str, np.ndarray], prefix: str = "
       UserError: names that the table needs and `tensors` lacks, names that no rule uses, or a tensor of another shape.
     """
     expected = {prefix + name for name in table.torch_names}
-    missing = sorted(expected - set(tensors))
-    ignored = re.compile("|".join(f"(?:{pattern})" for pattern in table.ignore) or r"(?!)")
-    unused = sorted(
-        name
-        for name in tensors
-        if name.startswith(prefix) and name not in expected and not ignored.fullmatch(name[len(prefix) :])
-    )
-    _raise_unmatched(missing, unused, "tensors")
+    _raise_unmatched(sorted(expected - set(tensors)), _unused(table, tensors, expected, prefix), "tensors")
     for rule in table.rules:
-        names = [prefix + name for name in rule.names]
+        for index, name in zip(np.ndindex(rule.stack), rule.names, strict=True):
+            yield rule, index, rule.to_param(prefix + name, tensors[prefix + name])
+
+
+def iter_import(table: Table, tensors: Mapping[str, np.ndarray], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (path, parameter); stacked ones have leading axes (l ...) or (l e ...). See `iter_parts`.
+
+    Raises:
+      UserError: as `iter_parts`, or layers of different dtypes.
+    """
+    stacked: np.ndarray | None = None
+    last = {rule.path: rule.names[-1] for rule in table.rules}
+    for rule, index, part in iter_parts(table, tensors, prefix):
         if not rule.stack:
-            yield rule.path, np.ascontiguousarray(rule.to_param(names[0], tensors[names[0]]))
+            yield rule.path, np.ascontiguousarray(part)
             continue
-        stacked: np.ndarray | None = None
-        for index, name in zip(np.ndindex(rule.stack), names, strict=True):
-            tensor = tensors[name]
-            if stacked is None:
-                stacked = np.empty((*rule.stack, *rule.param_shape), tensor.dtype)
-            if tensor.dtype != stacked.dtype:
-                raise UserError(f"tensor {name}: dtype {tensor.dtype}, but layer 0 has {stacked.dtype}")
-            stacked[index] = rule.to_param(name, tensor)
-        if stacked is not None:
+        name = rule.names[int(np.ravel_multi_index(index, rule.stack))]
+        if stacked is None:
+            stacked = np.empty((*rule.stack, *rule.param_shape), part.dtype)
+        if part.dtype != stacked.dtype:
+            raise UserError(f"tensor {prefix}{name}: dtype {part.dtype}, but layer 0 has {stacked.dtype}")
+        stacked[index] = part
+        if name == last[rule.path]:
             yield rule.path, stacked
+            stacked = None
 
 
 def import_params(table: Table, tensors: Mapping[str, np.ndarray], prefix: str = "") -> dict[str, Any]:
@@ -280,11 +332,15 @@ def unflatten(leaves: Iterator[tuple[str, Any]]) -> dict[str, Any]:
     return tree
 
 
-def _raise_unmatched(missing: list[str], unused: list[str], what: str) -> None:
+def _raise_unmatched(missing: Sequence[str], unused: Sequence[str], what: str, misshapen: Sequence[str] = ()) -> None:
     problems = [
         f"{len(names)} {what} {verb}: {', '.join(names[:MAX_NAMES_IN_MESSAGE])}"
         + (", ..." if len(names) > MAX_NAMES_IN_MESSAGE else "")
-        for names, verb in ((missing, "missing"), (unused, "that nothing uses"))
+        for names, verb in (
+            (missing, "missing"),
+            (unused, "that nothing uses"),
+            (misshapen, "of another shape"),
+        )
         if names
     ]
     if problems:

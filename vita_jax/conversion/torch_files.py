@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,49 @@ from vita_jax.errors import UserError
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 5 * 10**9
+
+
+# How the header of a safetensors file spells the types of the arrays they are read as.
+DTYPE_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape, dtype by name, and file of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+
+
+class TensorSource(Protocol):
+    """Files of tensors as a mapping from torch name to array, that also tells shapes without reading tensors."""
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Reads one tensor."""
+
+    def __iter__(self) -> Iterator[str]:
+        """Names."""
+
+    def __len__(self) -> int:
+        """Number of tensors."""
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a tensor of that name."""
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape, dtype and file of one tensor."""
 
 
 class TensorFiles(Mapping[str, np.ndarray]):
@@ -79,6 +123,12 @@ class TensorFiles(Mapping[str, np.ndarray]):
     def __contains__(self, name: object) -> bool:
         return name in self._location
 
+    def info(self, name: str) -> TensorInfo:
+        """What the header says about a tensor, which is not read."""
+        file = self._location[name]
+        header = self._files[file].get_slice(name)
+        return TensorInfo(tuple(header.get_shape()), DTYPE_NAMES.get(header.get_dtype(), header.get_dtype()), file)
+
 
 def _open_safetensors(file: Path) -> Any:
     try:
@@ -106,7 +156,8 @@ def write_tensors(
       The files written; more than one come with an index.
 
     Raises:
-      UserError: the folder already holds a checkpoint, a name comes twice, or there is no tensor at all.
+      UserError: the folder already holds a checkpoint, the disk is full, a name comes twice, or there is no tensor at
+        all.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +171,10 @@ def write_tensors(
         seen = next((name for name in shard for names in shards if name in names), None)
         if seen is not None:
             raise UserError(f"tensor {seen!r} was given twice")
-        save_file(shard, _temporary(folder, len(shards)), metadata=header)
+        try:
+            save_file(shard, _temporary(folder, len(shards)), metadata=header)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{folder}: a file of weights cannot be written: {error}") from error
         shards.append(list(shard))
         total_bytes += sum(array.nbytes for array in shard.values())
     if not shards:

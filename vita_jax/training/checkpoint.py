@@ -34,6 +34,7 @@ from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UserError
 from vita_jax.training.experiment import ExperimentConfig
 from vita_jax.training.objectives import OBJECTIVES
+from vita_jax.training.portable import check_new_folder, is_portable, read_portable
 from vita_jax.training.stages import Stage
 
 FORMAT_VERSION = 1
@@ -300,15 +301,19 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def load_params(path: str | Path, shardings: Any = None) -> LoadedModel:
-    """Parameters and configuration of a run or checkpoint.
+    """Parameters and configuration of a run or checkpoint, or of an exported folder that needs no run.
 
     Args:
-      path: see `find_checkpoint`.
+      path: see `find_checkpoint`; or a folder as in `vita_jax.training.portable`, which is its own run directory.
       shardings: nested dict of shardings to restore into; None puts everything on the first device.
 
     Raises:
       UserError: nothing there, damaged, or of another format.
     """
+    if is_portable(path):
+        folder = Path(path).absolute()
+        model = read_portable(folder, shardings)
+        return LoadedModel(model.params, model.config, model.stage, model.step, folder, folder)
     folder = find_checkpoint(path).absolute()
     meta = read_meta(folder)
     try:
@@ -361,13 +366,6 @@ def save_model(
     with StageCheckpoints(folder, keep=1) as checkpoints:
         checkpoints.save(step, params, None, meta)
     return folder / str(step)
-
-
-def check_new_folder(folder: str | Path) -> None:
-    """Raises UserError unless `folder` can be made or is empty."""
-    path = Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} is there already and not empty; give a new folder")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

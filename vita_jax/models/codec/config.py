@@ -230,3 +230,28 @@ def config_from_published(values: Mapping[str, Any], *, weight_norm: bool = True
         weight_norm=values.get("weight_norm", weight_norm),
         sampling_rate=values.get("sampling_rate", 24000),
     )
+
+
+def config_to_published(config: CodecConfig) -> dict[str, Any]:
+    """The fields of a codec's JSON, as `config_from_published` reads them."""
+    return {
+        "resblock": config.resblock,
+        "upsample_rates": list(config.upsample_rates),
+        "upsample_kernel_sizes": list(config.upsample_kernel_sizes),
+        "upsample_initial_channel": config.upsample_initial_channel,
+        "resblock_kernel_sizes": list(config.resblock_kernel_sizes),
+        "resblock_dilation_sizes": [list(dilations) for dilations in config.resblock_dilation_sizes],
+        "latent_dim": config.latent_dim,
+        "base_channels": config.base_channels,
+        "global_dim": config.global_dim,
+        "global_feature_conv": list(config.global_feature_conv),
+        "group_norm_channels_per_group": config.group_norm_channels,
+        "n_code_groups": config.num_code_groups,
+        "residul_layer": config.num_residual_layers,
+        "n_codes": config.num_codes,
+        "global_code_num": config.num_global_codes,
+        "codebook_loss_lambda": config.codebook_weight,
+        "commitment_loss_lambda": config.commitment_weight,
+        "weight_norm": config.weight_norm,
+        "sampling_rate": config.sampling_rate,
+    }

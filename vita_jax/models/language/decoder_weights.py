@@ -141,3 +141,40 @@ def config_from_hf(values: Mapping[str, Any]) -> DecoderConfig:
         max_positions=v["max_position_embeddings"],
         **experts,
     )
+
+
+def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The fields of a public `config.json`, as `config_from_hf` reads them.
+
+    Raises:
+      UnsupportedOption: neither a Qwen2 (biases, dense) nor a Mixtral (no biases, experts).
+    """
+    sparse = config.num_experts > 0
+    if config.qkv_bias == sparse:
+        raise UnsupportedOption(
+            f"decoder: qkv_bias={config.qkv_bias} with num_experts={config.num_experts} is neither Qwen2 nor Mixtral"
+        )
+    fields = {
+        "architectures": ["MixtralForCausalLM" if sparse else "Qwen2ForCausalLM"],
+        "model_type": "mixtral" if sparse else "qwen2",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "intermediate_size": config.intermediate_size,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_positions,
+        **(MIXTRAL_FIXED if sparse else QWEN2_FIXED),
+    }
+    if config.head_dim != config.hidden_size // config.num_heads:
+        fields["head_dim"] = config.head_dim
+    if sparse:
+        fields |= {
+            "num_local_experts": config.num_experts,
+            "num_experts_per_tok": config.experts_per_token,
+            "router_aux_loss_coef": config.router_aux_loss_coef or MIXTRAL_DEFAULTS["router_aux_loss_coef"],
+            "output_router_logits": config.router_aux_loss_coef > 0,
+        }
+    return fields

@@ -162,6 +162,23 @@ def config_from_published(values: Sequence[Any]) -> SpeechDecoderConfig:
     )
 
 
+def config_to_published(config: SpeechDecoderConfig) -> list[Any]:
+    """The content of a `decoder/model.json`, as `config_from_published` reads it."""
+    args = {
+        "idim": config.hidden_size,
+        "odim": config.num_codes,
+        "transformer_attention_dim": config.hidden_size,
+        "transformer_linear_units": config.intermediate_size,
+        "transformer_num_blocks": config.num_layers,
+        "transformer_attention_heads": config.num_heads,
+        "transformer_dropout_rate": 0.0,
+        "encoder_output_dim": config.hidden_size,
+        "encoder_criterion": "ce",
+        "kv_cache_prefix_finetune": int(config.prefix),
+    }
+    return [config.hidden_size, config.num_codes, args]
+
+
 def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], num_heads: int) -> SpeechDecoderConfig:
     """The configuration that a state dict's shapes imply; only the number of heads leaves no trace in them.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vita_jax.conversion import tables
+from vita_jax.errors import UserError
 from vita_jax.models.vision.internvit import InternViTConfig
 
 # Where a VITA checkpoint keeps the tower.
@@ -34,6 +35,65 @@ def config_from_hf(values: Mapping[str, Any]) -> InternViTConfig:
         num_channels=values.get("num_channels", 3),
         hidden_act=values.get("hidden_act", "gelu"),
     )
+
+
+# Channels -> heads of the published towers: all that shapes do not tell.
+PUBLISHED_HEADS = {1024: 16, 3200: 25}
+
+
+def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> InternViTConfig:
+    """The configuration that shapes imply; the number of heads only for widths of published towers.
+
+    Args:
+      shapes: torch name, relative to `VITA_PREFIX`, -> shape.
+
+    Raises:
+      UserError: a tensor that tells a size is missing, or another width.
+    """
+    layer = "encoder.layers.0"
+    try:
+        width, channels, patch, _ = shapes["embeddings.patch_embedding.weight"]
+        side = round((shapes["embeddings.position_embedding"][1] - 1) ** 0.5)
+        intermediate = shapes[f"{layer}.mlp.fc1.weight"][0]
+    except KeyError as error:
+        raise UserError(f"the weights of the vision tower lack {error}") from None
+    if width not in PUBLISHED_HEADS:
+        raise UserError(
+            f"a vision tower of width {width} is none of the published ones; describe it in the config's vision_config"
+        )
+    return InternViTConfig(
+        hidden_size=width,
+        num_layers=len({name.split(".")[2] for name in shapes if name.startswith("encoder.layers.")}),
+        num_heads=PUBLISHED_HEADS[width],
+        intermediate_size=intermediate,
+        image_size=side * patch,
+        patch_size=patch,
+        norm_type="layer_norm" if f"{layer}.norm1.bias" in shapes else "rms_norm",
+        qkv_bias=f"{layer}.attn.qkv.bias" in shapes,
+        qk_normalization=f"{layer}.attn.q_norm.weight" in shapes,
+        num_channels=channels,
+    )
+
+
+def config_to_hf(config: InternViTConfig) -> dict[str, Any]:
+    """The fields of a public `config.json`, as `config_from_hf` reads them."""
+    return {
+        "model_type": "intern_vit_6b",
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.intermediate_size,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "norm_type": config.norm_type,
+        "layer_norm_eps": config.layer_norm_eps,
+        "qkv_bias": config.qkv_bias,
+        "qk_normalization": config.qk_normalization,
+        "initializer_factor": config.layer_scale_init,
+        "drop_path_rate": config.drop_path_rate,
+        "num_channels": config.num_channels,
+        "hidden_act": config.hidden_act,
+    }
 
 
 def weight_table(config: InternViTConfig) -> tables.Table:

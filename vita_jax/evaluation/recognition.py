@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from vita_jax.data.ctc_vocabulary import CtcVocabulary, load_ctc_vocabulary, normalise_transcript
-from vita_jax.data.speech_pairs import SpokenText, read_wave
 from vita_jax.errors import UserError
 from vita_jax.evaluation.scoring import edit_distance
 from vita_jax.models.vita import Vita, VitaConfig
@@ -160,12 +159,3 @@ def load_recogniser(config: ExperimentConfig, params: Mapping[str, Any]) -> Reco
 def _is_finished(folder: Path) -> bool:
     steps = complete_steps(folder)
     return bool(steps) and bool(read_meta(folder / str(steps[-1]))["finished"])
-
-
-def evaluate_recognition(
-    model: Vita, params: Mapping[str, Any], vocabulary: CtcVocabulary, clips: Sequence[SpokenText]
-) -> ErrorCounts:
-    """Error counts over transcribed clips, with the encoder as the model's config has it (see `chunked`)."""
-    waves = [read_wave(clip.audio, RELEASED.sample_rate) for clip in clips]
-    heard = transcribe(model, params, vocabulary, waves)
-    return sum((count_errors(h, clip.text) for h, clip in zip(heard, clips, strict=True)), ErrorCounts())

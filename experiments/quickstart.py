@@ -66,8 +66,8 @@ from vita_jax.training.experiment import (
 from vita_jax.training.optimizer import OptimizerConfig
 from vita_jax.training.stages import Stage
 
-# Rows of the recogniser's head; the speech of the quickstart has fewer characters.
-CTC_ROWS = 512
+# Rows of the recogniser's head; the speech of the quickstart has fewer characters and frequent words.
+CTC_ROWS = 768
 
 TEXT = SourceConfig("text")
 QUESTIONS = SourceConfig("questions")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vita_jax.data.ctc_vocabulary import (
+    WORD_COUNT,
     CtcVocabulary,
     build_ctc_vocabulary,
     load_ctc_vocabulary,
@@ -22,7 +23,6 @@ from vita_jax.errors import UserError
 from vita_jax.ops.filter_bank import log_mel
 
 VOCABULARY = build_ctc_vocabulary(["abc", "你好 a"], size=16)
-WITH_GAP = build_ctc_vocabulary(["ab c", "你好"], size=16)
 SHAPE = RecognitionShape(frames=60)
 
 
@@ -53,24 +53,36 @@ def test_transcripts_are_compared_without_case_and_punctuation(text, expected):
 
 
 def test_vocabulary_goes_both_ways_and_through_a_file(tmp_path):
-    assert len(VOCABULARY) == 1 + len("abc你好 ") - 1  # the space between Chinese and Latin is dropped
+    assert len(VOCABULARY) == 1 + len("abc你好 ")
     ids = VOCABULARY.encode("CAB 你好!")
     assert min(ids) > 0
     assert VOCABULARY.decode([0, *ids, 99]) == "cab你好"
+    assert VOCABULARY.decode(VOCABULARY.encode("ab 你 c")) == "ab你 c"
     VOCABULARY.save(tmp_path / "v.json")
     assert load_ctc_vocabulary(tmp_path / "v.json") == VOCABULARY
+
+
+def test_frequent_words_are_units_and_others_are_spelt():
+    texts = ["the cat 看 the dog"] * WORD_COUNT + ["a cat"]
+    vocabulary = build_ctc_vocabulary(texts, size=40)
+    assert [unit for unit in vocabulary.units if len(unit) > 1] == [" cat", " dog", " the"]
+    ids = vocabulary.encode("The dog, a cat 看")
+    assert [vocabulary.units[i - 1] for i in ids] == [" the", " dog", " ", "a", " cat", "看"]
+    assert vocabulary.decode(ids) == "the dog a cat看"
+    # " the" is the most frequent; there is no room for the others.
+    assert [u for u in build_ctc_vocabulary(texts, size=12).units if len(u) > 1] == [" the"]
 
 
 def test_vocabulary_errors(tmp_path):
     with pytest.raises(UserError, match="'xy'"):
         VOCABULARY.encode("abxy")
-    with pytest.raises(UserError, match="at least 4"):
+    with pytest.raises(UserError, match="at least 5"):
         build_ctc_vocabulary(["abc"], size=3)
     with pytest.raises(UserError, match="no characters"):
         build_ctc_vocabulary(["?!"], size=3)
     with pytest.raises(UserError, match="missing.json"):
         load_ctc_vocabulary(tmp_path / "missing.json")
-    for content in ('{"a": 1}', '["ab"]', '["a", "a"]', '"ab"'):
+    for content in ('{"a": 1}', '["a", 3]', '["a", "a"]', '[""]', '"ab"'):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(UserError, match="bad.json"):
             load_ctc_vocabulary(tmp_path / "bad.json")
@@ -78,11 +90,11 @@ def test_vocabulary_errors(tmp_path):
 
 def test_an_element_holds_features_and_characters(tmp_path):
     samples = write(tmp_path / "a.wav", 0.4)
-    element = recognition_element(SpokenText("line 1", tmp_path / "a.wav", "abc"), SHAPE, WITH_GAP)
+    element = recognition_element(SpokenText("line 1", tmp_path / "a.wav", "abc"), SHAPE, VOCABULARY)
     np.testing.assert_array_equal(element["features"], log_mel(samples))  # 25 ms windows every 10 ms: 38 frames
-    assert WITH_GAP.decode(element["targets"].tolist()) == "abc "
-    chinese = recognition_element(SpokenText("line 2", tmp_path / "a.wav", "a你好"), SHAPE, WITH_GAP)
-    assert WITH_GAP.decode(chinese["targets"].tolist()) == "a你好"
+    assert VOCABULARY.decode(element["targets"].tolist()) == "abc"
+    chinese = recognition_element(SpokenText("line 2", tmp_path / "a.wav", "a你好"), SHAPE, VOCABULARY)
+    assert VOCABULARY.decode(chinese["targets"].tolist()) == "a你好"
 
 
 def test_a_row_joins_clips_and_spreads_their_characters():
@@ -125,7 +137,7 @@ def test_batches_leave_out_bad_clips_and_resume(tmp_path):
         write(tmp_path / f"{number}.wav", 0.3 + 0.02 * number)
         rows.append({"audio": f"{number}.wav", "text": "ab c" if number != 5 else "ab x"})
     (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert CtcVocabulary(("a", "b", "c")).encode("abc") == [1, 2, 3]
+    assert CtcVocabulary((" ", "a", "b", "c")).encode("abc") == [1, 2, 3, 4]
     vocabulary = build_ctc_vocabulary(["a b c"], 8)
 
     def loader():

@@ -13,7 +13,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from vita_jax.data.ctc_vocabulary import CtcVocabulary, is_chinese
+from vita_jax.data.ctc_vocabulary import CtcVocabulary
 from vita_jax.data.loader import Loader, SourceConfig
 from vita_jax.data.records import RecordError
 from vita_jax.data.speech_pairs import Arrays, SpokenText, make_element_loader, read_wave
@@ -37,7 +37,7 @@ class RecognitionShape:
 
     @property
     def targets(self) -> int:
-        """Characters per row: no more than encoder frames could be recognised."""
+        """Units per row: no more than encoder frames could be recognised."""
         return int(encoder_length(self.frames))
 
 
@@ -60,14 +60,11 @@ def recognition_element(pair: SpokenText, shape: RecognitionShape, vocabulary: C
         raise RecordError(pair.place, "audio", f"has {len(samples)} samples, too few for the encoder", "too short")
     if frames > shape.frames:
         raise RecordError(pair.place, "audio", f"has {frames} frames of 10 ms, more than {shape.frames}", "too long")
-    # One frame for each character, and a blank between equal neighbours.
+    # One frame for each unit, and a blank between equal neighbours.
     needed = len(ids) + sum(a == b for a, b in zip(ids, ids[1:], strict=False))
     if needed > heard:
-        reason = f"has {len(ids)} characters, which need {needed} encoder frames, but its sound has {heard}"
+        reason = f"has {len(ids)} units, which need {needed} encoder frames, but its sound has {heard}"
         raise RecordError(pair.place, "text", reason, "infeasible")
-    # A word ends with the gap to the next, so that joined clips keep their words apart.
-    if vocabulary.gap is not None and not is_chinese(vocabulary.decode(ids[-1:])) and needed < heard:
-        ids.append(vocabulary.gap)
     return {"features": log_mel(samples), "targets": np.asarray(ids, np.int32)}
 
 
@@ -91,7 +88,7 @@ def recognition_row(packed: Mapping[str, np.ndarray]) -> Arrays:
 
     Returns:
       `features` (f 80) float32, `lengths` () frames, `targets` (u) int32 padded with 0, `target_lengths` (), and
-      `frame_targets` (s) int32: each clip's characters spread evenly over its encoder frames, -1 elsewhere.
+      `frame_targets` (s) int32: each clip's units spread evenly over its encoder frames, -1 elsewhere.
     """
     clip_of_frame, clip_of_target = packed["features_segment_ids"], packed["targets_segment_ids"]
     spread = np.full(int(encoder_length(len(clip_of_frame))), NO_TARGET, np.int32)

@@ -36,13 +36,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from data_pipelines.build import build_records
-from vita_jax.data.ctc_vocabulary import build_ctc_vocabulary, load_ctc_vocabulary
+from vita_jax.data.ctc_vocabulary import build_ctc_vocabulary, load_ctc_vocabulary, normalise_transcript
 from vita_jax.data.images import ImageConfig
 from vita_jax.data.loader import SourceConfig
 from vita_jax.data.records import read_json_records
@@ -72,6 +71,8 @@ RECORDS = "records"
 # The manifests as the stages read them, below the data folder; a voice is looked for in the second.
 TRANSCRIBED, VOICE = "raw/asr", "raw/speech_out"
 VOCAB_SIZE = 4096
+# Rows of the recogniser's head, or more for more characters.
+CTC_ROWS = 512
 NEEDED = (
     "own_data needs your data: --config.data.json=FILE with --config.data.root=DIR (records), "
     "--config.data.asr=MANIFEST.jsonl (transcribed speech), --config.data.speech=MANIFEST.jsonl (a voice and its "
@@ -263,14 +264,16 @@ def _write_manifest(folder: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 
 def _with_recogniser(config: ExperimentConfig, pairs: list[SpokenText]) -> ExperimentConfig:
-    """The configuration with a head for the characters of the transcripts, which are kept in the data folder.
+    """The configuration with a head for the characters and frequent words of the transcripts, kept in the data folder.
 
-    `model.ctc_vocab_size` is the number of its rows where that is set, and an error if they are too few.
+    `model.ctc_vocab_size` is the number of its rows where that is set, and an error if they are too few for the
+    characters; else these get all the rows they need, and words what is left of `CTC_ROWS`.
     """
     path = data_folder(config) / CTC_VOCABULARY
     if not path.is_file():
         texts = [pair.text for pair in pairs]
-        rows = config.model.ctc_vocab_size or sys.maxunicode
+        characters = {character for text in texts for character in normalise_transcript(text)}
+        rows = config.model.ctc_vocab_size or max(CTC_ROWS, len(characters) + 1)
         build_ctc_vocabulary(texts, rows).save(path)
     rows = config.model.ctc_vocab_size or len(load_ctc_vocabulary(path))
     return dataclasses.replace(config, model=dataclasses.replace(config.model, ctc_vocab_size=rows))

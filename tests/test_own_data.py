@@ -19,7 +19,7 @@ from tests.training.voice import CODEC, SPEECH, training
 from vita_jax import chat
 from vita_jax.config import load_module
 from vita_jax.data.images import ImageConfig
-from vita_jax.data.speech_pairs import read_manifest
+from vita_jax.data.speech_pairs import SpokenText, read_manifest
 from vita_jax.data.tokenizer import load_tokenizer
 from vita_jax.errors import UserError
 from vita_jax.inference.session import Session
@@ -72,7 +72,8 @@ def source(tmp_path_factory) -> Path:
 def config_for(run_dir: Path, **data: str) -> ExperimentConfig:
     """The smoke configuration with a tiny model and short stages, on some data."""
     config = own_data.get_config("smoke")
-    model = hearing_model(4096, codec=CODEC, speech=SPEECH, codec_training=training(100), ctc_vocab_size=0)
+    codec = dataclasses.replace(training(), discriminators=None)  # they take most of the time to compile
+    model = hearing_model(4096, codec=CODEC, speech=SPEECH, codec_training=codec, ctc_vocab_size=0)
     sizes = {"own_data": {"row_length": 96, "row_tiles": 2, "row_clips": 2, "clip_frames": 80}}
     sizes |= {"speech_encoder": {"row_length": 80, "clip_frames": 80}}
     sizes |= {"codec": {"codec_frames": 8}, "speech_decoders": {"codec_frames": 60, "row_length": 40}}
@@ -126,6 +127,10 @@ def test_transcripts_alone_give_a_recogniser(source, tmp_path):
     pairs = read_manifest(data_folder(prepared) / own_data.TRANSCRIBED)
     assert len(pairs) == 6 and all(pair.audio.is_file() for pair in pairs)
     assert own_data.prepare(config_for(tmp_path / "run", **places(source, "asr"))) == prepared
+    many = [SpokenText("", Path(), f"word{n // 60} ") for n in range(60 * 900)]
+    (tmp_path / "many" / "data").mkdir(parents=True)
+    rows = own_data._with_recogniser(config_for(tmp_path / "many"), many).model.ctc_vocab_size
+    assert rows == own_data.CTC_ROWS  # however many words are frequent
     few = config_for(tmp_path / "other", **places(source, "asr"))
     few = dataclasses.replace(few, model=dataclasses.replace(few.model, ctc_vocab_size=5))
     with pytest.raises(UserError, match=f"ctc_vocab_size to at least {len(letters) + 1}"):

@@ -129,10 +129,10 @@ SMALL = Size(
         "vision_understanding": (400, 7e-4),
         "vision_sft": (1550, 1e-3),
         "speech_encoder": (11000, 2e-3),
-        "speech_alignment": (500, 1e-3),
-        "audio_sft": (700, 5e-4),
+        "speech_alignment": (350, 1e-3),
+        "audio_sft": (650, 5e-4),
         "codec": (4500, 1.5e-3),
-        "speech_decoders": (2500, 2e-3),
+        "speech_decoders": (2200, 2e-3),
     },
     rows=6,
     row_length=304,  # three conversations
@@ -166,12 +166,16 @@ FULL = dataclasses.replace(
     plan=SMALL.plan
     | {"language": (1650, 1e-4), "tower": (1000, 1e-4), "vision_alignment": (250, 5e-4)}
     | {"vision_understanding": (400, 2e-5), "vision_sft": (1550, 2e-5)}
-    | {"speech_encoder": (11000, 2e-4), "speech_alignment": (500, 2e-5), "audio_sft": (700, 2e-5)}
-    | {"codec": (4500, 2e-4), "speech_decoders": (2500, 5e-4)},
+    | {"speech_encoder": (11000, 2e-4), "speech_alignment": (350, 2e-5), "audio_sft": (650, 2e-5)}
+    | {"codec": (4500, 2e-4), "speech_decoders": (2200, 5e-4)},
     rows=128,
     row_length=6144,
     row_tiles=26,
     row_clips=32,
+    clips=64,
+    clip_frames=3000,
+    crops=64,
+    replies=64,
 )
 
 
@@ -228,7 +232,7 @@ def vision_stages(size: Size) -> tuple[Stage, ...]:
 
 
 HEARING_MIX = mixture(
-    (SPOKEN, 0.4), (NEGATIVES, 0.16), (ASR, 0.12), (QUESTIONS, 0.2), (TEXT, 0.08), (captions(0.2), 0.04)
+    (SPOKEN, 0.38), (NEGATIVES, 0.14), (ASR, 0.1), (QUESTIONS, 0.24), (TEXT, 0.1), (captions(0.2), 0.04)
 )
 
 
@@ -271,7 +275,7 @@ def audio_stages(size: Size) -> tuple[Stage, ...]:
             "2.2 audio SFT",
             ("^audio/adapter/", "^language/", "^state_head/"),
             mixture(
-                (SPOKEN, 0.4), (NEGATIVES, 0.16), (ASR, 0.12), (QUESTIONS, 0.2), (TEXT, 0.08), (captions(0.2), 0.04)
+                (SPOKEN, 0.38), (NEGATIVES, 0.14), (ASR, 0.1), (QUESTIONS, 0.24), (TEXT, 0.1), (captions(0.2), 0.04)
             ),
             steps=steps[2],
             learning_rate=rates[2],

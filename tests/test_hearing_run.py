@@ -154,7 +154,7 @@ def test_voices_outlive_the_data(config, tmp_path):
 def test_several_replies_are_those_of_one_at_a_time(config):
     params, tokenizer = load_params(config.run_dir).params, load_tokenizer(tokenizer_folder(config))
     speaker = Speaker(config.model, params, np.asarray([1, 2]), SpeakOptions(max_tokens=30, bucket=4, min_piece=4))
-    texts = ["red green, blue.", "", "number"]
+    texts = ["red gold, blue.", "", "number"]
     together = speaker.speak_many(texts, tokenizer)
     assert len(together[0]) and not len(together[1])
     for text, wave in zip(texts, together, strict=True):

@@ -34,7 +34,7 @@ from vita_jax.training.experiment import (
 VOCAB = 330
 WIDTH = 16
 FRAMES = 60
-WORDS = ("red", "green", "blue")
+WORDS = ("red", "gold", "blue")
 
 
 def hearing_model(vocab_size: int = VOCAB, **changes) -> VitaConfig:
@@ -135,7 +135,7 @@ def prepare_hearing(config: ExperimentConfig) -> None:
 def write_assistant(root: Path) -> None:
     """Two texts in either language, as tones at the codec's rate."""
     entries = []
-    for number, text in enumerate(("red", "红", "green blue", "蓝")):
+    for number, text in enumerate(("red", "红", "gold blue", "蓝")):
         rate = CODEC.sampling_rate
         write_wav(root / f"{number}.wav", tone(0.2 + 0.03 * number, rate, 100.0 * (1 + number)), rate)
         language, kind = ("en", "zh")[number % 2], ("answer", "sentence")[number // 2]
@@ -169,6 +169,6 @@ def write_benchmark(root: Path) -> None:
             {**common, **picture, "id": f"s{number}", "group": "spoken", "kind": "colour", "answer": "red"},
             {**common, "id": f"n{number}", "group": "noise", "kind": "hum", "answer": "not for me"},
             {**common, "id": f"t{number}", "group": "transcribe", "kind": "new_voice", "question": "write",
-             "answer": "green blue"},
+             "answer": "gold blue"},
         ]  # fmt: skip
     (root / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))

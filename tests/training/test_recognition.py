@@ -76,6 +76,8 @@ def batch_of(words, targets=None):
 
 
 def test_the_recogniser_learns_and_hears_whole_and_in_chunks(model, params):
+    # Blanked stripes are for longer trainings than this one.
+    model = Vita(dataclasses.replace(model.config, ctc_training=CtcTraining(spec_augment=False)))
     batch = batch_of(WORDS)
     optimizer = optax.adam(5e-3)
     parts = {name: params[name] for name in ("audio", "ctc_head")}
@@ -92,7 +94,7 @@ def test_the_recogniser_learns_and_hears_whole_and_in_chunks(model, params):
 
     state = optimizer.init(parts)
     losses = []
-    for number in range(150):
+    for number in range(200):
         parts, state, value = step(parts, state, jax.random.key(number))
         losses.append(float(value))
     assert np.mean(losses[-10:]) < 0.1 * losses[0]
@@ -108,7 +110,7 @@ def test_infeasible_targets_are_counted_and_dropped(model, params):
     one = ctc_objective_loss(
         model, {**params, **AT_START}, batch_of(WORDS[:2], [VOCABULARY.encode("ab"), too_long]), key
     )
-    assert float(one.count) == 2.0  # characters
+    assert float(one.count) == 3.0  # the gap and two letters
     assert [float(x) for x in one.metrics["infeasible"]] == [1.0, 2.0]
     assert np.isfinite(float(one.loss))
 

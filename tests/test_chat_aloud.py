@@ -26,6 +26,8 @@ from vita_jax.models.vita import text_inputs
 from vita_jax.parallel.rules import unbox
 from vita_jax.training.experiment import build_model, data_folder, tokenizer_folder
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):

@@ -30,6 +30,8 @@ from vita_jax.training.checkpoint import checkpoint_folder, load_params
 from vita_jax.training.experiment import data_folder, tokenizer_folder
 from vita_jax.training.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):

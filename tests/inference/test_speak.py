@@ -18,6 +18,8 @@ from vita_jax.inference.speech_tokens import SpeechSampling
 from vita_jax.models.vita import Vita, text_inputs
 from vita_jax.parallel.rules import unbox
 
+pytestmark = pytest.mark.slow
+
 CONFIG = voice_config()
 STREAM = StreamOptions(chunk=6, quiet_window=25, quiet_level=0.02)
 OPTIONS = SpeakOptions(SpeechSampling(top_k=3), 30, 4, 5, 5, STREAM)

@@ -14,6 +14,8 @@ from vita_jax.models.codec.codec import Codec
 from vita_jax.models.codec.quantizer import nearest_codes
 from vita_jax.parallel.rules import unbox
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_first_step_takes_the_entries_from_the_data():
     vectors = jax.random.normal(jax.random.key(0), (3, 5, 2))

@@ -29,6 +29,8 @@ from vita_jax.models.lora_weights import (
 from vita_jax.models.vita import vita_1_5
 from vita_jax.models.vita_weights import weight_table as vita_table
 
+pytestmark = pytest.mark.slow
+
 DENSE = DecoderConfig(
     vocab_size=19, hidden_size=12, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=6, intermediate_size=10
 )

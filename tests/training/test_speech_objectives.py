@@ -25,6 +25,8 @@ from vita_jax.training.objectives import OBJECTIVES, init_params
 from vita_jax.training.objectives.speech import CODEC_STATE, DISCRIMINATORS
 from vita_jax.training.stages import flatten
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(0)
 
 

@@ -51,12 +51,7 @@ from vita_jax.data.templates import SystemTexts
 from vita_jax.data.tokenizer import train_sentencepiece
 from vita_jax.errors import UserError
 from vita_jax.models.audio.ctc_head import CtcTraining
-from vita_jax.models.audio.tower import audio_small
-from vita_jax.models.codec.config import codec_small_16k, vita_1_5_codec
-from vita_jax.models.codec.losses import codec_training_small
-from vita_jax.models.speech.config import speech_small, vita_1_5_speech
-from vita_jax.models.state_head import StateHeadConfig
-from vita_jax.models.vita import VitaConfig, vita_1_5, vita_small
+from vita_jax.models.vita import VitaConfig, vita_1_5_with_voice, vita_small_with_voice
 from vita_jax.training.experiment import (
     CTC_VOCABULARY,
     DataConfig,
@@ -99,32 +94,13 @@ PLANS = {
 
 def small_model(width: int = 192, num_layers: int = 4, tower_width: int = 96) -> VitaConfig:
     """The quickstart's model with room for more words. The recogniser's head gets its size from the transcripts."""
-    seeing = vita_small(width, num_layers, tower_width, VOCAB_SIZE)
-    audio = audio_small(width, tower_width, num_layers)
-    encoder = dataclasses.replace(audio.encoder, dynamic_chunks=True, dropout=0.0, positional_dropout=0.0)
-    codec = codec_small_16k()
-    return dataclasses.replace(
-        seeing,
-        audio=dataclasses.replace(audio, encoder=encoder),
-        state_head=StateHeadConfig(width),
-        ctc_training=CtcTraining(flat_start_steps=500),
-        codec=codec,
-        speech=speech_small(codec.num_codes, width // 2, num_layers),
-        codec_training=codec_training_small(adversarial_start=4000),
-    )
-
-
-def full_model() -> VitaConfig:
-    """VITA-1.5 with its voice, at full size."""
-    model = vita_1_5()
-    audio = dataclasses.replace(model.audio, encoder=dataclasses.replace(model.audio.encoder, dynamic_chunks=True))
-    head = StateHeadConfig(model.language.hidden_size)
-    return dataclasses.replace(model, audio=audio, state_head=head, codec=vita_1_5_codec(), speech=vita_1_5_speech())
+    model = vita_small_with_voice(width, num_layers, tower_width, VOCAB_SIZE)
+    return dataclasses.replace(model, ctc_training=CtcTraining(flat_start_steps=500))
 
 
 def get_config(size: Literal["smoke", "small", "full"] = "small") -> ExperimentConfig:
     """The configuration of one size with all stages; `prepare` leaves out those that `data` has nothing for."""
-    models = {"smoke": lambda: small_model(48, 2, 48), "small": small_model, "full": full_model}
+    models = {"smoke": lambda: small_model(48, 2, 48), "small": small_model, "full": vita_1_5_with_voice}
     model = models[size]()
     image = ImageConfig(image_size=model.vision.image_size)
     return ExperimentConfig(

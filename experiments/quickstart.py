@@ -45,12 +45,7 @@ from vita_jax.evaluation.results import FINAL, format_result, format_stages, rea
 from vita_jax.evaluation.runner import evaluate_params
 from vita_jax.inference.speak import save_voices
 from vita_jax.models.audio.ctc_head import CtcTraining
-from vita_jax.models.audio.tower import audio_small
-from vita_jax.models.codec.config import codec_small_16k, vita_1_5_codec
-from vita_jax.models.codec.losses import codec_training_small
-from vita_jax.models.speech.config import speech_small, vita_1_5_speech
-from vita_jax.models.state_head import StateHeadConfig
-from vita_jax.models.vita import VitaConfig, vita_1_5, vita_small
+from vita_jax.models.vita import VitaConfig, vita_1_5_with_voice, vita_small_with_voice
 from vita_jax.training.checkpoint import checkpoint_folder, load_params
 from vita_jax.training.experiment import (
     CTC_VOCABULARY,
@@ -325,30 +320,15 @@ def voice_stages(size: Size) -> tuple[Stage, ...]:
 
 
 def small_model(width: int = 192, num_layers: int = 4, tower_width: int = 96) -> VitaConfig:
-    """VITA-1.5 with its voice, with few layers and channels."""
-    seeing = vita_small(width, num_layers, tower_width, vocab_size=2048)
-    audio = audio_small(width, tower_width, num_layers)
-    encoder = dataclasses.replace(audio.encoder, dynamic_chunks=True, dropout=0.0, positional_dropout=0.0)
-    codec = codec_small_16k()
-    return dataclasses.replace(
-        seeing,
-        audio=dataclasses.replace(audio, encoder=encoder),
-        state_head=StateHeadConfig(width),
-        ctc_vocab_size=CTC_ROWS,
-        ctc_training=CtcTraining(flat_start_steps=1000, spec_augment=False),
-        codec=codec,
-        speech=speech_small(codec.num_codes, width // 2, num_layers),
-        codec_training=codec_training_small(adversarial_start=4000),
-    )
+    """The small model with its recogniser."""
+    model = vita_small_with_voice(width, num_layers, tower_width, vocab_size=2048)
+    training = CtcTraining(flat_start_steps=1000, spec_augment=False)
+    return dataclasses.replace(model, ctc_vocab_size=CTC_ROWS, ctc_training=training)
 
 
 def full_model() -> VitaConfig:
-    """VITA-1.5 with its voice, at full size."""
-    model = vita_1_5()
-    head = StateHeadConfig(model.language.hidden_size)
-    return dataclasses.replace(
-        model, state_head=head, ctc_vocab_size=CTC_ROWS, codec=vita_1_5_codec(), speech=vita_1_5_speech()
-    )
+    """VITA-1.5 with recogniser and voice, at full size."""
+    return dataclasses.replace(vita_1_5_with_voice(), ctc_vocab_size=CTC_ROWS)
 
 
 def get_config(size: Literal["smoke", "small", "full"] = "small") -> ExperimentConfig:

@@ -36,7 +36,8 @@ for name in VITA_JAX_GOLDEN_DIR JAX_COMPILATION_CACHE_DIR; do
   [ -z "$value" ] || [ "${value#/}" != "$value" ] || export "$name=$PWD/$value"
 done
 cd "$root"
-bash launch/setup.sh dev
+# torch, of the extra `convert`: files of torch.save are among what is read.
+bash launch/setup.sh dev convert
 
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$root/.jax_cache}"

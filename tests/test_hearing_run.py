@@ -20,7 +20,8 @@ from vita_jax.evaluation.answering import answer_items
 from vita_jax.evaluation.items import read_items
 from vita_jax.evaluation.recognition import load_recogniser
 from vita_jax.evaluation.results import format_result, format_stages, read_evaluation
-from vita_jax.evaluation.runner import benchmark_folder, evaluate_params
+from vita_jax.evaluation.runner import evaluate_params
+from vita_jax.evaluation.subject import benchmark_folder
 from vita_jax.inference import session as session_module
 from vita_jax.inference.session import Session
 from vita_jax.inference.speak import Speaker, SpeakOptions, save_voices, voices

@@ -151,7 +151,7 @@ def language_of_question(session: Session, question: str, audio: Sequence[str], 
     from vita_jax.data.audio import read_audio
     from vita_jax.data.ctc_vocabulary import load_ctc_vocabulary
     from vita_jax.data.spoken_words import language_of
-    from vita_jax.evaluation.recognition import transcribe
+    from vita_jax.inference.transcription import transcribe
 
     if question.strip():
         return language_of(question)

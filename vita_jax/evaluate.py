@@ -51,14 +51,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from vita_jax.data.tokenizer import load_tokenizer
     from vita_jax.evaluation.benchmarks import get_benchmark
     from vita_jax.evaluation.comparison import changes_again
-    from vita_jax.evaluation.runner import (
-        FINAL,
-        evaluate_params,
-        format_result,
-        format_stages,
-        save_result,
-        save_stage_evaluation,
-    )
+    from vita_jax.evaluation.results import FINAL, format_result, format_stages, save_result, save_stage_evaluation
+    from vita_jax.evaluation.runner import evaluate_params
     from vita_jax.parallel.mesh import enable_compilation_cache
     from vita_jax.training.checkpoint import CONFIG, load_params
 

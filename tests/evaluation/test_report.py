@@ -18,7 +18,8 @@ from vita_jax.config import save_json
 from vita_jax.data.tokenizer import load_tokenizer
 from vita_jax.errors import UserError
 from vita_jax.evaluation.report import write_report
-from vita_jax.evaluation.runner import evaluate_params, save_result, save_stage_evaluation
+from vita_jax.evaluation.results import save_result, save_stage_evaluation
+from vita_jax.evaluation.runner import evaluate_params
 from vita_jax.training.checkpoint import load_params
 from vita_jax.training.experiment import tokenizer_folder
 

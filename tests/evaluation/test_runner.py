@@ -8,16 +8,11 @@ import pytest
 
 from vita_jax.data.tokenizer import load_tokenizer
 from vita_jax.errors import UserError
+from vita_jax.evaluation.answering import answer_items
 from vita_jax.evaluation.items import read_items
-from vita_jax.evaluation.runner import (
-    answer_items,
-    benchmark_folder,
-    evaluate_params,
-    format_result,
-    format_stages,
-    read_evaluation,
-    save_stage_evaluation,
-)
+from vita_jax.evaluation.results import format_result, format_stages, read_evaluation, save_stage_evaluation
+from vita_jax.evaluation.runner import evaluate_params
+from vita_jax.evaluation.subject import benchmark_folder
 from vita_jax.inference.session import Session
 from vita_jax.training.experiment import tokenizer_folder
 

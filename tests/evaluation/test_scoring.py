@@ -9,8 +9,8 @@ import pytest
 from vita_jax.data.templates import get_template
 from vita_jax.errors import UserError
 from vita_jax.evaluation.benchmarks import get_benchmark
+from vita_jax.evaluation.figures import score
 from vita_jax.evaluation.items import Item, parse_item, read_items, stratified
-from vita_jax.evaluation.runner import score
 from vita_jax.evaluation.scoring import answer_key, answer_prior, is_right, normalise
 
 TEMPLATE = get_template("qwen2p5_instruct")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.training.everything import everything_run
+from vita_jax import config as config_lib
 from vita_jax.conversion.tables import flatten
 from vita_jax.conversion.torch_files import SINGLE_NAME, TensorFiles
 from vita_jax.errors import UserError
@@ -19,7 +21,14 @@ from vita_jax.inference.session import Session
 from vita_jax.training import portable
 from vita_jax.training.checkpoint import load_params
 from vita_jax.training.experiment import CTC_VOCABULARY
-from vita_jax.training.portable import MODEL_FILE, PortableModel, as_dtype, read_portable, write_portable
+from vita_jax.training.portable import (
+    MODEL_FILE,
+    PortableModel,
+    as_dtype,
+    read_portable,
+    without_places,
+    write_portable,
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +65,14 @@ def test_the_folder_tells_no_places(run, kept):
     assert names == {SINGLE_NAME, MODEL_FILE, "tokenizer/tokenizer.model", CTC_VOCABULARY}
     assert str(run_dir.parent) not in (kept / MODEL_FILE).read_text()
     assert not kept.with_name("model.v1.partial").exists()
+
+
+def test_no_path_of_the_data_goes_along(run):
+    _, model = run
+    paths = {f.name: "/volumes/disk/x" for f in dataclasses.fields(model.config.data) if f.type == "str | None"}
+    assert {"folder", "json", "root", "asr", "speech"} <= set(paths)
+    config = dataclasses.replace(model.config, data=dataclasses.replace(model.config.data, **paths))
+    assert "/volumes" not in json.dumps(config_lib.to_dict(without_places(config)))
 
 
 def test_a_session_answers_from_a_moved_folder(kept, tmp_path):

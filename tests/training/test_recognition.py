@@ -13,8 +13,8 @@ import pytest
 
 from vita_jax.data.ctc_vocabulary import build_ctc_vocabulary
 from vita_jax.errors import UserError
-from vita_jax.evaluation.recognition import ErrorCounts, chunked, count_errors, transcribe
-from vita_jax.evaluation.scoring import edit_distance
+from vita_jax.evaluation.scoring import character_errors, edit_distance, error_rate
+from vita_jax.inference.transcription import chunked, transcribe
 from vita_jax.models.audio.ctc_head import CtcTraining
 from vita_jax.models.audio.tower import audio_small
 from vita_jax.models.vita import Vita, vita_small
@@ -169,7 +169,7 @@ def test_edit_distance(a, b, distance):
     assert edit_distance(a, b) == edit_distance(b, a) == distance
 
 
-def test_error_counts_add_up():
-    total = count_errors("How many?", "how many") + count_errors("一个", "一 共")
-    assert total == ErrorCounts(wrong=1, characters=10, clips=2, exact=1)
-    assert total.rate == 0.1
+def test_errors_add_up_over_clips():
+    errors = [character_errors("How many?", "how many"), character_errors("一个", "一 共")]
+    assert errors == [(0, 8), (1, 2)]
+    assert error_rate(errors) == 0.1

@@ -329,30 +329,35 @@ def make_loader(
     counts = RecordCounts()
     examples = GoodRecords(examples, counts, max_bad_fraction, min(BUDGET_RECORDS, max(total // shard_count, 1)))
     bins = packing_bins or max(batch_size, 8)
-    finish: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
-    if objective == "cell_naming":
-        rows = packing.pack_cells(examples, row_tiles=row_tiles, bins=bins, seed=seed)
-        finish = packing.unpack_cells
-    else:
-        rows = packing.pack(
-            examples,
-            row_length=row_length,
-            row_tiles=row_tiles,
-            row_clips=row_clips,
-            has_states=context.state_labels is not None,
-            bins=bins,
-            seed=seed,
-        )
-        finish = functools.partial(
-            packing.unpack_columns,
-            features_per_slot=context.layout.features_per_slot,
-            features_per_clip=context.audio.num_tokens(clip_frames) if row_clips else 0,
-        )
+    rows, finish = _packed(examples, context, limits, objective, bins, seed)
     stack = functools.partial(packing.stack_rows, batch_size=batch_size)
     batches = rows.batch(batch_size, drop_remainder=drop_remainder, batch_fn=stack).map(finish)
     if prefetch_batches:
         batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch_batches)
     return Loader(batches, counts)
+
+
+def _packed(
+    examples: grain.IterDataset, context: ExampleContext, limits: Limits, objective: Objective, bins: int, seed: int
+) -> tuple[grain.IterDataset, Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]]:
+    """The examples in rows, and what makes a batch of stacked rows."""
+    if objective == "cell_naming":
+        return packing.pack_cells(examples, row_tiles=limits.row_tiles, bins=bins, seed=seed), packing.unpack_cells
+    rows = packing.pack(
+        examples,
+        row_length=limits.row_length,
+        row_tiles=limits.row_tiles,
+        row_clips=limits.row_clips,
+        has_states=context.state_labels is not None,
+        bins=bins,
+        seed=seed,
+    )
+    finish = functools.partial(
+        packing.unpack_columns,
+        features_per_slot=context.layout.features_per_slot,
+        features_per_clip=context.audio.num_tokens(limits.clip_frames) if limits.row_clips else 0,
+    )
+    return rows, finish
 
 
 def _check_numbers(

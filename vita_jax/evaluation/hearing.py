@@ -15,7 +15,8 @@ from vita_jax.evaluation.answering import question_batches
 from vita_jax.evaluation.benchmarks import Group
 from vita_jax.evaluation.figures import Outcome, group_figures
 from vita_jax.evaluation.items import ITEMS, Item, read_items, stratified
-from vita_jax.evaluation.recognition import Recogniser, count_errors
+from vita_jax.evaluation.recognition import Recogniser
+from vita_jax.evaluation.scoring import character_errors
 from vita_jax.evaluation.subject import Subject, benchmark_folder
 from vita_jax.inference.generate import Params
 from vita_jax.models.language.cache import last_valid
@@ -140,7 +141,6 @@ def recogniser_figures(
 def _read_back(items: Sequence[Item], heard: Sequence[str]) -> list[Outcome]:
     outcomes = []
     for item, text in zip(items, heard, strict=True):
-        errors = count_errors(text, item.answer)
-        pair = (errors.wrong, errors.characters)
-        outcomes.append(Outcome(item.id, item.kind, item.language, errors.wrong == 0, errors=pair))
+        errors = character_errors(text, item.answer)
+        outcomes.append(Outcome(item.id, item.kind, item.language, errors[0] == 0, errors=errors))
     return outcomes

@@ -25,7 +25,8 @@ from vita_jax.data.video import read_video
 from vita_jax.errors import UserError
 from vita_jax.evaluation.report_html import STYLE, escaped, image_tag, picture_tag, table
 from vita_jax.evaluation.report_sounds import changes_section, confusion_section, player, real_time_section, replies
-from vita_jax.evaluation.runner import FINAL, benchmark_folder, percent, read_evaluation, stage_accuracies, verdict
+from vita_jax.evaluation.results import FINAL, percent, read_evaluation, stage_accuracies, verdict
+from vita_jax.evaluation.subject import benchmark_folder
 from vita_jax.parallel.rules import unbox
 from vita_jax.training.checkpoint import CONFIG
 from vita_jax.training.experiment import ExperimentConfig, build_model

@@ -23,7 +23,7 @@ from vita_jax.data.images import open_image
 from vita_jax.errors import UserError
 from vita_jax.evaluation.items import ITEMS, read_items
 from vita_jax.evaluation.report_html import escaped, image_tag, picture_tag, table
-from vita_jax.evaluation.runner import percent
+from vita_jax.evaluation.results import percent
 from vita_jax.ops.filter_bank import RELEASED, log_mel
 
 # Everything is shown and played as the model hears it.

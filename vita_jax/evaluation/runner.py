@@ -1,7 +1,4 @@
-"""Takes the figures of a benchmark: asks, listens, speaks, and puts what came of it into one result.
-
-`results` describes a result and keeps it; its names that a caller needs beside `evaluate_params` are here, too.
-"""
+"""Takes the figures of a benchmark: asks, listens, speaks, and puts what came of it into one result."""
 
 from __future__ import annotations
 
@@ -18,42 +15,11 @@ from vita_jax.evaluation.figures import score
 from vita_jax.evaluation.hearing import NOISE_GROUP, input_head_figures, recogniser_figures, why_no_input_head
 from vita_jax.evaluation.items import ITEMS, Item, read_items, stratified
 from vita_jax.evaluation.recognition import load_recogniser, why_no_recogniser
-from vita_jax.evaluation.results import (
-    FINAL,
-    align,
-    evaluation_path,
-    format_result,
-    format_stages,
-    percent,
-    read_evaluation,
-    save_result,
-    save_stage_evaluation,
-    stage_accuracies,
-    verdict,
-)
-from vita_jax.evaluation.subject import Subject, benchmark_folder
+from vita_jax.evaluation.subject import Subject
 from vita_jax.evaluation.voice import voice_figures, why_no_voice
 from vita_jax.evaluation.waves import real_time_factors
 from vita_jax.inference.generate import Params
 from vita_jax.training.experiment import ExperimentConfig
-
-__all__ = [
-    "FINAL",
-    "align",
-    "answer_items",
-    "benchmark_folder",
-    "evaluate_params",
-    "evaluation_path",
-    "format_result",
-    "format_stages",
-    "percent",
-    "read_evaluation",
-    "save_result",
-    "save_stage_evaluation",
-    "score",
-    "stage_accuracies",
-    "verdict",
-]
 
 
 def evaluate_params(

@@ -23,12 +23,12 @@ from vita_jax.errors import UserError
 from vita_jax.evaluation.benchmarks import Group
 from vita_jax.evaluation.figures import Outcome, group_figures
 from vita_jax.evaluation.items import Item, stratified
-from vita_jax.evaluation.recognition import Recogniser, count_errors
-from vita_jax.evaluation.scoring import is_refusal, normalise
+from vita_jax.evaluation.recognition import Recogniser
+from vita_jax.evaluation.scoring import character_errors, is_refusal, normalise
 from vita_jax.evaluation.subject import Subject
 from vita_jax.evaluation.waves import copy_waves, mel_distances
-from vita_jax.inference.speak import RECORDINGS, VOICES, Speaker, voices, write_wav
-from vita_jax.training.experiment import data_folder
+from vita_jax.inference.speak import RECORDINGS, Speaker, voices, write_wav
+from vita_jax.training.experiment import VOICES, data_folder
 
 # Held-out texts in the assistant's voice, in the benchmark's folder.
 TEXTS = "speech_out"
@@ -176,10 +176,10 @@ def _speak(speakers: Mapping[str, Speaker], subject: Subject, texts: Sequence[tu
 
 
 def _outcome(entry: HeldOutText | Item, text: str, heard: str, said: bool = True) -> Outcome:
-    errors = count_errors(heard, text)
+    errors = character_errors(heard, text)
     right = said and normalise_transcript(heard) == normalise_transcript(text)
     digits = entry.num_digits if isinstance(entry, Item) else 0
-    return Outcome(entry.id, entry.kind, entry.language, right, digits, (errors.wrong, errors.characters))
+    return Outcome(entry.id, entry.kind, entry.language, right, digits, errors)
 
 
 def _read_back(

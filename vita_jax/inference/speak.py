@@ -32,10 +32,9 @@ from vita_jax.models.codec.codec import Codec
 from vita_jax.models.speech.nar_decoder import text_rows
 from vita_jax.models.speech.speech_decoder import SpeechDecoder
 from vita_jax.models.vita import VitaConfig
-from vita_jax.training.experiment import ExperimentConfig, data_folder
+from vita_jax.training.experiment import VOICES, ExperimentConfig, data_folder
 
-# The voices of a run, and the recordings of its assistant below the data folder.
-VOICES = "voices.json"
+# The recordings of a run's assistant, below the data folder.
 RECORDINGS = Path("raw") / "speech_out" / MANIFEST
 # Sentences whose tokens are drawn together where several replies are spoken.
 SENTENCES_AT_ONCE = 32

@@ -170,6 +170,13 @@ def speech_steps(
 _start = jax.jit(start_speech, static_argnames=("model", "max_tokens", "sampling"))
 
 
+def _calls(max_tokens: int, steps_per_call: int) -> int:
+    """How many calls draw `max_tokens`: whole ones, so the cache has room for what the last one draws beyond."""
+    if max_tokens < 1 or steps_per_call < 1:
+        raise UserError(f"max_tokens {max_tokens} and steps_per_call {steps_per_call} must be at least 1")
+    return -(-max_tokens // steps_per_call)
+
+
 def stream_speech_tokens(
     model: SpeechDecoder,
     params: Any,
@@ -195,10 +202,7 @@ def stream_speech_tokens(
     """
     if features.shape[0] != 1:
         raise UserError(f"streaming speaks one sentence at a time, not {features.shape[0]}")
-    if max_tokens < 1 or steps_per_call < 1:
-        raise UserError(f"max_tokens {max_tokens} and steps_per_call {steps_per_call} must be at least 1")
-    # Whole calls only, so that the cache has room for the steps that the last one takes beyond `max_tokens`.
-    calls = -(-max_tokens // steps_per_call)
+    calls = _calls(max_tokens, steps_per_call)
     state = _start(
         model,
         params,
@@ -244,9 +248,7 @@ def draw_speech_tokens(
     Raises:
       UserError: a size below 1.
     """
-    if max_tokens < 1 or steps_per_call < 1:
-        raise UserError(f"max_tokens {max_tokens} and steps_per_call {steps_per_call} must be at least 1")
-    calls = -(-max_tokens // steps_per_call)
+    calls = _calls(max_tokens, steps_per_call)
     state = _start(model, params, features, lengths, key=key, max_tokens=calls * steps_per_call, sampling=sampling)
     state = state.replace(ended=jnp.asarray(lengths) == 0)
     drawn = []

@@ -13,7 +13,7 @@ with static shapes, any number of pictures and clips per row, and rows packed wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import chex
 import flax.linen as nn
@@ -25,13 +25,20 @@ from flax import struct
 from vita_jax.errors import UserError
 from vita_jax.models.audio.ctc_head import CtcHead, CtcTraining
 from vita_jax.models.audio.encoder import MIN_FRAMES
-from vita_jax.models.audio.tower import AudioFeatures, AudioTower, AudioTowerConfig, audio_vita_1_0, audio_vita_1_5
+from vita_jax.models.audio.tower import (
+    AudioFeatures,
+    AudioTower,
+    AudioTowerConfig,
+    audio_small,
+    audio_vita_1_0,
+    audio_vita_1_5,
+)
 from vita_jax.models.codec.codec import Codec
-from vita_jax.models.codec.config import CodecConfig
-from vita_jax.models.codec.losses import CodecTraining
+from vita_jax.models.codec.config import CodecConfig, codec_small_16k, vita_1_5_codec
+from vita_jax.models.codec.losses import CodecTraining, codec_training_small
 from vita_jax.models.connectors.projectors import Projector, ProjectorConfig
 from vita_jax.models.language.decoder import Decoder, DecoderConfig, mixtral_8x7b, qwen2_7b
-from vita_jax.models.speech.config import SpeechDecoderConfig
+from vita_jax.models.speech.config import SpeechDecoderConfig, speech_small, vita_1_5_speech
 from vita_jax.models.speech.speech_decoder import SpeechBatch, SpeechDecoder
 from vita_jax.models.state_head import StateHead, StateHeadConfig
 from vita_jax.models.vision.frame_pooling import pool_tokens
@@ -161,6 +168,37 @@ def vita_small(width: int = 192, num_layers: int = 4, tower_width: int = 96, voc
         initializer_range=width**-0.5,
     )
     return VitaConfig(vision, ProjectorConfig("mlp2x_gelu", vision.output_size, width), language)
+
+
+def vita_1_5_with_voice() -> VitaConfig:
+    """VITA-1.5 at full size as its curriculum trains it up to 3.2: with an input head, codec and speech decoders, and a
+    new speech encoder, by distances and for chunks of any size (the released one is neither).
+    """
+    model = vita_1_5()
+    encoder = replace(model.audio.encoder, positions="relative", dynamic_chunks=True)
+    return replace(
+        model,
+        audio=replace(model.audio, encoder=encoder),
+        state_head=StateHeadConfig(model.language.hidden_size),
+        codec=vita_1_5_codec(),
+        speech=vita_1_5_speech(),
+    )
+
+
+def vita_small_with_voice(
+    width: int = 192, num_layers: int = 4, tower_width: int = 96, vocab_size: int = 1024
+) -> VitaConfig:
+    """`vita_small` that hears and speaks; arguments as there. The recogniser's head, `ctc_vocab_size`, is left out."""
+    audio, codec = audio_small(width, tower_width, num_layers), codec_small_16k()
+    encoder = replace(audio.encoder, dynamic_chunks=True, dropout=0.0, positional_dropout=0.0)
+    return replace(
+        vita_small(width, num_layers, tower_width, vocab_size),
+        audio=replace(audio, encoder=encoder),
+        state_head=StateHeadConfig(width),
+        codec=codec,
+        speech=speech_small(codec.num_codes, width // 2, num_layers),
+        codec_training=codec_training_small(adversarial_start=4000),
+    )
 
 
 @struct.dataclass

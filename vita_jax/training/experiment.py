@@ -162,6 +162,9 @@ RESTARTABLE_FIELDS = ("run_dir", "checkpoint", "log", "mesh", "data.num_threads"
 # The recogniser's characters, in the data folder.
 CTC_VOCABULARY = "ctc_vocabulary.json"
 
+# The assistant's voices by language, in the run's folder.
+VOICES = "voices.json"
+
 
 def data_folder(config: ExperimentConfig) -> Path:
     """Where the built data of the run is."""

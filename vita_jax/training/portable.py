@@ -31,13 +31,12 @@ from vita_jax.conversion.torch_files import INDEX_NAME, SINGLE_NAME, TensorFiles
 from vita_jax.data.loader import SourceConfig
 from vita_jax.errors import UserError
 from vita_jax.models.vita_weights import weight_table
-from vita_jax.training.experiment import CTC_VOCABULARY, ExperimentConfig, data_folder
+from vita_jax.training.experiment import CTC_VOCABULARY, VOICES, ExperimentConfig, data_folder
 from vita_jax.training.stages import Stage
 
 FORMAT_VERSION = 1
 MODEL_FILE = "vita_jax.json"
 TOKENIZER = "tokenizer"
-VOICES = "voices.json"
 # Small files that a model's other abilities need; each is in the run's folder or in its data folder.
 EXTRA_FILES = (CTC_VOCABULARY, VOICES)
 
@@ -196,12 +195,11 @@ def extra_files(config: ExperimentConfig, run_dir: Path) -> list[Path]:
 
 def without_places(config: ExperimentConfig) -> ExperimentConfig:
     """The configuration without absolute paths: they mean nothing elsewhere, and tell who trained where."""
+    files = {name: _relative(getattr(config.data, name)) for name in ("folder", "json", "asr", "speech")}
     return dataclasses.replace(
         config,
         run_dir=_last(config.run_dir),
-        data=dataclasses.replace(
-            config.data, folder=_relative(config.data.folder), json=_relative(config.data.json), root=None
-        ),
+        data=dataclasses.replace(config.data, root=None, **files),
         tokenizer=dataclasses.replace(config.tokenizer, folder=None),
         stages=tuple(_stage_without_places(stage) for stage in config.stages),
     )

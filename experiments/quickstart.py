@@ -45,6 +45,7 @@ from vita_jax.evaluation.results import FINAL, format_result, format_stages, rea
 from vita_jax.evaluation.runner import evaluate_params
 from vita_jax.inference.speak import save_voices
 from vita_jax.models.audio.ctc_head import CtcTraining
+from vita_jax.models.codec.losses import codec_training_small
 from vita_jax.models.vita import VitaConfig, vita_1_5_with_voice, vita_small_with_voice
 from vita_jax.training.checkpoint import checkpoint_folder, load_params
 from vita_jax.training.experiment import (
@@ -91,6 +92,7 @@ class Size:
     Attributes:
       plan: steps and peak learning rate of every stage.
       rows, row_length, row_tiles, row_clips: of a batch for the language model.
+      alignment_rows: the same where there is only speech to align.
       clips: rows of a batch for the speech encoder, of `clip_frames` frames of 10 ms.
       crops, crop_frames: of a batch for the codec.
       replies, reply_tokens, reply_frames: of a batch for the speech decoders: text tokens and codec frames.
@@ -100,6 +102,7 @@ class Size:
 
     plan: dict[str, tuple[int, float]]
     rows: int
+    alignment_rows: int
     row_length: int
     row_tiles: int
     row_clips: int
@@ -122,14 +125,15 @@ SMALL = Size(
         "tower": (1000, 1e-3),
         "vision_alignment": (250, 2e-3),
         "vision_understanding": (400, 7e-4),
-        "vision_sft": (1550, 1e-3),
+        "vision_sft": (1650, 1e-3),
         "speech_encoder": (11000, 2e-3),
-        "speech_alignment": (350, 1e-3),
+        "speech_alignment": (1000, 1e-3),
         "audio_sft": (650, 5e-4),
-        "codec": (4500, 1.5e-3),
+        "codec": (7500, 1.5e-3),
         "speech_decoders": (2200, 2e-3),
     },
     rows=6,
+    alignment_rows=2,
     row_length=304,  # three conversations
     row_tiles=12,
     row_clips=4,
@@ -147,6 +151,7 @@ SMOKE = dataclasses.replace(
     SMALL,
     plan={name: (3, rate) for name, (_, rate) in SMALL.plan.items()},
     rows=4,
+    alignment_rows=4,
     row_length=256,
     clips=2,
     crops=2,
@@ -160,10 +165,11 @@ FULL = dataclasses.replace(
     SMALL,
     plan=SMALL.plan
     | {"language": (1650, 1e-4), "tower": (1000, 1e-4), "vision_alignment": (250, 5e-4)}
-    | {"vision_understanding": (400, 2e-5), "vision_sft": (1550, 2e-5)}
-    | {"speech_encoder": (11000, 2e-4), "speech_alignment": (350, 2e-5), "audio_sft": (650, 2e-5)}
-    | {"codec": (4500, 2e-4), "speech_decoders": (2200, 5e-4)},
+    | {"vision_understanding": (400, 2e-5), "vision_sft": (1650, 2e-5)}
+    | {"speech_encoder": (11000, 2e-4), "speech_alignment": (1000, 2e-5), "audio_sft": (650, 2e-5)}
+    | {"codec": (7500, 2e-4), "speech_decoders": (2200, 5e-4)},
     rows=128,
+    alignment_rows=128,
     row_length=6144,
     row_tiles=26,
     row_clips=32,
@@ -239,7 +245,8 @@ def audio_stages(size: Size) -> tuple[Stage, ...]:
             "speech_encoder",
             "2.1a speech encoder",
             ("^audio/encoder/", "^ctc_head/"),
-            (RECORDINGS,),
+            # The recogniser also knows the voice that it is to read back, from recordings.
+            (RECORDINGS, dataclasses.replace(ASSISTANT, ratio=0.5)),
             steps=steps[0],
             learning_rate=rates[0],
             batch_size=size.clips,
@@ -258,7 +265,7 @@ def audio_stages(size: Size) -> tuple[Stage, ...]:
             learning_rate=rates[1],
             # The adapter starts from nothing, the language model must not forget what it knows.
             learning_rate_scale=(("^language/", 0.5),),
-            batch_size=size.rows,
+            batch_size=size.alignment_rows,
             row_length=size.row_length,
             row_tiles=0,
             row_clips=size.row_clips * 3 // 2,  # no pictures beside them
@@ -269,9 +276,7 @@ def audio_stages(size: Size) -> tuple[Stage, ...]:
             "audio_sft",
             "2.2 audio SFT",
             ("^audio/adapter/", "^language/", "^state_head/"),
-            mixture(
-                (SPOKEN, 0.38), (NEGATIVES, 0.14), (ASR, 0.1), (QUESTIONS, 0.24), (TEXT, 0.1), (captions(0.2), 0.04)
-            ),
+            HEARING_MIX,
             steps=steps[2],
             learning_rate=rates[2],
             batch_size=size.rows,
@@ -321,9 +326,17 @@ def voice_stages(size: Size) -> tuple[Stage, ...]:
 
 def small_model(width: int = 192, num_layers: int = 4, tower_width: int = 96) -> VitaConfig:
     """The small model with its recogniser."""
-    model = vita_small_with_voice(width, num_layers, tower_width, vocab_size=2048)
+    model = vita_small_with_voice(width, num_layers, tower_width, vocab_size=1280)
     training = CtcTraining(flat_start_steps=1000, spec_augment=False)
-    return dataclasses.replace(model, ctc_vocab_size=CTC_ROWS, ctc_training=training)
+    # A step against discriminators takes as long as four without, and in minutes the voice gains less by it.
+    codec_training = dataclasses.replace(model.codec_training, discriminators=None)
+    return dataclasses.replace(model, ctc_vocab_size=CTC_ROWS, ctc_training=training, codec_training=codec_training)
+
+
+def smoke_model() -> VitaConfig:
+    """The same in every part, tiny; its codec meets the discriminators at once."""
+    model = small_model(48, 2, 48)
+    return dataclasses.replace(model, codec_training=codec_training_small(adversarial_start=1))
 
 
 def full_model() -> VitaConfig:
@@ -334,7 +347,7 @@ def full_model() -> VitaConfig:
 def get_config(size: Literal["smoke", "small", "full"] = "small") -> ExperimentConfig:
     """The configuration of one size."""
     plan = {"smoke": SMOKE, "small": SMALL, "full": FULL}[size]
-    models = {"smoke": lambda: small_model(48, 2, 48), "small": small_model, "full": full_model}
+    models = {"smoke": smoke_model, "small": small_model, "full": full_model}
     model = models[size]()
     speech = {f"speech_{name}": count for name, count in dataclasses.asdict(plan.speech).items()}
     return ExperimentConfig(
@@ -343,7 +356,7 @@ def get_config(size: Literal["smoke", "small", "full"] = "small") -> ExperimentC
         run_dir="runs/quickstart",
         model=model,
         image=ImageConfig(image_size=model.vision.image_size),
-        tokenizer=TokenizerConfig(vocab_size=2048),
+        tokenizer=TokenizerConfig(vocab_size=1280),
         template="qwen2p5_instruct",
         system_texts=SystemTexts(image="Look.", video="Watch.", lang="Read."),
         data=DataConfig(

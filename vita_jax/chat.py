@@ -67,7 +67,7 @@ def chat(arguments: argparse.Namespace) -> int:
     # Imported here so that --help and a mistyped argument answer at once.
     from vita_jax.data.examples import media_from_file
     from vita_jax.inference.session import Session
-    from vita_jax.parallel.mesh import enable_compilation_cache
+    from vita_jax.parallel.process import prepare_process
 
     if arguments.speak is not None:
         check_sound_file(arguments.speak, "--speak")
@@ -76,7 +76,7 @@ def chat(arguments: argparse.Namespace) -> int:
             media_from_file(path, kind)
     if arguments.text is not None and not arguments.text.strip():
         raise UserError("--text is empty; write a question")
-    enable_compilation_cache()
+    prepare_process()
     session = Session.load(arguments.checkpoint)
     if arguments.speak is not None:
         session.speaker("en")  # a model without a voice is refused before it answers

@@ -53,13 +53,13 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from vita_jax.evaluation.comparison import changes_again
     from vita_jax.evaluation.results import FINAL, format_result, format_stages, save_result, save_stage_evaluation
     from vita_jax.evaluation.runner import evaluate_params
-    from vita_jax.parallel.mesh import enable_compilation_cache
+    from vita_jax.parallel.process import prepare_process
     from vita_jax.training.checkpoint import CONFIG, load_params
 
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit {arguments.limit} must be at least 1")
     get_benchmark(arguments.benchmark)
-    enable_compilation_cache()
+    prepare_process()
     loaded = load_params(arguments.checkpoint)
     # A run may have been moved since; where it is now is what counts.
     config = dataclasses.replace(loaded.config, run_dir=str(loaded.run_dir))

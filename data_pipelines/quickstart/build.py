@@ -41,6 +41,7 @@ from data_pipelines.quickstart.scenes import (
     sample_scene,
     transcript,
 )
+from data_pipelines.quickstart.sentences import TRANSCRIBE, draw_sentence
 from data_pipelines.quickstart.speech import RECORD_SETS, build_speech
 from data_pipelines.quickstart.speech_sets import SpeechCounts
 from vita_jax.data.video import write_video
@@ -48,6 +49,8 @@ from vita_jax.data.video import write_video
 SETS = ("text", "cells", "captions", "questions")
 # Rounds of one record: the more questions share a scene, the less it costs to look at it.
 TEXT_ROUNDS = 4
+# With speech, one text in so many has sentences to be written down, as clips later have them spoken.
+SENTENCES_EVERY = 6
 PICTURE_ROUNDS = 4
 CLIP_ROUNDS = 4
 # What training asks about a sheet. Both colours, and the hard kinds twice.
@@ -98,6 +101,17 @@ def text_record(index: int, rng: np.random.Generator) -> dict[str, Any]:
     return {"id": f"text-{index}", "conversations": _conversation(questions, written + "\n")}
 
 
+def sentences_record(index: int, rng: np.random.Generator) -> dict[str, Any]:
+    """Written sentences stand in for spoken ones as written scenes do for pictures: each is asked for word by word."""
+    conversations = []
+    for _ in range(TEXT_ROUNDS):
+        language = _language(rng)
+        sentence = draw_sentence(language, "train", rng)
+        request = str(rng.choice(TRANSCRIBE[language]))
+        conversations += [{"from": "human", "value": f"{sentence}\n{request}"}, {"from": "gpt", "value": sentence}]
+    return {"id": f"text-{index}", "conversations": conversations}
+
+
 def cell_record(index: int, scene: Scene, image: str) -> dict[str, Any]:
     """One name for every visual token: digit and colours; the overview is named as such."""
     ink, paper = INKS[scene.ink][0], PAPERS[scene.paper][0]
@@ -129,8 +143,11 @@ class Writer:
         Image.fromarray(pixels).save(self.folder / name, compress_level=1)
         return name
 
-    def add_text(self) -> None:
-        self.records.append(text_record(len(self.records), self.rng))
+    def add_text(self, sentences: bool) -> None:
+        """A text about a scene, or with `sentences` every so often sentences."""
+        index = len(self.records)
+        make = sentences_record if sentences and index % SENTENCES_EVERY == SENTENCES_EVERY - 1 else text_record
+        self.records.append(make(index, self.rng))
 
     def add_cells(self) -> None:
         scene = sample_scene(self.rng)
@@ -159,10 +176,10 @@ class Writer:
         (self.folder / "records.json").write_text(text, encoding="utf-8")
 
 
-def _write_set(name: str, writer: Writer, counts: dict[str, int]) -> None:
+def _write_set(name: str, writer: Writer, counts: dict[str, int], sentences: bool) -> None:
     if name == "text":
         for _ in range(counts["text"]):
-            writer.add_text()
+            writer.add_text(sentences)
     elif name == "cells":
         for _ in range(counts["cells"]):
             writer.add_cells()
@@ -254,7 +271,7 @@ def build_quickstart(
         `typed_unseen_writers` and `text_only`, and in all of `video_order`.
       seed: of the split of the scans and of everything drawn.
       progress: gets one line per finished part.
-      speech: amounts of speech; None leaves it out, and everything else as it is.
+      speech: amounts of speech; None leaves it out, and the sentences among the texts.
     """
     done = folder / DONE
     wanted: dict[str, Any] = {"counts": counts, "seed": seed}
@@ -268,7 +285,7 @@ def build_quickstart(
     records: list[dict[str, Any]] = []
     for index, name in enumerate(SETS):
         writer = Writer(folder / "raw" / name, splits["train"], seed * len(SETS) + index)
-        _write_set(name, writer, counts)
+        _write_set(name, writer, counts, sentences=speech is not None)
         records += writer.records
         manifest = build_records(writer.folder / "records.json", writer.folder, folder / name)
         progress(f"data: {name}: {manifest.counts}")

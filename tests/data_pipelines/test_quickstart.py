@@ -23,6 +23,7 @@ from data_pipelines.quickstart.scenes import (
     sample_scene,
     transcript,
 )
+from data_pipelines.quickstart.sentences import TRANSCRIBE, split_of
 from vita_jax.data.images import ImageConfig, dynamic_tiles, tile_grid
 from vita_jax.data.tokenizer import train_sentencepiece
 from vita_jax.data.video import paper_frame_indices
@@ -108,6 +109,32 @@ def test_cells_of_written_scenes_stay_single_tokens(tmp_path):
     cells = [tokenizer.decode([i]) for i in ids][-len(transcript(scene)) :]
     assert "".join(cells) == transcript(scene)
     assert all(cell in (BLANK, OVERVIEW) or cell.isdigit() for cell in cells)
+
+
+def test_written_sentences_stand_in_for_spoken_ones():
+    rng = np.random.default_rng(1)
+    records = [build_lib.sentences_record(index, rng) for index in range(300)]
+    requests = {request for language in TRANSCRIBE.values() for request in language}
+    asked = set()
+    for record in records:
+        turns = [turn["value"] for turn in record["conversations"]]
+        assert len(turns) == 2 * build_lib.TEXT_ROUNDS
+        for question, answer in zip(turns[::2], turns[1::2], strict=True):
+            sentence, request = question.split("\n")
+            assert sentence == answer
+            assert split_of(sentence) == "train"
+            asked.add(request)
+    assert asked == requests
+
+
+def test_sentences_come_with_speech_only(splits, tmp_path):
+    for sentences, expected in ((True, 2), (False, 0)):
+        writer = build_lib.Writer(tmp_path / str(sentences), splits["train"], 0)
+        for _ in range(2 * build_lib.SENTENCES_EVERY):
+            writer.add_text(sentences)
+        requests = tuple(request for language in TRANSCRIBE.values() for request in language)
+        found = [r for r in writer.records if r["conversations"][0]["value"].endswith(requests)]
+        assert len(found) == expected
 
 
 def test_build_is_complete_deterministic_and_repeatable(tmp_path):

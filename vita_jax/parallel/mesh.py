@@ -11,9 +11,7 @@ Axes:
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -95,13 +93,3 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 def put_replicated(tree: Any, mesh: Mesh) -> Any:
     """Host arrays to device arrays that are whole on every device."""
     return jax.tree.map(lambda x: jax.device_put(x, replicated(mesh)), tree)
-
-
-def enable_compilation_cache() -> None:
-    """Keeps compiled programs between runs: in JAX_COMPILATION_CACHE_DIR, or `~/.cache/vita_jax/compiled` if that is
-    unset.
-    """
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "vita_jax" / "compiled"))
-    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

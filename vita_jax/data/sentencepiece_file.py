@@ -1,11 +1,12 @@
 """The pieces inside a sentencepiece model file: read, and appended to.
 
 The library runs models but neither tells the kind of every piece nor changes one. Its files are protocol buffers
-(`sentencepiece_model.proto`), of which this module knows four fields:
+(`sentencepiece_model.proto`), of which this module knows a few fields:
 
-    ModelProto     1 pieces (repeated SentencePiece), 2 trainer_spec
-    SentencePiece  1 piece (text), 2 score (float), 3 type
-    TrainerSpec    3 model_type, 4 vocab_size
+    ModelProto      1 pieces (repeated SentencePiece), 2 trainer_spec, 3 normalizer_spec
+    SentencePiece   1 piece (text), 2 score (float), 3 type
+    TrainerSpec     3 model_type, 4 vocab_size
+    NormalizerSpec  2 precompiled_charsmap, 3 add_dummy_prefix, 4 remove_extra_whitespaces, 5 escape_whitespaces
 
 Everything else stays as it is, byte for byte: in this format what is appended to a file is added to its lists.
 """
@@ -63,6 +64,15 @@ def is_byte_pair(proto: bytes) -> bool:
     """Whether the model joins pairs (BPE); others choose the likeliest pieces as a whole. `proto` is a model's."""
     kinds = [kind for field, spec in _fields(proto) if field == 2 for number, kind in _fields(spec) if number == 3]
     return bool(kinds) and kinds[-1] == _BPE
+
+
+def keeps_text(proto: bytes) -> bool:
+    """Whether the model changes nothing of a text but its spaces, each to a mark, and puts one mark in front."""
+    found: dict[int, int | bytes] = {2: b"", 3: 1, 4: 1, 5: 1}  # what holds where the file does not say
+    for field, spec in _fields(proto):
+        if field == 3:
+            found.update(_fields(spec))
+    return not found[2] and bool(found[3]) and not found[4] and bool(found[5])
 
 
 def append_pieces(proto: bytes, pieces: Iterable[Piece], total: int) -> bytes:

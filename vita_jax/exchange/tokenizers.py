@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
-from vita_jax.data.tokenizer import JSON_CONFIG_FILE, JSON_FILE, SENTENCEPIECE_FILE, load_tokenizer
-from vita_jax.errors import UserError
+from vita_jax.data.sentencepiece_file import Piece, PieceType, is_byte_pair, keeps_text, read_pieces
+from vita_jax.data.tokenizer import (
+    CHAT_SYMBOLS,
+    JSON_CONFIG_FILE,
+    JSON_FILE,
+    SENTENCEPIECE_FILE,
+    SPACE_MARK,
+    load_tokenizer,
+)
+from vita_jax.errors import UnsupportedOption, UserError
 
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 ADDED_FILE, SPECIAL_FILE = "added_tokens.json", "special_tokens_map.json"
@@ -31,7 +41,8 @@ QWEN2_PATTERN = (
 
 
 def make_tokenizer(originals: Path, folder: Path) -> list[str]:
-    """Writes `folder` from the files of a public one; `tokenizer.json` first, else vocabulary and merges.
+    """Writes `folder` from the files of a public one: `tokenizer.json`, else vocabulary and merges, else a
+    sentencepiece model.
 
     Args:
       originals: the folder with the public files.
@@ -54,8 +65,7 @@ def make_tokenizer(originals: Path, folder: Path) -> list[str]:
         tokenizer_of_merges(originals).save(str(folder / JSON_FILE))
         _copy_config(originals, folder)
     elif (originals / SENTENCEPIECE_FILE).is_file():
-        folder.mkdir(parents=True)
-        shutil.copyfile(originals / SENTENCEPIECE_FILE, folder / SENTENCEPIECE_FILE)
+        _from_sentencepiece(originals, folder)
     else:
         return ["no tokenizer in the folder: the result is weights to start from, not a model to talk to"]
     load_tokenizer(folder)
@@ -96,6 +106,97 @@ def tokenizer_of_merges(folder: Path) -> tokenizers.Tokenizer:
         ]
     )
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    _add_tokens(tokenizer, listed, VOCAB_FILE)
+    return tokenizer
+
+
+def _from_sentencepiece(originals: Path, folder: Path) -> None:
+    """A model of ours is copied; one of LLaMA's kin becomes a `tokenizer.json`, as its special tokens need one."""
+    source = originals / SENTENCEPIECE_FILE
+    pieces = read_pieces(source.read_bytes(), str(source))
+    folder.mkdir(parents=True)
+    if set(CHAT_SYMBOLS) <= {piece.text for piece in pieces}:
+        shutil.copyfile(source, folder / SENTENCEPIECE_FILE)
+        return
+    tokenizer_of_sentencepiece(originals).save(str(folder / JSON_FILE))
+    if (originals / JSON_CONFIG_FILE).is_file():
+        shutil.copyfile(originals / JSON_CONFIG_FILE, folder / JSON_CONFIG_FILE)
+    else:
+        (folder / JSON_CONFIG_FILE).write_text(json.dumps(_plain_config(pieces), indent=2), encoding="utf-8")
+
+
+def _plain_config(pieces: Sequence[Piece]) -> dict[str, Any]:
+    """What sentencepiece itself does, for a folder without a configuration: start and end by their usual names."""
+    unknown = [piece.text for piece in pieces if piece.type == PieceType.UNKNOWN]
+    return {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "unk_token": unknown[0]}
+
+
+def tokenizer_of_sentencepiece(folder: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a byte-pair `tokenizer.model` (LLaMA, Mixtral); added tokens are those that the config or
+    `added_tokens.json` lists.
+
+    sentencepiece joins the pair that gives the piece with the highest score, so the merges are all pairs that give a
+    piece, by falling score.
+
+    Raises:
+      UserError: the files do not belong together.
+      UnsupportedOption: a unigram model, or one that changes the text before it cuts it.
+    """
+    source = folder / SENTENCEPIECE_FILE
+    proto = source.read_bytes()
+    pieces = read_pieces(proto, str(source))
+    if not is_byte_pair(proto):
+        raise UnsupportedOption(f"{source} is a unigram model; only byte-pair models are read, give a {JSON_FILE}")
+    if not keeps_text(proto):
+        raise UnsupportedOption(f"{source} normalises its text; only models that keep it are read, give a {JSON_FILE}")
+    ids = {piece.text: id_ for id_, piece in enumerate(pieces)}
+    joined = {piece.text for piece in pieces if piece.type == PieceType.NORMAL}
+    merges = [
+        (left, right)
+        for piece in sorted((p for p in pieces if p.type == PieceType.NORMAL), key=lambda piece: -piece.score)
+        for left, right in sorted(
+            ((piece.text[:at], piece.text[at:]) for at in range(1, len(piece.text))),
+            key=lambda pair: (ids.get(pair[0], 0), ids.get(pair[1], 0)),
+        )
+        if left in joined and right in joined
+    ]
+    unknown = next((piece.text for piece in pieces if piece.type == PieceType.UNKNOWN), None)
+    has_bytes = sum(piece.type == PieceType.BYTE for piece in pieces) == 256
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=has_bytes)
+    )
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE_MARK), normalizers.Replace(" ", SPACE_MARK)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = (PieceType.UNKNOWN, PieceType.CONTROL)
+    own = [
+        (id_, {"content": piece.text, "special": piece.type in special})
+        for id_, piece in enumerate(pieces)
+        if piece.type in (*special, PieceType.USER_DEFINED)
+    ]
+    _add_tokens(tokenizer, sorted({**dict(own), **_listed_tokens(folder)}.items()), SENTENCEPIECE_FILE)
+    return tokenizer
+
+
+def _listed_tokens(folder: Path) -> dict[int, dict[str, Any]]:
+    """Id -> description of the added tokens that a public folder lists."""
+    listed: dict[int, dict[str, Any]] = {}
+    try:
+        if (folder / ADDED_FILE).is_file():
+            added = json.loads((folder / ADDED_FILE).read_text(encoding="utf-8"))
+            listed |= {int(id_): {"content": content, "special": True} for content, id_ in added.items()}
+        if (folder / JSON_CONFIG_FILE).is_file():
+            config = json.loads((folder / JSON_CONFIG_FILE).read_text(encoding="utf-8"))
+            listed |= {int(id_): entry for id_, entry in config.get("added_tokens_decoder", {}).items()}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{ADDED_FILE} or {JSON_CONFIG_FILE} does not list tokens with their ids: {error}") from error
+    return listed
+
+
+def _add_tokens(tokenizer: tokenizers.Tokenizer, listed: Sequence[tuple[int, dict[str, Any]]], file: str) -> None:
+    """Adds tokens in the order of their ids. Raises UserError where one gets another id than it should have."""
     for id_, entry in listed:
         token = tokenizers.AddedToken(
             entry["content"], special=entry.get("special", False), normalized=entry.get("normalized", False)
@@ -103,7 +204,6 @@ def tokenizer_of_merges(folder: Path) -> tokenizers.Tokenizer:
         (tokenizer.add_special_tokens if entry.get("special") else tokenizer.add_tokens)([token])
         if tokenizer.token_to_id(entry["content"]) != id_:
             raise UserError(
-                f"{JSON_CONFIG_FILE}: token {entry['content']!r} should have id {id_}, but after {VOCAB_FILE} and the "
+                f"{JSON_CONFIG_FILE}: token {entry['content']!r} should have id {id_}, but after {file} and the "
                 f"tokens before it is {tokenizer.token_to_id(entry['content'])}; the files do not belong together"
             )
-    return tokenizer

@@ -12,16 +12,17 @@ import pytest
 
 from tests.data.conftest import TEXTS
 from tests.data.test_vocabulary import CHINESE
-from tests.training.tiny import experiment, make_batches, model_config, stage
+from tests.training.tiny import experiment, make_batches, model_config, save_model, stage
 from vita_jax import enlarge_vocabulary
 from vita_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from vita_jax.inference.session import Session
 from vita_jax.models.vita import Vita
 from vita_jax.parallel.rules import unbox
 from vita_jax.training import loop
-from vita_jax.training.checkpoint import load_params, save_model
+from vita_jax.training.checkpoint import load_params
 from vita_jax.training.experiment import TokenizerConfig
 from vita_jax.training.objectives import OBJECTIVES, init_params
+from vita_jax.training.param_store import ParamWriter
 
 ENTRIES, ROWS = 360, 368
 
@@ -99,6 +100,22 @@ def test_pieces_of_another_model_and_files_to_measure(base, capsys):
     table = loaded.params["language"]["embed_tokens"]["embedding"]
     assert table.shape[0] == max(size, ROWS) and size > ENTRIES
     np.testing.assert_allclose(table[ENTRIES], table[:ENTRIES].mean(axis=0), atol=1e-6)
+
+
+def test_stacks_of_layers_go_place_by_place(base, monkeypatch):
+    written, write = [], ParamWriter.write
+
+    def spy(self, rule, index, part):
+        written.append((rule.path, index))
+        write(self, rule, index, part)
+
+    monkeypatch.setattr(ParamWriter, "write", spy)
+    run_command(base, "streamed", "--texts", str(base / "zh.txt"), "--pieces", "5")
+    layers = model_of(ROWS).language.num_layers
+    stacked = {path for path, _ in written if path.startswith("language/layers/")}
+    assert len(stacked) > 5
+    for path in stacked:
+        assert [index for name, index in written if name == path] == [(layer,) for layer in range(layers)]
 
 
 LEARN = ["--checkpoint", "{base}", "--to", "{new}", "--texts", "{zh}"]

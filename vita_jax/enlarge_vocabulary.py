@@ -22,7 +22,7 @@ it further with
   Stage(..., start_from="runs/enlarged"), TokenizerConfig(vocab_size=..., folder="runs/enlarged/tokenizer")
 
 and the model's `language.vocab_size` that is printed. Tokens per character are measured on --measure, or on every
-tenth line of --texts, which is then not learnt from. The whole model is held in memory.
+tenth line of --texts, which is then not learnt from. One tensor at a time is in memory.
 
 examples:
   python -m vita_jax.enlarge_vocabulary --checkpoint runs/base --to runs/enlarged --texts chinese.txt --pieces 20000
@@ -98,55 +98,35 @@ def read_texts(arguments: argparse.Namespace) -> tuple[list[str], dict[str, list
 def enlarge_vocabulary(arguments: argparse.Namespace) -> int:
     """Learns or takes pieces, enlarges tokenizer and model, writes them, prints what it brought."""
     # Imported here so that --help and a mistyped argument answer at once.
-    import dataclasses
-
-    import jax
-
     from vita_jax.data.tokenizer import load_tokenizer
     from vita_jax.data.vocabulary import count_tokens, enlarge, pieces_of_model, train_pieces
-    from vita_jax.models.language import vocabulary
-    from vita_jax.training.checkpoint import load_params, save_model
-    from vita_jax.training.experiment import data_folder
+    from vita_jax.exchange.enlarging import enlarge_stored
+    from vita_jax.exchange.exporting import open_checkpoint
+    from vita_jax.models.language.vocabulary import padded_rows
+    from vita_jax.training.portable import TOKENIZER
 
     check_arguments(arguments)
     lines, measured = read_texts(arguments)
-    loaded = load_params(arguments.checkpoint)
-    print(f"checkpoint {loaded.path} (stage {loaded.stage}, step {loaded.step})", flush=True)
-    old = load_tokenizer(loaded.run_dir / "tokenizer")
+    stored = open_checkpoint(arguments.checkpoint, merge_adapters=False)
+    print(f"checkpoint {stored.run_dir} (stage {stored.stage}, step {stored.step})", flush=True)
+    old = load_tokenizer(stored.run_dir / TOKENIZER)
     if arguments.texts:
         candidates = train_pieces(lines, arguments.pieces, old, arguments.script)
     else:
         candidates = pieces_of_model(read_model_file(arguments.pieces_from), arguments.pieces_from, arguments.script)
     grown = enlarge(old, candidates, arguments.symbols, arguments.pieces)
-
-    language = loaded.config.model.language
-    rows = vocabulary.padded_rows(grown.tokenizer.vocab_size, arguments.multiple_of, at_least=language.vocab_size)
-    params = loaded.params | {
-        "language": vocabulary.enlarge_vocabulary(
-            loaded.params["language"],
-            [piece.sources for piece in grown.pieces],
-            grown.first_id,
-            rows,
-            arguments.initialisation,
-            jax.random.key(arguments.seed),
-        )
-    }
-    here = dataclasses.replace(loaded.config, run_dir=str(loaded.run_dir))
-    config = dataclasses.replace(
-        here,
-        run_dir=arguments.to,
-        model=dataclasses.replace(here.model, language=dataclasses.replace(language, vocab_size=rows)),
-        tokenizer=dataclasses.replace(here.tokenizer, vocab_size=grown.tokenizer.vocab_size, folder=None),
-        data=dataclasses.replace(here.data, folder=str(data_folder(here))),
-    )
     # Before anything is written, because counting also checks the texts.
     counts = {
         name: tuple(count_tokens(tokenizer, texts) for tokenizer in (old, grown.tokenizer))
         for name, texts in measured.items()
     }
-    written = save_model(config, loaded.stage, loaded.step, params, grown.tokenizer)
+    before = stored.config.model.language.vocab_size
+    rows = padded_rows(grown.tokenizer.vocab_size, arguments.multiple_of, at_least=before)
+    written = enlarge_stored(
+        stored, grown, arguments.to, rows=rows, initialisation=arguments.initialisation, seed=arguments.seed
+    )
     print(format_result(grown, counts))
-    print(f"model.language.vocab_size: {language.vocab_size} -> {rows} rows\nwritten: {written}")
+    print(f"model.language.vocab_size: {before} -> {rows} rows\nwritten: {written}")
     return 0
 
 

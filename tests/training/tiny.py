@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from vita_jax import config as config_lib
 from vita_jax.data.images import ImageConfig
 from vita_jax.data.loader import SourceConfig
 from vita_jax.data.templates import SystemTexts
+from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.models.connectors.projectors import ProjectorConfig
 from vita_jax.models.language.decoder import DecoderConfig
 from vita_jax.models.vision.internvit import InternViTConfig
 from vita_jax.models.vita import VitaConfig
+from vita_jax.training.checkpoint import CONFIG, StageCheckpoints, checkpoint_folder, snapshot_meta
 from vita_jax.training.experiment import CheckpointConfig, DataConfig, ExperimentConfig, LogConfig, TokenizerConfig
 from vita_jax.training.stages import Stage
 
@@ -133,3 +136,12 @@ class Batches:
 def make_batches(config: ExperimentConfig, stage: Stage) -> Batches:
     """For `loop.run(make_batches=...)`."""
     return Batches(1000 * config.stages.index(stage), stage.batch_size, stage.row_length, stage.row_tiles)
+
+
+def save_model(config: ExperimentConfig, stage_name: str, step: int, params: dict[str, Any], tok: Tokenizer) -> None:
+    """A run whose stage is finished with `params`."""
+    tok.save(Path(config.run_dir) / "tokenizer")
+    config_lib.save_json(config, Path(config.run_dir) / CONFIG)
+    meta = snapshot_meta(config, config.stage(stage_name), step, [0, 0], None, 0.0) | {"finished": True}
+    with StageCheckpoints(checkpoint_folder(config.run_dir, stage_name), keep=1) as checkpoints:
+        checkpoints.save(step, params, None, meta)

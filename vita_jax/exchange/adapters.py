@@ -82,10 +82,10 @@ def import_lora(base: Stored, folder: str | Path, run_dir: str | Path, *, merged
             if merged and own and rule.path.endswith("/kernel"):
                 kernel = {rule.path: np.asarray(leaf)}
                 leaf = np.asarray(flatten(merge(_tree(kernel), _tree(own)))[rule.path])
-            _write(writer, rule, leaf)
+            writer.write_all(rule, leaf)
         if not merged:
             for rule in adapter_rules(base, adapters):
-                _write(writer, rule, adapters[rule.path])
+                writer.write_all(rule, adapters[rule.path])
                 rules.append(rule)
         writer.finish(tuple(rules))
         for name in (TOKENIZER, ORIGINAL):
@@ -108,11 +108,6 @@ def adapter_rules(base: Stored, adapters: Mapping[str, Any]) -> Iterator[Rule]:
         yield Rule(
             f"{site.torch}.{LORA_SCALE}", f"{site.path}/{LORA_SCALE}", (), layers=site.layers, experts=site.experts
         )
-
-
-def _write(writer: ParamWriter, rule: Rule, leaf: Any) -> None:
-    for index in np.ndindex(rule.stack):
-        writer.write(rule, index, np.asarray(leaf[index] if rule.stack else leaf))
 
 
 def _tree(leaves: Mapping[str, Any]) -> dict[str, Any]:

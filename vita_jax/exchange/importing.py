@@ -125,10 +125,16 @@ def past_stage(title: str, model: VitaConfig) -> Stage:
     )
 
 
-def seal(partial: Path, config: ExperimentConfig) -> None:
-    """Makes a run of a folder whose parameters are written: the rest of its checkpoint, and at last its manifest."""
-    folder = checkpoint_folder(partial, STAGE) / str(STEP)
-    meta = snapshot_meta(config, config.stages[0], STEP, [0, 0], None, 0.0)
+def seal(partial: Path, config: ExperimentConfig, stage: str = STAGE, step: int = STEP) -> None:
+    """Makes a run of a folder whose parameters are written: the rest of its checkpoint, and at last its manifest.
+
+    Args:
+      partial: the run's folder, with the parameters of one checkpoint.
+      config: of the run.
+      stage, step: whose checkpoint it is; the stage is over.
+    """
+    folder = checkpoint_folder(partial, stage) / str(step)
+    meta = snapshot_meta(config, config.stage(stage), step, [0, 0], None, 0.0) | {"finished": True}
     (folder / "meta").mkdir(exist_ok=True)
     (folder / "meta" / "metadata").write_text(json.dumps(meta), encoding="utf-8")
     config_lib.save_json(config, partial / CONFIG)

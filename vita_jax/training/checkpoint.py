@@ -30,11 +30,10 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
 from vita_jax import config as config_lib
-from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UserError
 from vita_jax.training.experiment import ExperimentConfig
 from vita_jax.training.objectives import OBJECTIVES
-from vita_jax.training.portable import check_new_folder, is_portable, read_portable
+from vita_jax.training.portable import is_portable, read_portable
 from vita_jax.training.stages import Stage
 
 FORMAT_VERSION = 1
@@ -338,34 +337,6 @@ def load_params(path: str | Path, shardings: Any = None) -> LoadedModel:
     extra = OBJECTIVES[config.stage(meta["stage"]).objective].extra_names
     params = {name: tree for name, tree in params.items() if name not in extra}
     return LoadedModel(params, config, meta["stage"], meta["step"], folder, folder.parents[3])
-
-
-def save_model(
-    config: ExperimentConfig, stage: str, step: int, params: Mapping[str, Any], tokenizer: Tokenizer
-) -> Path:
-    """Writes a new run whose stage `stage` is finished with `params`: something to use, or to start a stage from.
-
-    Args:
-      config: of the model; `config.run_dir` must be new or empty.
-      stage, step: which of the configuration's stages the parameters come from, and after how many steps.
-      params: nested parameters.
-      tokenizer: of the model.
-
-    Returns:
-      The checkpoint's folder. It has no optimiser state.
-
-    Raises:
-      UserError: the folder is not empty.
-    """
-    run_dir = Path(config.run_dir)
-    check_new_folder(run_dir)
-    tokenizer.save(run_dir / "tokenizer")
-    config_lib.save_json(config, run_dir / CONFIG)
-    folder = checkpoint_folder(run_dir, stage)
-    meta = snapshot_meta(config, config.stage(stage), step, [0, 0], None, 0.0) | {"finished": True}
-    with StageCheckpoints(folder, keep=1) as checkpoints:
-        checkpoints.save(step, params, None, meta)
-    return folder / str(step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

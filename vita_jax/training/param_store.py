@@ -65,6 +65,11 @@ class ParamWriter:
         except (ValueError, OSError, RuntimeError) as error:
             raise UserError(f"{self.folder} cannot be written: {first_line(error)}") from error
 
+    def write_all(self, rule: Rule, leaf: Any) -> None:
+        """Writes a whole parameter (array or `StoredLeaf`), one place of its stack at a time. Errors as `write`."""
+        for index in np.ndindex(rule.stack):
+            self.write(rule, index, np.asarray(leaf[index] if rule.stack else leaf))
+
     def finish(self, rules: tuple[Rule, ...]) -> None:
         """Lists the parameters; from now on Orbax can read them."""
         entries = {}

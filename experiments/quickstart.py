@@ -86,13 +86,22 @@ def mixture(*parts: tuple[SourceConfig, float]) -> tuple[SourceConfig, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rows:
+    """A batch of packed rows: how many, and what fits into one in tokens, picture tiles and sounds."""
+
+    batch_size: int
+    row_length: int
+    row_tiles: int = 0
+    row_clips: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Size:
     """What the sizes differ in.
 
     Attributes:
       plan: steps and peak learning rate of every stage.
-      rows, row_length, row_tiles, row_clips: of a batch for the language model.
-      alignment_rows: the same where there is only speech to align.
+      seen, cells, spoken, aligned: batches of stages 0 to 1.3, of the tower's own, of 2.2, and of 2.1b.
       clips: rows of a batch for the speech encoder, of `clip_frames` frames of 10 ms.
       crops, crop_frames: of a batch for the codec.
       replies, reply_tokens, reply_frames: of a batch for the speech decoders: text tokens and codec frames.
@@ -101,11 +110,10 @@ class Size:
     """
 
     plan: dict[str, tuple[int, float]]
-    rows: int
-    alignment_rows: int
-    row_length: int
-    row_tiles: int
-    row_clips: int
+    seen: Rows
+    cells: Rows
+    spoken: Rows
+    aligned: Rows
     clips: int
     clip_frames: int
     crops: int
@@ -121,22 +129,21 @@ BENCHMARK = {"typed": 504, "typed_unseen_writers": 104, "text_only": 120, "video
 # Small batches: at this size the number of updates counts for more than what is in each.
 SMALL = Size(
     plan={
-        "language": (1650, 1.5e-3),
+        "language": (1500, 1.5e-3),
         "tower": (1000, 1e-3),
         "vision_alignment": (250, 2e-3),
         "vision_understanding": (400, 7e-4),
-        "vision_sft": (1650, 1e-3),
+        "vision_sft": (1450, 1e-3),
         "speech_encoder": (11000, 2e-3),
         "speech_alignment": (1000, 1e-3),
         "audio_sft": (650, 5e-4),
         "codec": (7500, 1.5e-3),
         "speech_decoders": (2200, 2e-3),
     },
-    rows=6,
-    alignment_rows=2,
-    row_length=304,  # three conversations
-    row_tiles=12,
-    row_clips=4,
+    seen=Rows(9, 208, row_tiles=8),  # two conversations
+    cells=Rows(12, 304, row_tiles=8),
+    spoken=Rows(6, 304, row_tiles=12, row_clips=4),
+    aligned=Rows(2, 304, row_clips=6),
     clips=2,
     clip_frames=416,
     crops=8,
@@ -150,9 +157,10 @@ SMALL = Size(
 SMOKE = dataclasses.replace(
     SMALL,
     plan={name: (3, rate) for name, (_, rate) in SMALL.plan.items()},
-    rows=4,
-    alignment_rows=4,
-    row_length=256,
+    seen=Rows(4, 256, row_tiles=12),
+    cells=Rows(8, 256, row_tiles=8),
+    spoken=Rows(4, 256, row_tiles=12, row_clips=4),
+    aligned=Rows(4, 256, row_clips=6),
     clips=2,
     crops=2,
     replies=2,
@@ -164,15 +172,14 @@ SMOKE = dataclasses.replace(
 FULL = dataclasses.replace(
     SMALL,
     plan=SMALL.plan
-    | {"language": (1650, 1e-4), "tower": (1000, 1e-4), "vision_alignment": (250, 5e-4)}
-    | {"vision_understanding": (400, 2e-5), "vision_sft": (1650, 2e-5)}
+    | {"language": (1500, 1e-4), "tower": (1000, 1e-4), "vision_alignment": (250, 5e-4)}
+    | {"vision_understanding": (400, 2e-5), "vision_sft": (1450, 2e-5)}
     | {"speech_encoder": (11000, 2e-4), "speech_alignment": (1000, 2e-5), "audio_sft": (650, 2e-5)}
     | {"codec": (7500, 2e-4), "speech_decoders": (2200, 5e-4)},
-    rows=128,
-    alignment_rows=128,
-    row_length=6144,
-    row_tiles=26,
-    row_clips=32,
+    seen=Rows(128, 6144, row_tiles=26),
+    cells=Rows(256, 6144, row_tiles=8),
+    spoken=Rows(128, 6144, row_tiles=26, row_clips=32),
+    aligned=Rows(128, 6144, row_clips=48),
     clips=64,
     clip_frames=3000,
     crops=64,
@@ -182,11 +189,10 @@ FULL = dataclasses.replace(
 
 def vision_stages(size: Size) -> tuple[Stage, ...]:
     """Stages 0 to 1.3."""
-    shared = {"batch_size": size.rows, "row_length": size.row_length, "row_tiles": size.row_tiles}
 
-    def stage(name: str, title: str, *trainable: str, **fields: Any) -> Stage:
+    def stage(name: str, title: str, *trainable: str, rows: Rows = size.seen, **fields: Any) -> Stage:
         steps, rate = size.plan[name]
-        return Stage(name, title, trainable, steps=steps, learning_rate=rate, **{**shared, **fields})
+        return Stage(name, title, trainable, steps=steps, learning_rate=rate, **vars(rows), **fields)
 
     everything = ("^vision/", "^projector/", "^language/")
     return (
@@ -196,7 +202,7 @@ def vision_stages(size: Size) -> tuple[Stage, ...]:
             "^language/",
             sources=(TEXT,),
             objective="text_pretraining",
-            row_tiles=0,
+            rows=dataclasses.replace(size.seen, row_tiles=0),
         ),
         stage(
             "tower",
@@ -205,8 +211,7 @@ def vision_stages(size: Size) -> tuple[Stage, ...]:
             "^naming_head/",
             sources=(SourceConfig("cells"),),
             objective="cell_naming",
-            batch_size=2 * size.rows,
-            row_tiles=8,
+            rows=size.cells,
         ),
         stage(
             "vision_alignment",
@@ -265,10 +270,7 @@ def audio_stages(size: Size) -> tuple[Stage, ...]:
             learning_rate=rates[1],
             # The adapter starts from nothing, the language model must not forget what it knows.
             learning_rate_scale=(("^language/", 0.5),),
-            batch_size=size.alignment_rows,
-            row_length=size.row_length,
-            row_tiles=0,
-            row_clips=size.row_clips * 3 // 2,  # no pictures beside them
+            **vars(size.aligned),
             clip_frames=size.clip_frames,
             start_from=("vision_sft", "speech_encoder"),
         ),
@@ -279,10 +281,7 @@ def audio_stages(size: Size) -> tuple[Stage, ...]:
             HEARING_MIX,
             steps=steps[2],
             learning_rate=rates[2],
-            batch_size=size.rows,
-            row_length=size.row_length,
-            row_tiles=size.row_tiles,
-            row_clips=size.row_clips,
+            **vars(size.spoken),
             clip_frames=size.clip_frames,
             state_labels=True,
             start_from="speech_alignment",

@@ -65,11 +65,11 @@ class SpeechCounts:
       processes: that make clips at the same time; does not change them.
     """
 
-    asr: int = 4000
+    asr: int = 8000
     question_clips: int = 1200
     spoken: int = 1500
     negatives: int = 1200
-    speech_out: int = 1600
+    speech_out: int = 5000
     benchmark_spoken: int = 48
     benchmark_noise: int = 40
     benchmark_transcribe: int = 80

@@ -211,6 +211,36 @@ def test_correct_tokens_are_counted(chunk_size):
     assert [int(score) for score in scores[1:]] == [5, 3]
 
 
+@pytest.mark.parametrize("answers", [(), ((0, 3),), ((0, 30), (1, 2), (1, 17), (1, 38))])
+def test_few_labels_give_the_same_loss_and_gradients(answers):
+    keys = jax.random.split(jax.random.key(3), 3)
+    hidden, kernel = jax.random.normal(keys[0], (2, 40, 8)), jax.random.normal(keys[1], (8, 17))
+    labels = jnp.full((2, 40), -100)
+    for row, at in answers:
+        labels = labels.at[row, at].set((5 * at + row) % 17)
+
+    def mean(hidden, kernel, chunk_size):
+        total, count, correct = next_token_scores(hidden, kernel, labels, chunk_size=chunk_size)
+        return total, (count, correct)
+
+    results = [
+        jax.jit(jax.value_and_grad(functools.partial(mean, chunk_size=size), (0, 1), has_aux=True))(hidden, kernel)
+        for size in (40, 8)
+    ]
+    assert float(results[0][0][1][0]) == len(answers)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *results)
+
+
+def test_chunks_without_labels_are_never_multiplied():
+    """A row of infinities behind the labels would make the loss infinite if it were looked at."""
+    hidden = jnp.ones((1, 40, 4)).at[:, 8:].set(jnp.inf)
+    labels = jnp.full((1, 40), -100).at[0, 3].set(2)
+    total, count, _ = next_token_scores(hidden, jnp.ones((4, 5)), labels, chunk_size=8)
+    np.testing.assert_allclose([total, count], [np.log(5), 1], rtol=1e-6)
+    gradient = jax.grad(lambda kernel: next_token_scores(hidden, kernel, labels, chunk_size=8)[0])(jnp.ones((4, 5)))
+    assert bool(jnp.isfinite(gradient).all())
+
+
 def test_logits_of_a_whole_row_never_exist():
     batch, length, chunk, vocab = 2, 64, 8, 501
 

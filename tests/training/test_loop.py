@@ -314,7 +314,8 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_command_trains_and_calls_the_hooks(tmp_path, capsys):
+def test_command_trains_and_calls_the_hooks(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the data goes to a folder of the working directory
     path = tmp_path / "tiny_experiment.py"
     path.write_text(EXPERIMENT_FILE)
     assert (

@@ -1,4 +1,4 @@
-"""Next-token cross entropy without the logits of a whole row: they are made, used and dropped chunk by chunk."""
+"""Next-token cross entropy without the logits of a whole row: by chunks, and only of those that have a target."""
 
 from __future__ import annotations
 
@@ -77,6 +77,12 @@ def next_token_scores(
       (sum, count, correct), all () float32.
     """
     targets = shift_labels(labels, segment_ids)
+    # Only sums are asked for: with the positions that have a target in front, whole chunks have none and cost nothing.
+    order = jnp.argsort(targets == IGNORE_LABEL, axis=1, stable=True)
+    hidden, targets = (
+        jnp.take_along_axis(hidden, order[..., None], axis=1),
+        jnp.take_along_axis(targets, order, axis=1),
+    )
     losses, correct = position_scores(hidden, lm_head_kernel, targets, chunk_size=chunk_size)
     return jnp.sum(losses), jnp.sum(targets != IGNORE_LABEL, dtype=jnp.float32), jnp.sum(correct, dtype=jnp.float32)
 
@@ -87,7 +93,8 @@ def position_scores(
     """Cross entropy of every position, and whether its target has the largest logit.
 
     The row is cut into chunks of `chunk_size` positions. A scan makes the logits of one chunk at a time and the
-    backward pass makes them again, so the largest temporary is (b chunk_size v) instead of (b s v).
+    backward pass makes them again, so the largest temporary is (b chunk_size v) instead of (b s v). Chunks without a
+    target in any row are passed over.
 
     Args:
       hidden: (b s d) after the final norm, any float dtype.
@@ -104,6 +111,12 @@ def position_scores(
         logits = jnp.einsum("bsd,dv->bsv", hidden, kernel, preferred_element_type=jnp.float32)
         return token_losses(logits, targets), is_correct(logits, targets)
 
+    def no_scores(hidden: jax.Array, targets: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros(targets.shape, jnp.float32), jnp.zeros(targets.shape, bool)
+
+    def scores_if_any(chunk: tuple[jax.Array, jax.Array], kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.lax.cond(jnp.any(chunk[1] != IGNORE_LABEL), chunk_scores, no_scores, *chunk, kernel)
+
     length = hidden.shape[1]
     if length <= chunk_size:
         return chunk_scores(hidden, targets, kernel)
@@ -114,6 +127,6 @@ def position_scores(
         rearrange(hidden, "b (c s) d -> c b s d", s=chunk_size),
         rearrange(targets, "b (c s) -> c b s", s=chunk_size),
     )
-    _, scores = jax.lax.scan(lambda _, chunk: (None, jax.checkpoint(chunk_scores)(*chunk, kernel)), None, chunks)
+    _, scores = jax.lax.scan(lambda _, chunk: (None, jax.checkpoint(scores_if_any)(chunk, kernel)), None, chunks)
     losses, correct = (rearrange(score, "c b s -> b (c s)")[:, :length] for score in scores)
     return losses, correct

@@ -22,8 +22,10 @@ from vita_jax.ops.experts import Balance, balance
 from vita_jax.ops.losses import IGNORE_LABEL, next_token_scores, position_scores, shift_labels
 from vita_jax.training.objectives.base import Batch, LossSums, Objective, Params
 
-# Positions whose logits exist at one time in the language loss.
+# Positions of a row whose logits exist at one time in the language loss.
 LOSS_CHUNK = 512
+# Answers are a small part of most rows, so even short rows have chunks to pass over.
+LEAST_CHUNKS = 4
 # Weight of a token that is no answer in `text_pretraining`. Prompts are mostly random here, but predicting them makes
 # words of one kind alike, after which looking them up is learnt several times faster.
 PROMPT_WEIGHT = 0.08
@@ -53,9 +55,8 @@ def language_modeling_loss(model: Vita, params: Params, batch: Batch, key: jax.A
     """
     hidden, used = _hidden_states(model, params, batch, key)
     kernel = params["language"]["lm_head"]["kernel"]
-    loss, count, correct = next_token_scores(
-        hidden, kernel, batch["labels"], batch["segment_ids"], chunk_size=LOSS_CHUNK
-    )
+    chunk = min(LOSS_CHUNK, -(-hidden.shape[1] // LEAST_CHUNKS))
+    loss, count, correct = next_token_scores(hidden, kernel, batch["labels"], batch["segment_ids"], chunk_size=chunk)
     metrics = {"accuracy": (correct, count)}
     if "state_labels" in batch:
         head_loss, weight, state_metrics = _state_sums(model, params, batch["state_labels"], hidden)

@@ -133,7 +133,7 @@ SMALL = Size(
         "tower": (1000, 1e-3),
         "vision_alignment": (250, 2e-3),
         "vision_understanding": (400, 7e-4),
-        "vision_sft": (1450, 1e-3),
+        "vision_sft": (1650, 1e-3),
         "speech_encoder": (11000, 2e-3),
         "speech_alignment": (1000, 1e-3),
         "audio_sft": (650, 5e-4),
@@ -173,7 +173,7 @@ FULL = dataclasses.replace(
     SMALL,
     plan=SMALL.plan
     | {"language": (1500, 1e-4), "tower": (1000, 1e-4), "vision_alignment": (250, 5e-4)}
-    | {"vision_understanding": (400, 2e-5), "vision_sft": (1450, 2e-5)}
+    | {"vision_understanding": (400, 2e-5), "vision_sft": (1650, 2e-5)}
     | {"speech_encoder": (11000, 2e-4), "speech_alignment": (1000, 2e-5), "audio_sft": (650, 2e-5)}
     | {"codec": (7500, 2e-4), "speech_decoders": (2200, 5e-4)},
     seen=Rows(128, 6144, row_tiles=26),

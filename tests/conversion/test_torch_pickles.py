@@ -9,6 +9,7 @@ import types
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
 from vita_jax.conversion.torch_files import TensorFiles, write_tensors
 from vita_jax.conversion.torch_pickles import PickledTensors, open_tensors, require_torch
@@ -44,7 +45,6 @@ def test_what_is_in_a_folder_is_found(tmp_path):
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_every_dtype_keeps_its_bits(tmp_path, zipped):
-    torch = pytest.importorskip("torch")
     tensors = {
         "bf": torch.randn(3, 4).bfloat16().t(),
         "half": torch.randn(5).half(),
@@ -66,14 +66,12 @@ def test_every_dtype_keeps_its_bits(tmp_path, zipped):
 
 
 def test_nested_dicts_have_dotted_names(tmp_path):
-    torch = pytest.importorskip("torch")
     parts = {part: {"w": torch.ones(1)} for part in ("encoder", "generator", "quantizer")}
     torch.save({**parts, "steps": 10}, tmp_path / "codec.pt")
     assert set(PickledTensors(tmp_path / "codec.pt")) == {"encoder.w", "generator.w", "quantizer.w"}
 
 
 def test_shards_and_names_that_come_twice(tmp_path):
-    torch = pytest.importorskip("torch")
     names = {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}
     for name, file in names.items():
         torch.save({name: torch.ones(2)}, tmp_path / file)
@@ -93,7 +91,6 @@ class Program:
 
 @pytest.mark.parametrize("damage", ["program", "cut", "text", "empty"])
 def test_programs_and_damage(tmp_path, monkeypatch, damage):
-    torch = pytest.importorskip("torch")
     trap = tmp_path / "ran"
     monkeypatch.setenv("VITA_JAX_TEST_TRAP", str(trap))
     file = tmp_path / "final.pt"

@@ -91,6 +91,17 @@ def test_tokens_that_were_added_keep_their_ids(model, tmp_path):
         make_tokenizer(tmp_path, tmp_path / "made")
 
 
+def test_a_configuration_that_does_not_say_starts_texts_as_llama_does(model, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    for says, starts in (({}, True), ({"add_bos_token": False}, False)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", **says}))
+        make_tokenizer(tmp_path, tmp_path / "made")
+        assert (load_tokenizer(tmp_path / "made").bos_id is not None) == starts
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(UserError, match="tokenizer_config.json is not a JSON object"):
+        make_tokenizer(tmp_path, tmp_path / "made")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +16,7 @@ from vita_jax.exchange.exporting import Stored
 from vita_jax.exchange.importing import seal
 from vita_jax.models.language import vocabulary
 from vita_jax.training.checkpoint import checkpoint_folder
-from vita_jax.training.experiment import data_folder
+from vita_jax.training.experiment import ExperimentConfig, data_folder
 from vita_jax.training.param_store import ParamWriter
 from vita_jax.training.portable import TOKENIZER, new_folder
 
@@ -44,7 +42,7 @@ def enlarge_stored(
     """
     tables = {name: stored.params["language"][name] for name in ("embed_tokens", "lm_head")}
     new = vocabulary.enlarge_vocabulary(
-        jax.tree.map(jnp.asarray, _read(tables)),
+        jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), tables),
         [piece.sources for piece in grown.pieces],
         grown.first_id,
         rows,
@@ -66,11 +64,7 @@ def enlarge_stored(
     return checkpoint_folder(run_dir, stored.stage) / str(stored.step)
 
 
-def _read(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _read(leaf) if isinstance(leaf, Mapping) else np.asarray(leaf) for name, leaf in tree.items()}
-
-
-def _config(stored: Stored, grown: Enlargement, run_dir: str | Path, rows: int) -> Any:
+def _config(stored: Stored, grown: Enlargement, run_dir: str | Path, rows: int) -> ExperimentConfig:
     """The run's configuration: its own place and sizes, the data still where it was."""
     here = dataclasses.replace(stored.config, run_dir=str(stored.run_dir))
     language = dataclasses.replace(here.model.language, vocab_size=rows)

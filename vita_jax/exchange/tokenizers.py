@@ -119,14 +119,12 @@ def _from_sentencepiece(originals: Path, folder: Path) -> None:
         shutil.copyfile(source, folder / SENTENCEPIECE_FILE)
         return
     tokenizer_of_sentencepiece(originals).save(str(folder / JSON_FILE))
-    if (originals / JSON_CONFIG_FILE).is_file():
-        shutil.copyfile(originals / JSON_CONFIG_FILE, folder / JSON_CONFIG_FILE)
-    else:
-        (folder / JSON_CONFIG_FILE).write_text(json.dumps(_plain_config(pieces), indent=2), encoding="utf-8")
+    config = _plain_config(pieces) | _json_file(originals / JSON_CONFIG_FILE)
+    (folder / JSON_CONFIG_FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _plain_config(pieces: Sequence[Piece]) -> dict[str, Any]:
-    """What sentencepiece itself does, for a folder without a configuration: start and end by their usual names."""
+    """What holds where the configuration does not say: LLaMA's names, and a start in front of every text."""
     unknown = [piece.text for piece in pieces if piece.type == PieceType.UNKNOWN]
     return {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "unk_token": unknown[0]}
 
@@ -182,17 +180,25 @@ def tokenizer_of_sentencepiece(folder: Path) -> tokenizers.Tokenizer:
 
 def _listed_tokens(folder: Path) -> dict[int, dict[str, Any]]:
     """Id -> description of the added tokens that a public folder lists."""
-    listed: dict[int, dict[str, Any]] = {}
+    added, config = _json_file(folder / ADDED_FILE), _json_file(folder / JSON_CONFIG_FILE)
     try:
-        if (folder / ADDED_FILE).is_file():
-            added = json.loads((folder / ADDED_FILE).read_text(encoding="utf-8"))
-            listed |= {int(id_): {"content": content, "special": True} for content, id_ in added.items()}
-        if (folder / JSON_CONFIG_FILE).is_file():
-            config = json.loads((folder / JSON_CONFIG_FILE).read_text(encoding="utf-8"))
-            listed |= {int(id_): entry for id_, entry in config.get("added_tokens_decoder", {}).items()}
-    except (ValueError, AttributeError) as error:
+        listed = {int(id_): {"content": content, "special": True} for content, id_ in added.items()}
+        return listed | {int(id_): entry for id_, entry in config.get("added_tokens_decoder", {}).items()}
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{ADDED_FILE} or {JSON_CONFIG_FILE} does not list tokens with their ids: {error}") from error
-    return listed
+
+
+def _json_file(path: Path) -> dict[str, Any]:
+    """The object in a file, empty where there is no file. Raises UserError if it holds anything else."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return content
 
 
 def _add_tokens(tokenizer: tokenizers.Tokenizer, listed: Sequence[tuple[int, dict[str, Any]]], file: str) -> None:
@@ -202,8 +208,9 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, listed: Sequence[tuple[int, dic
             entry["content"], special=entry.get("special", False), normalized=entry.get("normalized", False)
         )
         (tokenizer.add_special_tokens if entry.get("special") else tokenizer.add_tokens)([token])
-        if tokenizer.token_to_id(entry["content"]) != id_:
+        found = tokenizer.token_to_id(entry["content"])
+        if found != id_:
             raise UserError(
-                f"{JSON_CONFIG_FILE}: token {entry['content']!r} should have id {id_}, but after {file} and the "
-                f"tokens before it is {tokenizer.token_to_id(entry['content'])}; the files do not belong together"
+                f"added token {entry['content']!r} should have id {id_}, but behind {file} and the tokens before it "
+                f"that is {found}; the files do not belong together"
             )

@@ -129,18 +129,18 @@ BENCHMARK = {"typed": 504, "typed_unseen_writers": 104, "text_only": 120, "video
 # Small batches: at this size the number of updates counts for more than what is in each.
 SMALL = Size(
     plan={
-        "language": (1500, 1.5e-3),
-        "tower": (1000, 1e-3),
-        "vision_alignment": (250, 2e-3),
+        "language": (1750, 1.5e-3),
+        "tower": (900, 1e-3),
+        "vision_alignment": (300, 2e-3),
         "vision_understanding": (400, 7e-4),
-        "vision_sft": (1650, 1e-3),
+        "vision_sft": (2000, 1e-3),
         "speech_encoder": (11000, 2e-3),
         "speech_alignment": (1000, 1e-3),
         "audio_sft": (650, 5e-4),
         "codec": (7500, 1.5e-3),
         "speech_decoders": (2200, 2e-3),
     },
-    seen=Rows(9, 208, row_tiles=8),  # two conversations
+    seen=Rows(6, 208, row_tiles=8),  # two conversations
     cells=Rows(12, 304, row_tiles=8),
     spoken=Rows(6, 304, row_tiles=12, row_clips=4),
     aligned=Rows(2, 304, row_clips=6),
@@ -151,7 +151,7 @@ SMALL = Size(
     replies=8,
     reply_tokens=40,
     reply_frames=160,
-    amounts={"text": 36000, "cells": 12000, "captions": 8000, "pictures": 18000, "clips": 4000, **BENCHMARK},
+    amounts={"text": 32000, "cells": 11000, "captions": 8000, "pictures": 15000, "clips": 5000, **BENCHMARK},
     speech=SpeechCounts(),
 )
 SMOKE = dataclasses.replace(
@@ -172,8 +172,8 @@ SMOKE = dataclasses.replace(
 FULL = dataclasses.replace(
     SMALL,
     plan=SMALL.plan
-    | {"language": (1500, 1e-4), "tower": (1000, 1e-4), "vision_alignment": (250, 5e-4)}
-    | {"vision_understanding": (400, 2e-5), "vision_sft": (1650, 2e-5)}
+    | {"language": (1750, 1e-4), "tower": (900, 1e-4), "vision_alignment": (300, 5e-4)}
+    | {"vision_understanding": (400, 2e-5), "vision_sft": (2000, 2e-5)}
     | {"speech_encoder": (11000, 2e-4), "speech_alignment": (1000, 2e-5), "audio_sft": (650, 2e-5)}
     | {"codec": (7500, 2e-4), "speech_decoders": (2200, 5e-4)},
     seen=Rows(128, 6144, row_tiles=26),
@@ -377,7 +377,7 @@ def prepare(config: ExperimentConfig) -> None:
     counts = {name: n for name, n in amounts.items() if not name.startswith("speech_")}
     build_quickstart(folder, counts, config.seed, speech=SpeechCounts(**speech))
     if not (folder / CTC_VOCABULARY).is_file():
-        texts = [pair.text for pair in read_manifest(folder / RECORDINGS.path)]
+        texts = [pair.text for source in (RECORDINGS, ASSISTANT) for pair in read_manifest(folder / source.path)]
         build_ctc_vocabulary(texts, config.model.ctc_vocab_size).save(folder / CTC_VOCABULARY)
     if not tokenizer_folder(config).is_dir():
         lines = (folder / "tokenizer_text.txt").read_text(encoding="utf-8").splitlines()

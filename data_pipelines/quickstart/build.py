@@ -44,6 +44,7 @@ from data_pipelines.quickstart.scenes import (
 from data_pipelines.quickstart.sentences import TRANSCRIBE, draw_sentence
 from data_pipelines.quickstart.speech import RECORD_SETS, build_speech
 from data_pipelines.quickstart.speech_sets import SpeechCounts
+from vita_jax.data.ctc_vocabulary import split_words
 from vita_jax.data.video import write_video
 
 SETS = ("text", "cells", "captions", "questions")
@@ -51,6 +52,7 @@ SETS = ("text", "cells", "captions", "questions")
 TEXT_ROUNDS = 4
 # With speech, one text in so many has sentences to be written down, as clips later have them spoken.
 SENTENCES_EVERY = 6
+LONGEST_GAP = 3  # frames of 80 ms between two words
 PICTURE_ROUNDS = 4
 CLIP_ROUNDS = 4
 # What training asks about a sheet. Both colours, and the hard kinds twice.
@@ -101,14 +103,23 @@ def text_record(index: int, rng: np.random.Generator) -> dict[str, Any]:
     return {"id": f"text-{index}", "conversations": _conversation(questions, written + "\n")}
 
 
+def drawn_out(sentence: str, rng: np.random.Generator) -> str:
+    """A sentence as it comes out of a speech encoder: between words, or Chinese characters, frames with nothing new."""
+    return "".join(part + BLANK * int(rng.integers(0, LONGEST_GAP + 1)) for part in split_words(sentence)).strip()
+
+
 def sentences_record(index: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Written sentences stand in for spoken ones as written scenes do for pictures: each is asked for word by word."""
+    """Written sentences stand in for spoken ones as written scenes do for pictures: each is asked for word by word.
+
+    Half of them are drawn out, as half of the scenes have their empty cells.
+    """
     conversations = []
     for _ in range(TEXT_ROUNDS):
         language = _language(rng)
         sentence = draw_sentence(language, "train", rng)
         request = str(rng.choice(TRANSCRIBE[language]))
-        conversations += [{"from": "human", "value": f"{sentence}\n{request}"}, {"from": "gpt", "value": sentence}]
+        written = drawn_out(sentence, rng) if rng.random() < 0.5 else sentence
+        conversations += [{"from": "human", "value": f"{written}\n{request}"}, {"from": "gpt", "value": sentence}]
     return {"id": f"text-{index}", "conversations": conversations}
 
 

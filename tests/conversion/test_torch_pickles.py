@@ -1,4 +1,4 @@
-"""Files of `torch.save`: tensors with all their bits, and nothing else. Most of it is skipped without torch."""
+"""Files of `torch.save`: tensors with all their bits, and nothing else."""
 
 from __future__ import annotations
 

@@ -115,16 +115,26 @@ def test_written_sentences_stand_in_for_spoken_ones():
     rng = np.random.default_rng(1)
     records = [build_lib.sentences_record(index, rng) for index in range(300)]
     requests = {request for language in TRANSCRIBE.values() for request in language}
-    asked = set()
+    asked, drawn_out = set(), 0
     for record in records:
         turns = [turn["value"] for turn in record["conversations"]]
         assert len(turns) == 2 * build_lib.TEXT_ROUNDS
         for question, answer in zip(turns[::2], turns[1::2], strict=True):
             sentence, request = question.split("\n")
-            assert sentence == answer
-            assert split_of(sentence) == "train"
+            assert sentence.replace(BLANK, "") == answer
+            assert split_of(answer) == "train"
+            assert BLANK * (build_lib.LONGEST_GAP + 1) not in sentence
             asked.add(request)
+            drawn_out += BLANK in sentence
     assert asked == requests
+    assert 0.4 < drawn_out / (len(records) * build_lib.TEXT_ROUNDS) < 0.6
+
+
+def test_gaps_are_between_words_and_between_chinese_characters():
+    rng = np.random.default_rng(0)
+    parts = [set(build_lib.drawn_out(text, rng).split(BLANK)) for text in ("the cat sat", "你好吗") for _ in range(100)]
+    assert set().union(*parts[:100]) >= {"the", " cat", " sat", "the cat", ""}
+    assert set().union(*parts[100:]) >= {"你", "好", "吗", "你好"}
 
 
 def test_sentences_come_with_speech_only(splits, tmp_path):

@@ -108,15 +108,43 @@ def test_order_is_that_of_the_seed_and_resumes(source):
         loader.close()
 
 
+def pair_loader(source, batch_size, **options):
+    options = {"seed": 0, "num_threads": 0, "shuffle": False, **options}
+    return make_pair_loader([source], SHAPE, Letters(), batch_size=batch_size, **options)
+
+
 def test_pairs_are_padded(source):
-    loader = make_pair_loader([source], SHAPE, Letters(), seed=0, batch_size=5, num_threads=0, shuffle=False)
+    loader = pair_loader(source, 5, num_epochs=1)
     batch = next(loader)
-    assert batch["text_tokens"].shape == (5, 6) and batch["waves"].shape == (5, 120)
+    assert batch["text_tokens"].shape == (5, 6) and batch["waves"].shape == (5, 90)  # steps of 12 / 4 frames
     np.testing.assert_array_equal(batch["text_lengths"], [1, 2, 3, 4, 5])
     np.testing.assert_array_equal(batch["frames"], [3, 4, 5, 6, 7])
     np.testing.assert_array_equal(batch["text_tokens"][2], [1, 2, 3, 0, 0, 0])
     assert np.all(batch["waves"][0, 21:] == 0) and batch["waves"][0, 20] != 0
+    assert next(loader)["waves"].shape == (5, 120)
     loader.close()
+
+
+def test_batches_are_of_similar_length_and_hold_every_pair_once(source):
+    loader = pair_loader(source, 2, num_epochs=1, shuffle=True)
+    batches = list(loader)
+    assert [sorted(batch["frames"]) for batch in batches] == [[3, 4], [9, 10], [5, 6], [11, 12], [7, 8]]
+    assert [batch["waves"].shape[1] for batch in batches] == [60, 120, 60, 120, 90]
+    # Hosts must agree on shapes without asking each other.
+    shared = pair_loader(source, 2, num_epochs=1, shard_index=1, shard_count=2)
+    assert [batch["waves"].shape for batch in shared] == [(2, 120)] * 2
+
+
+def test_sorted_pairs_resume(source):
+    whole = pair_loader(source, 2, shuffle=True)
+    batches = [next(whole) for _ in range(20)]
+    interrupted = pair_loader(source, 2, shuffle=True)
+    assert all(same(next(interrupted), batch) for batch in batches[:11])
+    resumed = pair_loader(source, 2, shuffle=True)
+    resumed.set_state(json.loads(json.dumps(interrupted.get_state())))
+    assert all(same(next(resumed), batch) for batch in batches[11:])
+    for loader in (whole, interrupted, resumed):
+        loader.close()
 
 
 def test_bad_records_are_counted_and_too_many_stop(source, tmp_path):
@@ -125,7 +153,7 @@ def test_bad_records_are_counted_and_too_many_stop(source, tmp_path):
     (tmp_path / "2.wav").unlink()
     shape = PairShape(RATE, HOP, frames=11, tokens=6)
     options = {"seed": 0, "batch_size": 6, "num_threads": 0, "prefetch_batches": 0}
-    loader = make_pair_loader([source], shape, Letters(), max_bad_fraction=0.5, **options)
+    loader = make_pair_loader([source], shape, Letters(), max_bad_fraction=0.5, num_epochs=1, **options)
     next(loader)
     counts = loader.counts
     assert counts.bad == 4

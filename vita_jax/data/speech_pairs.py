@@ -3,8 +3,8 @@
 A manifest has one JSON object per line, {"id": ..., "audio": path, "text": ...}; paths start from its folder; the audio
 is in any format that `vita_jax.data.audio` decodes; 16-bit mono WAV at the rate that is wanted (the codec's, or 16 kHz
 for the recogniser) is read fastest. manifest(s) -> seeded subset -> shuffle (anew every epoch) -> repeat ->
-shard -> crops or padded pairs (threads) -> leave out bad records -> batch -> prefetch. The state of a loader is a small
-dict, as in `loader`.
+shard -> crops or padded pairs (threads) -> leave out bad records -> batch, pairs of similar length together -> prefetch.
+The state of a loader is a small dict, as in `loader`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UserError
 
 PCM_SCALE = 32768.0
+# Pairs are sorted by length among as many batches, and batches cut to one of as many lengths: each is compiled once.
+SORTED_BATCHES = 8
+BATCH_LENGTHS = 4
 # A stage may accept less, never more.
 LONGEST = AudioConfig(max_seconds=MAX_SECONDS)
 MANIFEST = "manifest.jsonl"
@@ -207,6 +210,38 @@ def padded_pair(pair: SpokenText, shape: PairShape, tokenizer: Tokenizer) -> Arr
     }
 
 
+# ---- batches of similar length --------------------------------------------------------------------------------------
+
+
+class _SortWindow(grain.experimental.FlatMapTransform):
+    """A window of pairs, sorted by length; runs of `batch_size` stay together, long and short ones take turns."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.max_fan_out = SORTED_BATCHES * batch_size
+
+    def flat_map(self, element: Sequence[Arrays]) -> list[Arrays]:
+        pairs = sorted(element, key=lambda pair: int(pair["frames"]))
+        runs = [pairs[start : start + self.batch_size] for start in range(0, len(pairs), self.batch_size)]
+        half = (len(runs) + 1) // 2
+        # A run that is not full must stay the last one, so that those before it fill their batches.
+        turns = runs if len(runs[-1]) < self.batch_size else [run for i in range(half) for run in runs[i::half]]
+        return [pair for run in turns for pair in run]
+
+
+def sort_by_length(elements: grain.IterDataset, batch_size: int) -> grain.IterDataset:
+    """The same pairs, in an order in which each `batch_size` are of similar length."""
+    windows = elements.batch(SORTED_BATCHES * batch_size, drop_remainder=False, batch_fn=list)
+    return grain.experimental.FlatMapIterDataset(windows, _SortWindow(batch_size))
+
+
+def cut_padding(batch: Arrays, shape: PairShape) -> Arrays:
+    """The batch with `waves` no longer than its longest needs, in steps of a quarter of the full length."""
+    step = -(-shape.frames // BATCH_LENGTHS)
+    frames = min(shape.frames, -(-int(batch["frames"].max()) // step) * step)
+    return {**batch, "waves": batch["waves"][:, : frames * shape.hop]}
+
+
 # ---- loaders --------------------------------------------------------------------------------------------------------
 
 
@@ -236,9 +271,12 @@ def make_pair_loader(
 ) -> Loader:
     """Batches for the speech decoders: `text_tokens` (b s), `text_lengths` (b,), `waves` (b n), `frames` (b,).
 
+    The pairs of a batch are of similar length, and n only as long as they need. Where several hosts read, n is always
+    the longest, because they must agree.
+
     Args:
       sources, seed, options: as in `make_crop_loader`.
-      shape: what everything is padded to; longer pairs are bad records.
+      shape: the longest; longer pairs are bad records.
       tokenizer: of the language model.
 
     Raises:
@@ -250,7 +288,13 @@ def make_pair_loader(
     def build(pair: SpokenText, rng: np.random.Generator) -> Arrays:
         return padded_pair(pair, shape, tokenizer)
 
-    return make_element_loader(sources, build, seed=seed, **options)
+    def sort(elements: grain.IterDataset) -> grain.IterDataset:
+        return sort_by_length(elements, options["batch_size"])
+
+    def cut(batch: Arrays) -> Arrays:
+        return cut_padding(batch, shape) if options.get("shard_count", 1) == 1 else batch
+
+    return make_element_loader(sources, build, seed=seed, pack=sort, finish=cut, **options)
 
 
 def make_element_loader(
@@ -267,6 +311,7 @@ def make_element_loader(
     shard_count: int = 1,
     prefetch_batches: int = 2,
     pack: Callable[[grain.IterDataset], grain.IterDataset] | None = None,
+    finish: Callable[[Arrays], Arrays] | None = None,
 ) -> Loader:
     """The stream of batches.
 
@@ -278,7 +323,8 @@ def make_element_loader(
       max_bad_fraction: of the records, at least `BUDGET_RECORDS` of them or one epoch.
       shard_index, shard_count: this host's part of the pairs.
       prefetch_batches: finished batches held ready by a background thread; 0 = none.
-      pack: joins good elements to the rows of batches; None = each is a row.
+      pack: joins good elements to the rows of batches, or orders them; None = each is a row.
+      finish: what is still done to a batch.
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be at least 1")
@@ -305,6 +351,7 @@ def make_element_loader(
     rows = GoodRecords(elements, counts, max_bad_fraction, budget)
     rows = rows if pack is None else pack(rows)
     batches = rows.batch(batch_size, drop_remainder=True)
+    batches = batches if finish is None else batches.map(finish)
     if prefetch_batches:
         batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch_batches)
     return Loader(batches, counts)

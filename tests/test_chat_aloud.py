@@ -107,7 +107,7 @@ def test_a_spoken_question_is_answered_in_its_language(heard, language, session,
         heard_waves.extend(waves)
         return [heard]
 
-    monkeypatch.setattr("vita_jax.evaluation.recognition.transcribe", transcribe)
+    monkeypatch.setattr("vita_jax.inference.transcription.transcribe", transcribe)
     assert chat.main(["--audio", sound, "--speak", str(tmp_path / "a.wav")]) == 0
     assert session.spoken == [("红", language)] and len(heard_waves) == 1
 

@@ -23,9 +23,12 @@ from vita_jax.training.objectives import OBJECTIVES, init_params
 from vita_jax.training.objectives.recognition import (
     FREQUENCY_MASK_BINS,
     FREQUENCY_MASKS,
+    PATCH_BINS,
+    PATCH_FRAMES,
     TIME_MASK_FRAMES,
     TIME_MASKS,
     ctc_objective_loss,
+    move_patches,
     recognition_logits,
     spec_augment,
 )
@@ -150,6 +153,28 @@ def test_augmentation_blanks_bounded_stripes_only():
         assert whole_frames.sum() <= TIME_MASKS * min(TIME_MASK_FRAMES, int(length) // 5)
         assert whole_bins.sum() <= FREQUENCY_MASKS * FREQUENCY_MASK_BINS
         assert not row[: int(length)][~whole_frames][:, ~whole_bins].any()
+
+
+def test_patches_move_as_one_and_as_far_as_asked():
+    features = jnp.asarray(np.random.default_rng(0).normal(size=(200, 20, 16)), jnp.float32)
+    moved = np.asarray(move_patches(features, 0.6, jax.random.key(1)) - features)
+    patch = moved[:, :PATCH_FRAMES, :PATCH_BINS]
+    np.testing.assert_allclose(patch, np.broadcast_to(patch[:, :1, :1], patch.shape), atol=1e-5)
+    assert np.all(np.abs(moved[:, PATCH_FRAMES] - moved[:, 0]).max(axis=1) > 0)
+    # Rows draw their strength evenly from 0 to 0.6: the mean square is 0.6 ** 2 / 3.
+    strengths = moved.reshape(200, -1).std(axis=1)
+    assert strengths.min() < 0.1 < 0.5 < strengths.max()
+    np.testing.assert_allclose(np.mean(moved**2), 0.12, rtol=0.15)
+    with pytest.raises(UserError, match="feature_noise"):
+        CtcTraining(feature_noise=-1.0)
+
+
+def test_training_moves_patches(model, params):
+    def loss(noise):
+        noisy = dataclasses.replace(model.config, ctc_training=CtcTraining(spec_augment=False, feature_noise=noise))
+        return float(ctc_objective_loss(Vita(noisy), {**params, **AT_START}, batch_of(WORDS), jax.random.key(1)).loss)
+
+    assert loss(0.0) == loss(0.0) != loss(2.0)
 
 
 def test_a_model_without_recogniser_says_what_to_set(model, params):

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vita_jax.errors import UserError
 from vita_jax.nn.layers import Dense
 
 
@@ -21,10 +22,18 @@ class CtcTraining:
     Attributes:
       flat_start_steps: steps that begin with the characters of a clip spread evenly over its frames; 0 for none.
       spec_augment: blanks out stripes of the features, which a long training needs.
+      feature_noise: how far patches of the features are moved up and down, as a standard deviation of the logarithm of
+        energy in the worst case; each row draws its own strength. Recordings that passed through something, a telephone
+        or a codec, differ from clean ones in such patches.
     """
 
     flat_start_steps: int = 0
     spec_augment: bool = True
+    feature_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.feature_noise < 0:
+            raise UserError(f"feature_noise {self.feature_noise} must be at least 0")
 
 
 class CtcHead(nn.Module):

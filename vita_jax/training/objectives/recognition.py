@@ -7,7 +7,7 @@ the encoder's config says so (`dynamic_chunks`), after which full and streamed r
 Where in the sound a character lies is what CTC finds last. The first steps (`flat_start_steps`) therefore also ask for
 each clip's characters spread evenly over its frames, with a weight that falls to 0: the flat start of hidden Markov
 models, which shortens the search several times. Stretches of time and bands of frequency can be blanked out
-(SpecAugment, arXiv 1904.08779, without warping).
+(SpecAugment, arXiv 1904.08779, without warping), and patches of the features moved up and down.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import repeat
 
 from vita_jax.errors import UserError
 from vita_jax.models.audio.ctc_head import CtcHead
@@ -30,6 +31,8 @@ from vita_jax.training.objectives.base import Batch, LossSums, Objective, Params
 # SpecAugment: how many stripes, and how wide they are at most.
 TIME_MASKS, TIME_MASK_FRAMES = 2, 20
 FREQUENCY_MASKS, FREQUENCY_MASK_BINS = 2, 12
+# A patch of `feature_noise`: frames of 10 ms, mel bins.
+PATCH_FRAMES, PATCH_BINS = 3, 6
 
 CTC_KEYS = ("features", "lengths", "targets", "target_lengths", "frame_targets")
 # Beside the parameters: the number of the step.
@@ -66,6 +69,24 @@ def _stripes(key: jax.Array, rows: int, lengths: jax.Array, size: int, count: in
     start = jnp.floor(jax.random.uniform(start_key, (rows, count)) * (lengths[:, None] - width + 1))
     place = jnp.arange(size)[None, None]
     return jnp.any((place >= start[..., None]) & (place < (start + width)[..., None]), axis=1)
+
+
+def move_patches(features: jax.Array, strength: float, key: jax.Array) -> jax.Array:
+    """Moves patches of the features up and down, each by a normal number.
+
+    Args:
+      features: (b f m) log-mel features.
+      strength: the standard deviation in the worst row; every row's own is drawn evenly below it.
+      key: draws both.
+
+    Returns:
+      (b f m).
+    """
+    b, f, m = features.shape
+    row_key, patch_key = jax.random.split(key)
+    moves = jax.random.normal(patch_key, (b, -(-f // PATCH_FRAMES), -(-m // PATCH_BINS)))
+    moves *= strength * jax.random.uniform(row_key, (b, 1, 1))
+    return features + repeat(moves, "b f m -> b (f i) (m j)", i=PATCH_FRAMES, j=PATCH_BINS)[:, :f, :m]
 
 
 def recognition_logits(
@@ -111,7 +132,7 @@ def ctc_objective_loss(model: Vita, params: Params, batch: Batch, key: jax.Array
       params: nested parameters with those of `ctc_extra_params`.
       batch: `features` (b f m), `lengths` (b), `targets` (b u), `target_lengths` (b), `frame_targets` (b s); int32 but
         for the features.
-      key: of dropout, chunks and blanked stripes.
+      key: of dropout, chunks, blanked stripes and moved patches.
 
     Returns:
       Sums over characters. Metrics: `ctc`, the CTC loss per character; `infeasible`, share of the rows whose transcript
@@ -119,9 +140,12 @@ def ctc_objective_loss(model: Vita, params: Params, batch: Batch, key: jax.Array
     """
     training = model.config.ctc_training
     augment_key, encoder_key = jax.random.split(key)
+    noise_key = jax.random.fold_in(augment_key, 1)
     features = batch["features"]
     if training.spec_augment:
         features = spec_augment(features, batch["lengths"], augment_key)
+    if training.feature_noise:
+        features = move_patches(features, training.feature_noise, noise_key)
     logits, frames = recognition_logits(model, params, features, batch["lengths"], encoder_key)
     feasible = ctc_feasible(frames, batch["targets"], batch["target_lengths"])
     ctc = jnp.sum(ctc_loss(logits, frames, batch["targets"], batch["target_lengths"]))

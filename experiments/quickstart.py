@@ -45,6 +45,7 @@ from vita_jax.evaluation.results import FINAL, format_result, format_stages, rea
 from vita_jax.evaluation.runner import evaluate_params
 from vita_jax.inference.speak import save_voices
 from vita_jax.models.audio.ctc_head import CtcTraining
+from vita_jax.models.codec.codebook_training import CodebookTraining
 from vita_jax.models.codec.losses import codec_training_small
 from vita_jax.models.vita import VitaConfig, vita_1_5_with_voice, vita_small_with_voice
 from vita_jax.training.checkpoint import checkpoint_folder, load_params
@@ -129,24 +130,24 @@ BENCHMARK = {"typed": 504, "typed_unseen_writers": 104, "text_only": 120, "video
 # Small batches: at this size the number of updates counts for more than what is in each.
 SMALL = Size(
     plan={
-        "language": (1750, 1.5e-3),
+        "language": (2200, 1.5e-3),
         "tower": (900, 1e-3),
         "vision_alignment": (300, 2e-3),
         "vision_understanding": (400, 7e-4),
-        "vision_sft": (2000, 1e-3),
+        "vision_sft": (2250, 1e-3),
         "speech_encoder": (11000, 2e-3),
         "speech_alignment": (1000, 1e-3),
-        "audio_sft": (650, 5e-4),
-        "codec": (7500, 1.5e-3),
-        "speech_decoders": (2200, 2e-3),
+        "audio_sft": (1000, 5e-4),
+        "codec": (13000, 2e-3),
+        "speech_decoders": (2600, 2e-3),
     },
     seen=Rows(6, 208, row_tiles=8),  # two conversations
     cells=Rows(12, 304, row_tiles=8),
-    spoken=Rows(6, 304, row_tiles=12, row_clips=4),
+    spoken=Rows(4, 304, row_tiles=12, row_clips=4),
     aligned=Rows(2, 304, row_clips=6),
     clips=2,
     clip_frames=416,
-    crops=8,
+    crops=4,
     crop_frames=20,
     replies=8,
     reply_tokens=40,
@@ -172,10 +173,10 @@ SMOKE = dataclasses.replace(
 FULL = dataclasses.replace(
     SMALL,
     plan=SMALL.plan
-    | {"language": (1750, 1e-4), "tower": (900, 1e-4), "vision_alignment": (300, 5e-4)}
-    | {"vision_understanding": (400, 2e-5), "vision_sft": (2000, 2e-5)}
-    | {"speech_encoder": (11000, 2e-4), "speech_alignment": (1000, 2e-5), "audio_sft": (650, 2e-5)}
-    | {"codec": (7500, 2e-4), "speech_decoders": (2200, 5e-4)},
+    | {"language": (2200, 1e-4), "tower": (900, 1e-4), "vision_alignment": (300, 5e-4)}
+    | {"vision_understanding": (400, 2e-5), "vision_sft": (2250, 2e-5)}
+    | {"speech_encoder": (11000, 2e-4), "speech_alignment": (1000, 2e-5), "audio_sft": (1000, 2e-5)}
+    | {"codec": (13000, 2e-4), "speech_decoders": (2600, 5e-4)},
     seen=Rows(128, 6144, row_tiles=26),
     cells=Rows(256, 6144, row_tiles=8),
     spoken=Rows(128, 6144, row_tiles=26, row_clips=32),
@@ -326,9 +327,13 @@ def voice_stages(size: Size) -> tuple[Stage, ...]:
 def small_model(width: int = 192, num_layers: int = 4, tower_width: int = 96) -> VitaConfig:
     """The small model with its recogniser."""
     model = vita_small_with_voice(width, num_layers, tower_width, vocab_size=1280)
-    training = CtcTraining(flat_start_steps=1000, spec_augment=False)
+    training = CtcTraining(flat_start_steps=1000, spec_augment=False, feature_noise=1.0)
     # A step against discriminators takes as long as four without, and in minutes the voice gains less by it.
-    codec_training = dataclasses.replace(model.codec_training, discriminators=None)
+    codec_training = dataclasses.replace(
+        model.codec_training,
+        discriminators=None,
+        codebooks=CodebookTraining(decay=0.99),  # steps of 80 frames for 1,024 entries: averages over more of them
+    )
     return dataclasses.replace(model, ctc_vocab_size=CTC_ROWS, ctc_training=training, codec_training=codec_training)
 
 

@@ -2,9 +2,9 @@
 
 A manifest has one JSON object per line, {"id": ..., "audio": path, "text": ...}; paths start from its folder; the audio
 is in any format that `vita_jax.data.audio` decodes; 16-bit mono WAV at the rate that is wanted (the codec's, or 16 kHz
-for the recogniser) is read fastest. manifest(s) -> seeded subset -> shuffle (anew every epoch) -> repeat ->
-shard -> crops or padded pairs (threads) -> leave out bad records -> batch, pairs of similar length together -> prefetch.
-The state of a loader is a small dict, as in `loader`.
+for the recogniser) is read fastest. manifest(s) -> seeded subset -> shuffle (anew every epoch) -> repeat -> shard ->
+crops or padded pairs (threads) -> leave out bad records -> sort pairs by length -> batch -> prefetch. The state of a
+loader is a small dict, as in `loader`.
 """
 
 from __future__ import annotations

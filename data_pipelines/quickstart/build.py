@@ -41,7 +41,7 @@ from data_pipelines.quickstart.scenes import (
     sample_scene,
     transcript,
 )
-from data_pipelines.quickstart.sentences import TRANSCRIBE, draw_sentence
+from data_pipelines.quickstart.sentences import TRANSCRIBE, draw_sentence, draw_words
 from data_pipelines.quickstart.speech import RECORD_SETS, build_speech
 from data_pipelines.quickstart.speech_sets import SpeechCounts
 from vita_jax.data.ctc_vocabulary import split_words
@@ -111,12 +111,13 @@ def drawn_out(sentence: str, rng: np.random.Generator) -> str:
 def sentences_record(index: int, rng: np.random.Generator) -> dict[str, Any]:
     """Written sentences stand in for spoken ones as written scenes do for pictures: each is asked for word by word.
 
-    Half of them are drawn out, as half of the scenes have their empty cells.
+    Half of them are words in no order, which cannot be guessed. Half are drawn out, as half of the scenes have their
+    empty cells.
     """
     conversations = []
     for _ in range(TEXT_ROUNDS):
         language = _language(rng)
-        sentence = draw_sentence(language, "train", rng)
+        sentence = (draw_words if rng.random() < 0.5 else draw_sentence)(language, "train", rng)
         request = str(rng.choice(TRANSCRIBE[language]))
         written = drawn_out(sentence, rng) if rng.random() < 0.5 else sentence
         conversations += [{"from": "human", "value": f"{written}\n{request}"}, {"from": "gpt", "value": sentence}]

@@ -6,6 +6,7 @@ into training.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ HELD_OUT_SHARE = 10  # one text in so many
 MIN_DIGITS, MAX_DIGITS = 3, 6
 # Share of recited digits among drawn sentences: spoken answers are mostly digits.
 DIGITS_SHARE = 0.2
+# Words in no order. Whoever writes sentences of few shapes down soon guesses half of a sentence; these must be heard.
+MIN_WORDS, MAX_WORDS = 3, 7
 
 _SLOT = re.compile(r"\{(\w+)\}")
 # Asked in writing about something to be heard.
@@ -75,6 +78,25 @@ def draw_digits(language: str, split: Split, rng: np.random.Generator) -> str:
     _check_language(language)
     while True:
         text = digits_aloud(rng.integers(0, 10, rng.integers(MIN_DIGITS, MAX_DIGITS + 1)), language)
+        if split_of(text) == split:
+            return text
+
+
+@functools.cache
+def vocabulary_words(language: str) -> tuple[str, ...]:
+    """All words of the sentences, in Chinese the pieces that they are made of. Raises UserError as others."""
+    _check_language(language)
+    pieces = {piece for template in TEMPLATES[language] for piece in _SLOT.split(template)[::2]}
+    pieces |= {filler for fillers in FILLERS[language].values() for filler in fillers}
+    words = {word for piece in pieces for word in piece.split()} if language == "en" else pieces
+    return tuple(sorted(words - {""}))
+
+
+def draw_words(language: str, split: Split, rng: np.random.Generator) -> str:
+    """`MIN_WORDS` to `MAX_WORDS` words in no order."""
+    words, gap = vocabulary_words(language), " " if language == "en" else ""
+    while True:
+        text = gap.join(words[i] for i in rng.integers(0, len(words), rng.integers(MIN_WORDS, MAX_WORDS + 1)))
         if split_of(text) == split:
             return text
 

@@ -24,6 +24,7 @@ from data_pipelines.quickstart.sentences import (
     Split,
     distinct_sentences,
     draw_statement,
+    draw_words,
     split_of,
 )
 from data_pipelines.speech.clips import SPEECH, Clip
@@ -39,6 +40,7 @@ AUGMENTED_SHARE = 0.15
 # Of the transcribed clips: the recogniser is to read back what is asked and answered, however short.
 QUESTIONS_SHARE = 0.1
 ANSWERS_SHARE = 0.15
+WORDS_SHARE = 0.3
 # What a sound that is not for the model is, among the negatives.
 NEGATIVE_MIX = {SPEECH: 0.5, "second_speaker": 0.12, "babble": 0.13, "synthetic": 0.25}
 NEGATIVE_SECONDS = (0.6, 2.5)
@@ -152,9 +154,10 @@ def _training_clip(folder: Folder, text: str, language: str, voices: tuple[Voice
 
 
 def _transcribed(language: str, count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """What is said, and how it is transcribed: different sentences, and questions and answers that may repeat."""
-    questions, answers = round(count * QUESTIONS_SHARE), round(count * ANSWERS_SHARE)
-    texts = distinct_sentences(language, "train", count - questions - answers, rng)
+    """What is said, and how it is transcribed: different sentences, words; questions and answers that may repeat."""
+    questions, answers, words = (round(count * share) for share in (QUESTIONS_SHARE, ANSWERS_SHARE, WORDS_SHARE))
+    texts = distinct_sentences(language, "train", count - questions - answers - words, rng)
+    texts += [draw_words(language, "train", rng) for _ in range(words)]
     while len(texts) < count - questions:
         question = _questions(sample_scene(rng), rng, 1)[0]
         aloud = answer_aloud(question.answer, language)

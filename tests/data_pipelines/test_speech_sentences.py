@@ -10,14 +10,18 @@ from data_pipelines.quickstart.scenes import sample_scene
 from data_pipelines.quickstart.sentences import (
     DIGITS_SHARE,
     HELD_OUT_SHARE,
+    MAX_WORDS,
+    MIN_WORDS,
     REFUSAL,
     TRANSCRIBE,
     distinct_sentences,
     draw_digits,
     draw_sentence,
     draw_statement,
+    draw_words,
     split_of,
     units,
+    vocabulary_words,
 )
 from data_pipelines.quickstart.vocabulary import FILLERS, TEMPLATES
 from vita_jax.data.spoken_words import answer_aloud, digits_aloud, heard, number_aloud
@@ -65,6 +69,21 @@ def test_sentences_are_what_is_heard_and_some_recite_digits(language):
     digits = set(digits_aloud(range(10), language).split() if language == "en" else digits_aloud(range(10), language))
     recited = [set(units(text, language)) <= digits for text in texts]
     assert np.mean(recited) == pytest.approx(DIGITS_SHARE, abs=0.05)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_words_in_no_order_are_those_of_the_sentences(language):
+    rng = np.random.default_rng(0)
+    gap = " " if language == "en" else ""
+    drawn = [draw_words(language, "train", rng) for _ in range(400)]
+    assert len(set(drawn)) == len(drawn) and all(split_of(text) == "train" for text in drawn)
+    known = set("".join(vocabulary_words(language)) if language == "zh" else vocabulary_words(language))
+    statements = [draw_statement(language, "train", rng) for _ in range(400)]
+    for text in drawn + statements:
+        assert set(units(text, language)) <= known and text == heard(text)
+    if language == "en":
+        lengths = {len(text.split(gap)) for text in drawn}
+        assert lengths == set(range(MIN_WORDS, MAX_WORDS + 1))
 
 
 def test_statements_are_no_questions():

@@ -26,6 +26,7 @@ MIN_DIGITS, MAX_DIGITS = 3, 6
 DIGITS_SHARE = 0.2
 # Words in no order. Whoever writes sentences of few shapes down soon guesses half of a sentence; these must be heard.
 MIN_WORDS, MAX_WORDS = 3, 7
+MAX_UNITS = 12  # of them; no longer to say than the longest sentence
 
 _SLOT = re.compile(r"\{(\w+)\}")
 # Asked in writing about something to be heard.
@@ -93,11 +94,11 @@ def vocabulary_words(language: str) -> tuple[str, ...]:
 
 
 def draw_words(language: str, split: Split, rng: np.random.Generator) -> str:
-    """`MIN_WORDS` to `MAX_WORDS` words in no order."""
+    """`MIN_WORDS` to `MAX_WORDS` words in no order, of `MAX_UNITS` English words or Chinese characters at most."""
     words, gap = vocabulary_words(language), " " if language == "en" else ""
     while True:
         text = gap.join(words[i] for i in rng.integers(0, len(words), rng.integers(MIN_WORDS, MAX_WORDS + 1)))
-        if split_of(text) == split:
+        if len(list(units(text, language))) <= MAX_UNITS and split_of(text) == split:
             return text
 
 

@@ -10,6 +10,7 @@ from data_pipelines.quickstart.scenes import sample_scene
 from data_pipelines.quickstart.sentences import (
     DIGITS_SHARE,
     HELD_OUT_SHARE,
+    MAX_UNITS,
     MAX_WORDS,
     MIN_WORDS,
     REFUSAL,
@@ -81,6 +82,7 @@ def test_words_in_no_order_are_those_of_the_sentences(language):
     statements = [draw_statement(language, "train", rng) for _ in range(400)]
     for text in drawn + statements:
         assert set(units(text, language)) <= known and text == heard(text)
+    assert max(len(list(units(text, language))) for text in drawn) <= MAX_UNITS
     if language == "en":
         lengths = {len(text.split(gap)) for text in drawn}
         assert lengths == set(range(MIN_WORDS, MAX_WORDS + 1))

@@ -54,6 +54,7 @@ def run_command(base: Path, name: str, *more: str) -> Path:
     return base / name
 
 
+@pytest.mark.slow
 def test_learn_enlarge_and_train_on(base, capsys):
     texts, symbols = ["--texts", str(base / "zh.txt"), "--pieces", "40"], ["--symbols", "<1>", "<2>", "<3>"]
     enlarged = run_command(base, "learnt", *texts, *symbols)

@@ -162,6 +162,7 @@ def test_convolution_errors_say_what_is_wrong() -> None:
         convolution.conv1d(jnp.zeros((1, 40, 1)), jnp.zeros((5, 1, 1)), stride=2, dilation=3)
 
 
+@pytest.mark.slow
 def test_weight_norm_folds_and_splits(params) -> None:
     plain = Codec(replace(CONFIG, weight_norm=False))
     folded = fold_weight_norm(params)

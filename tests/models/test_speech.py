@@ -103,6 +103,7 @@ def test_speech_is_causal_and_text_does_not_see_it(params) -> None:
     assert np.abs(before[first:] - after[first:]).max(axis=-1).min() > 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", [False, True])
 def test_steps_with_a_cache_equal_teacher_forcing(params, prefix: bool) -> None:
     batch = make_batch(prefix=prefix)
@@ -157,6 +158,7 @@ def test_prefix_changes_the_speech_and_needs_its_stack(params) -> None:
         speech_logits(params, batch, replace(CONFIG, prefix=False))
 
 
+@pytest.mark.slow
 def test_training_learns_a_sentence() -> None:
     config = speech_small(num_codes=8, width=32, num_layers=2)
     batch = SpeechBatch(
@@ -192,6 +194,7 @@ def test_training_learns_a_sentence() -> None:
     assert list(spoken) == [3, 1, 4, 1, 5]  # and EOS ends it
 
 
+@pytest.mark.slow
 def test_streamed_tokens_equal_steps_at_once(params) -> None:
     batch, model, key = make_batch(), SpeechDecoder(CONFIG), jax.random.key(3)
     features, lengths = batch.features[:1], batch.feature_lengths[:1]

@@ -134,7 +134,9 @@ def test_run_directory_and_metrics(finished):
     assert ends[1]["trainable"] > 0 and ends[1]["frozen"] > 0 and ends[1]["seconds"] > 0
 
 
-@pytest.mark.parametrize(("stage_name", "at"), [("naming", 3), ("joint", 1), ("joint", 5)])
+@pytest.mark.parametrize(
+    ("stage_name", "at"), [("naming", 3), *(pytest.param("joint", at, marks=pytest.mark.slow) for at in (1, 5))]
+)
 def test_killed_and_started_again_is_the_uninterrupted_run(finished, tmp_path, stage_name, at):
     def die():
         raise Killed
@@ -169,6 +171,7 @@ def test_a_finished_run_does_nothing_and_the_hook_is_called_once(finished):
     assert printed.count("already finished") == 2 and calls == []
 
 
+@pytest.mark.slow
 def test_a_hook_that_was_killed_is_called_again(tmp_path):
     def die(own_stage, params):
         raise Killed
@@ -204,6 +207,7 @@ def test_a_damaged_checkpoint_stops_the_run(tmp_path):
         run(config)
 
 
+@pytest.mark.slow
 def test_real_records_go_on_bit_for_bit(tmp_path):
     whole, parts = (records_experiment(tmp_path / name) for name in ("whole", "parts"))
     for config in (whole, parts):
@@ -256,6 +260,7 @@ def test_a_run_can_start_from_another_run(finished, tmp_path):
     assert before.keys() == after.keys()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_an_error(tmp_path):
     stages = (stage("bad", trainable=("^language/",), learning_rate=1e30, warmup_ratio=0.0),)
     with pytest.raises(UserError, match="stage 'bad'.*learning_rate"):
@@ -314,6 +319,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_command_trains_and_calls_the_hooks(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the data goes to a folder of the working directory
     path = tmp_path / "tiny_experiment.py"
@@ -342,6 +348,7 @@ def test_command_refuses_another_configuration_before_it_builds_data(tmp_path, c
     assert "seed: 0 there, 9 now" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_command_errors_are_one_line(tmp_path):
     path = tmp_path / "tiny_experiment.py"
     path.write_text(EXPERIMENT_FILE)

@@ -116,6 +116,7 @@ def test_text_only_rows_train(model_and_params):
     assert np.isfinite(float(sums.loss)) and float(sums.count) > 0
 
 
+@pytest.mark.slow
 def test_model_parameters_do_not_depend_on_the_objective(model_and_params):
     model, params = model_and_params
     plain = unbox(jax.jit(lambda key: init_params(model, OBJECTIVES["language_modeling"], key))(KEY))
@@ -124,6 +125,7 @@ def test_model_parameters_do_not_depend_on_the_objective(model_and_params):
         jax.tree.map(np.testing.assert_array_equal, plain[name], params[name])
 
 
+@pytest.mark.slow
 def test_load_balancing_loss_is_added_with_its_weight():
     """The released models leave it out; what the router does is reported in any case."""
     config = model_config()

@@ -78,6 +78,7 @@ def batch_of(words, targets=None):
     }
 
 
+@pytest.mark.slow
 def test_the_recogniser_learns_and_hears_whole_and_in_chunks(model, params):
     # Blanked stripes are for longer trainings than this one.
     model = Vita(dataclasses.replace(model.config, ctc_training=CtcTraining(spec_augment=False)))
@@ -118,6 +119,7 @@ def test_infeasible_targets_are_counted_and_dropped(model, params):
     assert np.isfinite(float(one.loss))
 
 
+@pytest.mark.slow
 def test_the_flat_start_asks_for_evenly_spread_characters_and_fades(model, params):
     training = CtcTraining(flat_start_steps=4, spec_augment=False)
     flat = Vita(dataclasses.replace(model.config, ctc_training=training))

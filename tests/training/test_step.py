@@ -87,6 +87,7 @@ def test_loss_falls_and_there_is_one_compilation():
     assert 0 < history[0]["tokens"] <= (labelled["labels"] >= 0).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["language_modeling", "cell_naming"])
 def test_frozen_parameters_keep_their_bytes_and_have_no_optimiser_state(objective):
     trainable = ("^vision/layers/mlp/",)
@@ -99,6 +100,7 @@ def test_frozen_parameters_keep_their_bytes_and_have_no_optimiser_state(objectiv
     assert sum(leaf.size for leaf in moments) == 2 * sum(before[path].size for path in trains)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["language_modeling", "cell_naming"])
 def test_accumulation_is_one_large_batch(objective):
     _, whole, whole_history, _, _ = run_steps(objective=objective)

@@ -7,8 +7,8 @@
     DIR/benchmarks/speech/    see `speech_benchmark.py`
 
 Each folder has its WAV files (16 kHz, mono, 16 bit) and pictures in media/; paths in records and manifests are relative
-to the folder. A line of a manifest has id, audio, text, language and duration (seconds); those of `speech_out` also
-`written` (as the language model writes it), `kind`, and `question` where the text is an answer to one.
+to the folder. A line of a manifest has id, audio, text, kind, language and duration (seconds); those of `speech_out`
+also `written` (as the language model writes it), and `question` where the text is an answer to one.
 """
 
 from __future__ import annotations

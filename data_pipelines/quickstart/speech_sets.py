@@ -41,6 +41,7 @@ AUGMENTED_SHARE = 0.15
 QUESTIONS_SHARE = 0.1
 ANSWERS_SHARE = 0.15
 WORDS_SHARE = 0.3
+WORDS = "words"  # kind of a clip: words in no order
 # What a sound that is not for the model is, among the negatives.
 NEGATIVE_MIX = {SPEECH: 0.5, "second_speaker": 0.12, "babble": 0.13, "synthetic": 0.25}
 NEGATIVE_SECONDS = (0.6, 2.5)
@@ -153,28 +154,29 @@ def _training_clip(folder: Folder, text: str, language: str, voices: tuple[Voice
     return folder.clip(parts=tuple(parts), augmented=augmented, background=background)
 
 
-def _transcribed(language: str, count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """What is said, and how it is transcribed: different sentences, words; questions and answers that may repeat."""
+def _transcribed(language: str, count: int, rng: np.random.Generator) -> list[tuple[str, str, str]]:
+    """What is said, how it is transcribed, and its kind: "sentence", all different, "words", "answer" or "question"."""
     questions, answers, words = (round(count * share) for share in (QUESTIONS_SHARE, ANSWERS_SHARE, WORDS_SHARE))
-    texts = distinct_sentences(language, "train", count - questions - answers - words, rng)
-    texts += [draw_words(language, "train", rng) for _ in range(words)]
-    while len(texts) < count - questions:
+    sentences = distinct_sentences(language, "train", count - questions - answers - words, rng)
+    said = [(text, text, "sentence") for text in sentences]
+    said += [(text, text, WORDS) for text in (draw_words(language, "train", rng) for _ in range(words))]
+    while len(said) < count - questions:
         question = _questions(sample_scene(rng), rng, 1)[0]
         aloud = answer_aloud(question.answer, language)
         if question.language == language and answer_split(aloud, language) == "train":
-            texts.append(aloud)
-    asked = phrasings(SPOKEN_KINDS, language)
-    said = [(text, text) for text in texts] + [(text, heard(text)) for text in rng.choice(asked, questions).tolist()]
+            said.append((aloud, aloud, "answer"))
+    asked = rng.choice(phrasings(SPOKEN_KINDS, language), questions).tolist()
+    said += [(text, heard(text), "question") for text in asked]
     return [said[index] for index in rng.permutation(count)]
 
 
 def plan_asr(folder: Folder, count: int) -> None:
     """Transcribed clips, as a manifest and as records that ask for the transcript in writing."""
     for language in LANGUAGES:
-        for spoken, text in _transcribed(language, count // 2, folder.rng):
+        for spoken, text, kind in _transcribed(language, count // 2, folder.rng):
             audio = _training_clip(folder, spoken, language, training_voices(language))
             name = f"asr-{len(folder.manifest)}"
-            folder.manifest.append({"id": name, "audio": audio, "text": text, "language": language})
+            folder.manifest.append({"id": name, "audio": audio, "text": text, "kind": kind, "language": language})
             request = f"<audio>\n{_choice(TRANSCRIBE[language], folder.rng)}"
             folder.records.append({"id": name, "audio": audio, "conversations": turns(request, text)})
 

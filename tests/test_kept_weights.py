@@ -1,0 +1,79 @@
+"""The kept weights of the quickstart: they load in seconds and still answer and hear as their card says."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.quickstart.build import build_benchmark
+from data_pipelines.quickstart.scans import load_scan_splits
+from data_pipelines.quickstart.speech import build_speech
+from data_pipelines.quickstart.speech_sets import SMOKE
+from vita_jax.data.tokenizer import load_tokenizer
+from vita_jax.evaluation.runner import evaluate_params
+from vita_jax.inference.session import Session
+from vita_jax.training.checkpoint import load_params
+from vita_jax.training.experiment import CTC_VOCABULARY
+
+WEIGHTS = Path(__file__).parents[1] / "experiments/quickstart/weights"
+MOST_BYTES = 15e6
+# Another seed than that of the training, so the scenes are new; the scans are split by the training's.
+SEED, SPLIT_SEED = 123, 0
+# The card's figures less what a sample of this size may lack: about two standard deviations.
+FLOORS = {
+    "typed": 0.89,
+    "video_order": 0.70,
+    "text": 0.88,
+    "spoken": 0.78,
+    "noise": 0.90,
+    "accepted": 0.95,
+    "input_head": 0.95,
+    "recognition_full": 0.94,
+    "recognition_chunked": 0.92,
+}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    """Accuracy by group on a small benchmark drawn anew."""
+    folder = tmp_path_factory.mktemp("kept")
+    splits = load_scan_splits(SPLIT_SEED)
+    counts = {"typed": 24, "typed_unseen_writers": 4, "text_only": 16, "video_order": 24}
+    build_benchmark(folder / "benchmarks" / "quickstart", splits, counts, SEED)
+    speech = dataclasses.replace(SMOKE, benchmark_spoken=16, benchmark_noise=8, benchmark_transcribe=12)
+    build_speech(folder, splits, speech, SEED, progress=lambda line: None)
+    loaded = load_params(WEIGHTS)
+    (folder / CTC_VOCABULARY).write_bytes((WEIGHTS / CTC_VOCABULARY).read_bytes())
+    data = dataclasses.replace(loaded.config.data, folder=str(folder))
+    config = dataclasses.replace(loaded.config, run_dir=str(WEIGHTS), data=data)
+    tokenizer = load_tokenizer(WEIGHTS / "tokenizer")
+    seen = ("typed", "video_order", "text")
+    heard = tuple(name for name in FLOORS if name not in seen)
+    results = (
+        evaluate_params(config, loaded.params, tokenizer, groups=seen),
+        evaluate_params(config, loaded.params, tokenizer, benchmark="speech", groups=heard),
+    )
+    return {name: group["accuracy"] for result in results for name, group in result["groups"].items()}
+
+
+def test_the_folder_is_small_and_has_a_card():
+    files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= MOST_BYTES
+    card = (WEIGHTS / "README.md").read_text(encoding="utf-8")
+    assert "launch/quickstart.sh" in card and "commit" in card
+
+
+@pytest.mark.parametrize("group", FLOORS)
+def test_a_sample_is_answered_about_as_well_as_the_card_says(figures, group):
+    assert figures[group] >= FLOORS[group]
+
+
+def test_it_talks_and_speaks():
+    session = Session.load(WEIGHTS)
+    assert "".join(session.ask("red/white: 47\nWhat is the largest digit?")).strip() == "7"
+    wave, rate = session.say("four seven", "en")
+    assert rate == 16000 and 0.2 * rate < len(wave) < 4 * rate

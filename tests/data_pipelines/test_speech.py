@@ -108,11 +108,13 @@ def test_one_kind_of_noise_is_in_the_benchmark_only(planned):
 
 
 def test_what_is_known_and_what_is_new_in_transcriptions(planned):
-    known = {entry["text"] for entry in planned.asr.manifest}
+    kinds = {entry["text"]: entry["kind"] for entry in planned.asr.manifest}
+    assert {"sentence", "words", "answer", "question"} == set(kinds.values())
     voices = {entry["id"]: set(entry["voices"]) for entry in planned.benchmark.manifest}
     for item in planned.items:
         if item["group"] == "transcribe":
-            assert (item["answer"] in known) == (item["kind"] == "new_voice")
+            assert (item["answer"] in kinds) == (item["kind"] == "new_voice")
+            assert kinds.get(item["answer"]) != "words"
             assert bool(voices[item["id"]] & HELD_OUT) == (item["kind"] != "new_sentence")
         else:
             assert voices[item["id"]] <= HELD_OUT

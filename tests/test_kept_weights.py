@@ -44,7 +44,7 @@ def figures(tmp_path_factory):
     splits = load_scan_splits(SPLIT_SEED)
     counts = {"typed": 24, "typed_unseen_writers": 4, "text_only": 16, "video_order": 24}
     build_benchmark(folder / "benchmarks" / "quickstart", splits, counts, SEED)
-    speech = dataclasses.replace(SMOKE, benchmark_spoken=16, benchmark_noise=8, benchmark_transcribe=12)
+    speech = dataclasses.replace(SMOKE, asr=160, benchmark_spoken=16, benchmark_noise=8, benchmark_transcribe=48)
     build_speech(folder, splits, speech, SEED, progress=lambda line: None)
     loaded = load_params(WEIGHTS)
     (folder / CTC_VOCABULARY).write_bytes((WEIGHTS / CTC_VOCABULARY).read_bytes())

@@ -17,7 +17,7 @@ from data_pipelines.quickstart.questions import KINDS, LANGUAGES, ask
 from data_pipelines.quickstart.scans import ScanSplit
 from data_pipelines.quickstart.scenes import MAX_DIGITS, sample_scene
 from data_pipelines.quickstart.sentences import REFUSAL, TRANSCRIBE, distinct_sentences, split_of
-from data_pipelines.quickstart.speech_sets import WORDS, Folder, SpeechCounts, noise_clip, write_lines
+from data_pipelines.quickstart.speech_sets import Folder, SpeechCounts, noise_clip, write_lines
 from data_pipelines.speech.clips import SPEECH
 from data_pipelines.speech.noises import UNSEEN_KIND
 from data_pipelines.speech.voices import draw_delivery, held_out_voices, training_voices
@@ -103,7 +103,7 @@ def _add_transcribe(folder: Folder, add: Add, asr: Folder, per_kind: int) -> Non
     per_language = per_kind // len(LANGUAGES)
     for language in LANGUAGES:
         # Sentences of training: those of the split, without the questions about pictures and without loose words.
-        said = [entry for entry in asr.manifest if entry["language"] == language and entry["kind"] != WORDS]
+        said = [e for e in asr.manifest if e["language"] == language and e["kind"] in ("sentence", "answer")]
         known = list(dict.fromkeys(entry["text"] for entry in said))
         known = [text for text in known if split_of(text) == "train"]
         if len(known) < per_language:

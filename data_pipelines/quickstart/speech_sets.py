@@ -37,11 +37,11 @@ ROUNDS = 4  # questions about one picture
 SPOKEN_KINDS = ("count", "kth", "kth", "largest", "sum", "sum", "read", "ink", "paper", "caption")
 SPOKEN_SHARE = 0.5
 AUGMENTED_SHARE = 0.15
-# Of the transcribed clips: the recogniser is to read back what is asked and answered, however short.
+# Of the transcribed clips. The recogniser is to read back what is asked and answered, however short, and the language
+# model is to listen rather than to guess.
 QUESTIONS_SHARE = 0.1
 ANSWERS_SHARE = 0.15
 WORDS_SHARE = 0.3
-WORDS = "words"  # kind of a clip: words in no order
 # What a sound that is not for the model is, among the negatives.
 NEGATIVE_MIX = {SPEECH: 0.5, "second_speaker": 0.12, "babble": 0.13, "synthetic": 0.25}
 NEGATIVE_SECONDS = (0.6, 2.5)
@@ -159,7 +159,7 @@ def _transcribed(language: str, count: int, rng: np.random.Generator) -> list[tu
     questions, answers, words = (round(count * share) for share in (QUESTIONS_SHARE, ANSWERS_SHARE, WORDS_SHARE))
     sentences = distinct_sentences(language, "train", count - questions - answers - words, rng)
     said = [(text, text, "sentence") for text in sentences]
-    said += [(text, text, WORDS) for text in (draw_words(language, "train", rng) for _ in range(words))]
+    said += [(text, text, "words") for text in (draw_words(language, "train", rng) for _ in range(words))]
     while len(said) < count - questions:
         question = _questions(sample_scene(rng), rng, 1)[0]
         aloud = answer_aloud(question.answer, language)

@@ -460,7 +460,7 @@ def write_video(path: str | os.PathLike[str], frames: np.ndarray, fps: float) ->
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.thread_count = 1  # with more, the bytes would depend on the number of cores
         if has_x264:
-            # x264's macroblock tree picks one of several equal encodings by what lies in memory, once in some hundred.
+            # x264's macroblock tree picks one of several equal encodings by what lies in memory, once in a thousand.
             stream.options = {"crf": "18", "preset": "medium", "x264-params": "mbtree=0"}
         else:
             stream.bit_rate = max(400_000, int(width * height * float(fps)))  # MPEG-4's default rate blurs small text

@@ -139,8 +139,7 @@ def ctc_objective_loss(model: Vita, params: Params, batch: Batch, key: jax.Array
       is longer than what the encoder hears; they are left out.
     """
     training = model.config.ctc_training
-    augment_key, encoder_key = jax.random.split(key)
-    noise_key = jax.random.fold_in(augment_key, 1)
+    augment_key, noise_key, encoder_key = jax.random.split(key, 3)
     features = batch["features"]
     if training.spec_augment:
         features = spec_augment(features, batch["lengths"], augment_key)

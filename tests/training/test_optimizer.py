@@ -13,6 +13,7 @@ from vita_jax.training.optimizer import (
     OptimizerConfig,
     learning_rate_multipliers,
     make_optimizer,
+    muon_matrices,
     warmup_cosine,
     warmup_steps,
 )
@@ -80,3 +81,52 @@ def test_adamw_matches_its_definition(clip_norm):
     expected = adamw(params, grads, config, multipliers, rates)
     for k in params:
         np.testing.assert_allclose(current[k], expected[k], atol=2e-6)
+
+
+def test_muon_takes_the_matrices_inside_of_a_model():
+    shapes = {
+        "language/embed_tokens/embedding": (50, 8),
+        "language/lm_head/kernel": (8, 50),
+        "language/layers/attention/q_proj/kernel": (4, 8, 2, 4),
+        "language/layers/attention/q_proj/bias": (4, 2, 4),
+        "language/layers/attention/o_proj/kernel": (4, 2, 4, 8),
+        "language/layers/mlp/up_proj/kernel": (4, 8, 16),
+        "vision/embeddings/patch_embed/kernel": (4, 4, 3, 8),
+        "codec/generator/conv_pre/kernel_v": (7, 8, 8),
+        "codec/generator/conv_pre/kernel_g": (1, 1, 8),
+        "codec/generator/conv_post/kernel_v": (7, 8, 1),
+        "ctc_head/ctc_lo/kernel": (8, 50),
+        "projector/layers_0/kernel": (16, 8),
+    }
+    matrices = muon_matrices({path: jnp.zeros(shape) for path, shape in shapes.items()})
+    assert {path: tuple(axes) for path, axes in matrices.items()} == {
+        "language/layers/attention/q_proj/kernel": ((1,), (2, 3)),
+        "language/layers/attention/o_proj/kernel": ((1, 2), (3,)),
+        "language/layers/mlp/up_proj/kernel": ((1,), (2,)),
+        "vision/embeddings/patch_embed/kernel": ((0, 1, 2), (3,)),
+        "codec/generator/conv_pre/kernel_v": ((0, 1), (2,)),
+        "projector/layers_0/kernel": ((0,), (1,)),
+    }
+
+
+def test_muon_turns_every_direction_of_a_matrix_alike_and_leaves_the_rest_to_adam():
+    rng = np.random.default_rng(0)
+    params = {
+        "m/layers/fc/kernel": jnp.asarray(rng.normal(size=(3, 24, 8)), jnp.float32),
+        "m/conv/kernel_v": jnp.asarray(rng.normal(size=(3, 4, 6)), jnp.float32),
+        "m/conv/bias": jnp.asarray(rng.normal(size=(6,)), jnp.float32),
+    }
+    config, multipliers = OptimizerConfig(clip_norm=None), dict.fromkeys(params, 1.0) | {"m/conv/kernel_v": 0.5}
+    muon, adam = make_optimizer(config, multipliers, muon_matrices(params)), make_optimizer(config, multipliers)
+    state, adam_state = muon.init(params), adam.init(params)
+    for _ in range(3):
+        grads = {path: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32) for path, leaf in params.items()}
+        update, state = muon.update(grads, state, params)
+        adam_update, adam_state = adam.update(grads, adam_state, params)
+    np.testing.assert_array_equal(update["m/conv/bias"], adam_update["m/conv/bias"])
+    # All singular values within the range that the Newton-Schulz iteration leaves, times 0.2 of the root of the longer
+    # side, times the multiplier.
+    stacked = np.asarray(update["m/layers/fc/kernel"]) / (0.2 * np.sqrt(24))
+    for matrix in (*stacked, np.asarray(update["m/conv/kernel_v"]).reshape(12, 6) / (0.2 * np.sqrt(12) * 0.5)):
+        values = np.linalg.svd(matrix, compute_uv=False)
+        assert values.min() > 0.4 and values.max() < 1.3

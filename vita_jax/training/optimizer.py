@@ -1,4 +1,4 @@
-"""AdamW with global-norm clipping, warm-up + cosine, and learning-rate multipliers by parameter name.
+"""AdamW or Muon with global-norm clipping, warm-up + cosine, and learning-rate multipliers by parameter name.
 
 Everything here works on flat dicts `path -> array` that hold trainable parameters only, so nothing frozen ever has
 optimiser state. The transformation yields the update direction; the train step multiplies it by minus the learning rate
@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from vita_jax.errors import UserError
 
@@ -24,14 +25,22 @@ FlatParams = Mapping[str, jax.Array]
 # Weight decay acts on matrices only, as in the original's trainer: not on biases, norm weights or layer scales.
 DECAYED = re.compile(r"(^|/)(kernel|embedding)$")
 
+# Muon is for the matrices inside of a model; what gives logits is none of them, nor is an embedding.
+KERNEL = re.compile(r"(^|/)kernel(_v)?$")
+LOGITS = re.compile(r"(^|/)(\w*head|ctc_lo)/kernel$")
+HEADS_OUT = re.compile(r"(^|/)(q_proj|k_proj|v_proj|pos_proj|qkv)/kernel$")  # one axis in, several out
+SCANNED = "layers"  # parameters below it have one more axis in front, their layer
+MUON_RMS = 0.2  # of an update's entries: that of AdamW in practice (arXiv 2502.16982, section 2.2)
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. Defaults are those of the original training scripts.
+    """What all stages share. Defaults are those of the original training scripts.
 
     Attributes:
       learning_rate: one peak rate for every stage in place of their own; None leaves each stage its `learning_rate`.
       beta1, beta2, epsilon: Adam's moments and the term added to the root of the second.
+      muon_beta: the momentum of the parameters that a stage trains by Muon.
       weight_decay: times the learning rate, subtracted from matrices.
       clip_norm: gradients with a larger global norm are scaled down to it; None does not clip.
     """
@@ -40,6 +49,7 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
+    muon_beta: float = 0.95
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
 
@@ -94,22 +104,85 @@ def _compile(pattern: str) -> re.Pattern[str]:
         raise UserError(f"{pattern!r} is not a regular expression: {error}") from None
 
 
-def make_optimizer(config: OptimizerConfig, multipliers: Mapping[str, float]) -> optax.GradientTransformation:
-    """Clipping, Adam's direction, weight decay, multipliers; without the learning rate.
+def make_optimizer(
+    config: OptimizerConfig,
+    multipliers: Mapping[str, float],
+    matrices: Mapping[str, MuonDimensionNumbers] | None = None,
+) -> optax.GradientTransformation:
+    """Clipping, the direction of Adam or Muon, weight decay, multipliers; without the learning rate.
 
     Args:
-      config: AdamW values.
+      config: values of both.
       multipliers: flat path -> factor on the learning rate, for every trainable parameter.
+      matrices: what Muon trains, see `muon_matrices`; None: Adam trains everything.
     """
     decayed = {path: bool(DECAYED.search(path)) for path in multipliers}
+    adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
     parts = [
-        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
+        adam if matrices is None else _divided(adam, _muon(config.muon_beta, dict(matrices)), frozenset(matrices)),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         _scale_by(dict(multipliers)),
     ]
     if config.clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     return optax.chain(*parts)
+
+
+def muon_matrices(shapes: Mapping[str, Any]) -> dict[str, MuonDimensionNumbers]:
+    """The parameters that Muon trains, and which of their axes are a matrix's inputs and outputs.
+
+    Kernels of linear layers and convolutions (all taps are inputs), of weight norm the direction; without embeddings,
+    what gives logits, and kernels from or to a single channel, which are vectors. Layers that are scanned are matrices
+    of their own.
+
+    Args:
+      shapes: flat path -> array or shape.
+    """
+    matrices = {}
+    for path, leaf in shapes.items():
+        first = 1 if SCANNED in path.split("/") else 0
+        axes = tuple(range(first, len(leaf.shape)))
+        if not KERNEL.search(path) or LOGITS.search(path) or len(axes) < 2 or min(leaf.shape[-2:]) == 1:
+            continue
+        cut = 1 if HEADS_OUT.search(path) else len(axes) - 1
+        matrices[path] = MuonDimensionNumbers(axes[:cut], axes[cut:])
+    return matrices
+
+
+def _muon(beta: float, matrices: dict[str, MuonDimensionNumbers]) -> optax.GradientTransformation:
+    """Muon's direction (Jordan, 2024), scaled so that its entries are as large as Adam's whatever the shape."""
+
+    def scale(updates: FlatParams, state: Any, params: Any = None) -> tuple[dict[str, jax.Array], Any]:
+        def factor(path: str, update: jax.Array) -> float:
+            ins, outs = (math.prod(update.shape[axis] for axis in axes) for axes in matrices[path])
+            return MUON_RMS * max(ins, outs) ** 0.5
+
+        return {path: update * factor(path, update) for path, update in updates.items()}, state
+
+    direction = scale_by_muon(beta=beta, weight_dimension_numbers=matrices)
+    return optax.chain(direction, optax.GradientTransformation(lambda params: optax.EmptyState(), scale))
+
+
+def _divided(
+    one: optax.GradientTransformation, other: optax.GradientTransformation, others: frozenset[str]
+) -> optax.GradientTransformation:
+    """`one` for all parameters but `others`, which the other transformation has."""
+
+    def split(flat: FlatParams) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        first = {path: leaf for path, leaf in flat.items() if path not in others}
+        return first, {path: leaf for path, leaf in flat.items() if path in others}
+
+    def init(params: FlatParams) -> dict[str, Any]:
+        first, second = split(params)
+        return {"adam": one.init(first), "muon": other.init(second)}
+
+    def update(updates: FlatParams, state: dict[str, Any], params: Any = None) -> tuple[dict[str, jax.Array], Any]:
+        first, second = split(updates)
+        first, adam = one.update(first, state["adam"])
+        second, muon = other.update(second, state["muon"])
+        return {**first, **second}, {"adam": adam, "muon": muon}
+
+    return optax.GradientTransformation(init, update)
 
 
 def _scale_by(multipliers: dict[str, float]) -> optax.GradientTransformation:

@@ -19,7 +19,7 @@ from vita_jax.parallel.rules import param_shardings, unbox
 from vita_jax.training.checkpoint import checkpoint_folder, load_params
 from vita_jax.training.experiment import ExperimentConfig, peak_learning_rate
 from vita_jax.training.objectives import OBJECTIVES, Objective, init_params
-from vita_jax.training.optimizer import learning_rate_multipliers, make_optimizer, warmup_cosine
+from vita_jax.training.optimizer import learning_rate_multipliers, make_optimizer, muon_matrices, warmup_cosine
 from vita_jax.training.stages import Stage, flatten, starts_of, trainable_paths, trained_so_far, unflatten
 from vita_jax.training.step import FlatParams, TrainState, init_state
 
@@ -97,13 +97,16 @@ def plan_stage(config: ExperimentConfig, model: Vita, stage: Stage, mesh: Mesh) 
     _check_starts(config, stage, list(shapes))
     rate = peak_learning_rate(config, stage)
     purpose = FIRST_STAGE + config.stages.index(stage)
+    matrices = muon_matrices({path: shapes[path] for path in trainable}) if stage.optimizer == "muon" else None
     return StagePlan(
         stage=stage,
         objective=objective,
         shapes=shapes,
         shardings=flatten(param_shardings(boxed, mesh)),
         trainable=trainable,
-        optimizer=make_optimizer(config.optimizer, learning_rate_multipliers(stage.learning_rate_scale, trainable)),
+        optimizer=make_optimizer(
+            config.optimizer, learning_rate_multipliers(stage.learning_rate_scale, trainable), matrices
+        ),
         schedule=lambda step: warmup_cosine(step, stage.steps, stage.warmup_ratio, rate),
         rng=jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), purpose)),
     )

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from flax import traverse_util
 
@@ -26,6 +26,8 @@ class Stage:
       sources: the data mixture.
       steps: optimiser steps.
       learning_rate: peak of the schedule.
+      optimizer: "adamw", as the original; or "muon" for the matrices and Adam for the rest, which from newly drawn
+        weights gets further in as many steps.
       batch_size: packed rows of one optimiser step, over all devices.
       row_length: tokens of a packed row.
       row_tiles: image tiles (or frames) of a packed row.
@@ -61,6 +63,7 @@ class Stage:
     accumulation: int = 1
     start_from: str | tuple[str, ...] | None = None
     codec_frames: int = 0
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
 
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -102,6 +102,7 @@ class Size:
 
     Attributes:
       plan: steps and peak learning rate of every stage.
+      muon: the stages that train by Muon, all others by AdamW.
       seen, cells, spoken, aligned: batches of stages 0 to 1.3, of the tower's own, of 2.2, and of 2.1b.
       clips: rows of a batch for the speech encoder, of `clip_frames` frames of 10 ms.
       crops, crop_frames: of a batch for the codec.
@@ -111,6 +112,7 @@ class Size:
     """
 
     plan: dict[str, tuple[int, float]]
+    muon: tuple[str, ...]
     seen: Rows
     cells: Rows
     spoken: Rows
@@ -125,6 +127,10 @@ class Size:
     amounts: dict[str, int]
     speech: SpeechCounts
 
+    def optimizer(self, stage: str) -> Literal["adamw", "muon"]:
+        """What a stage trains by."""
+        return "muon" if stage in self.muon else "adamw"
+
 
 BENCHMARK = {"typed": 504, "typed_unseen_writers": 104, "text_only": 120, "video_order": 402}
 # Small batches: at this size the number of updates counts for more than what is in each.
@@ -135,12 +141,14 @@ SMALL = Size(
         "vision_alignment": (300, 2e-3),
         "vision_understanding": (400, 7e-4),
         "vision_sft": (2250, 1e-3),
-        "speech_encoder": (11000, 2e-3),
+        "speech_encoder": (6500, 2e-3),
         "speech_alignment": (1000, 1e-3),
         "audio_sft": (1000, 5e-4),
-        "codec": (13000, 2e-3),
+        "codec": (12000, 3e-3),
         "speech_decoders": (2600, 2e-3),
     },
+    # Weights newly drawn, with minutes to learn: fewer steps by a third (language) to five sixths (codec).
+    muon=("language", "speech_encoder", "codec", "speech_decoders"),
     seen=Rows(6, 208, row_tiles=8),  # two conversations
     cells=Rows(12, 304, row_tiles=8),
     spoken=Rows(4, 304, row_tiles=12, row_clips=4),
@@ -169,14 +177,15 @@ SMOKE = dataclasses.replace(
     | {"typed": 8, "typed_unseen_writers": 8, "text_only": 8, "video_order": 6},
     speech=SMOKE_SPEECH,
 )
-# Learning rates and lengths of the original scripts; stage 0 is replaced by the public weights once they are converted.
+# Optimiser and rates of the original scripts; stage 0 is replaced by the public weights once they are converted.
 FULL = dataclasses.replace(
     SMALL,
     plan=SMALL.plan
     | {"language": (2200, 1e-4), "tower": (900, 1e-4), "vision_alignment": (300, 5e-4)}
     | {"vision_understanding": (400, 2e-5), "vision_sft": (2250, 2e-5)}
-    | {"speech_encoder": (11000, 2e-4), "speech_alignment": (1000, 2e-5), "audio_sft": (1000, 2e-5)}
-    | {"codec": (13000, 2e-4), "speech_decoders": (2600, 5e-4)},
+    | {"speech_encoder": (6500, 2e-4), "speech_alignment": (1000, 2e-5), "audio_sft": (1000, 2e-5)}
+    | {"codec": (12000, 2e-4), "speech_decoders": (2600, 5e-4)},
+    muon=(),
     seen=Rows(128, 6144, row_tiles=26),
     cells=Rows(256, 6144, row_tiles=8),
     spoken=Rows(128, 6144, row_tiles=26, row_clips=32),
@@ -193,7 +202,10 @@ def vision_stages(size: Size) -> tuple[Stage, ...]:
 
     def stage(name: str, title: str, *trainable: str, rows: Rows = size.seen, **fields: Any) -> Stage:
         steps, rate = size.plan[name]
-        return Stage(name, title, trainable, steps=steps, learning_rate=rate, **vars(rows), **fields)
+        optimizer = size.optimizer(name)
+        return Stage(
+            name, title, trainable, steps=steps, learning_rate=rate, optimizer=optimizer, **vars(rows), **fields
+        )
 
     everything = ("^vision/", "^projector/", "^language/")
     return (
@@ -255,6 +267,7 @@ def audio_stages(size: Size) -> tuple[Stage, ...]:
             (RECORDINGS, dataclasses.replace(ASSISTANT, ratio=0.5)),
             steps=steps[0],
             learning_rate=rates[0],
+            optimizer=size.optimizer("speech_encoder"),
             batch_size=size.clips,
             row_length=size.clip_frames,
             row_tiles=0,
@@ -301,6 +314,7 @@ def voice_stages(size: Size) -> tuple[Stage, ...]:
             (ASSISTANT,),
             steps=codec_steps,
             learning_rate=codec_rate,
+            optimizer=size.optimizer("codec"),
             batch_size=size.crops,
             row_length=1,
             row_tiles=0,
@@ -314,6 +328,7 @@ def voice_stages(size: Size) -> tuple[Stage, ...]:
             (ASSISTANT,),
             steps=steps,
             learning_rate=rate,
+            optimizer=size.optimizer("speech_decoders"),
             batch_size=size.replies,
             row_length=size.reply_tokens,
             row_tiles=0,
@@ -332,7 +347,8 @@ def small_model(width: int = 192, num_layers: int = 4, tower_width: int = 96) ->
     codec_training = dataclasses.replace(
         model.codec_training,
         discriminators=None,
-        codebooks=CodebookTraining(decay=0.99),  # steps of 80 frames for 1,024 entries: averages over more of them
+        # Steps of 80 frames for 1,024 entries: averages over more of them.
+        codebooks=CodebookTraining(decay=0.99, ease_in=1000),
     )
     return dataclasses.replace(model, ctc_vocab_size=CTC_ROWS, ctc_training=training, codec_training=codec_training)
 

@@ -72,3 +72,30 @@ def test_padded_rows_encode_as_they_do_alone():
         np.testing.assert_allclose(vectors[row], vector[0], atol=1e-5)
         np.testing.assert_array_equal(codes[row, :length], code[0])
         np.testing.assert_array_equal(voices[row], voice[0])
+
+
+def test_chosen_entries_take_the_place_of_what_was_encoded_little_by_little():
+    codec, config = Codec(CODEC), CodebookTraining(ease_in=40)
+    wave = jax.random.normal(jax.random.key(0), (2, 9 * CODEC.hop))
+    params = unbox(jax.jit(codec.init)(jax.random.key(1), wave, wave))["params"]
+    params["quantizer"] = jax.tree.map(lambda x: 20 * x, params["quantizer"])
+
+    @jax.jit
+    def copy(share):
+        return codec.apply({"params": params}, wave, wave, share=share, mutable=["updates"])[0]
+
+    (latent, vector), _ = codec.apply(
+        {"params": params}, wave, True, mutable=["updates"], method=lambda m, *a: m.encoder(*a)
+    )
+    continuous = codec.apply({"params": params}, latent, vector, method=lambda m, *a: m.generator(*a))
+    shares = [config.share(jnp.float32(step)) for step in (0, 10, 40, 400)]
+    assert [float(share) for share in shares] == [0, 0.25, 1, 1] and float(CodebookTraining().share(jnp.zeros(()))) == 1
+    none, quarter, whole, _ = (copy(share) for share in shares)
+    plain = codec.apply({"params": params}, wave, wave, mutable=["updates"])[0]
+    np.testing.assert_allclose(none.wave, continuous, atol=1e-6)
+    np.testing.assert_allclose(whole.wave, plain.wave, atol=1e-6)
+    assert np.abs(none.wave - plain.wave).max() > 1e-3
+    np.testing.assert_allclose(quarter.quantizer_loss, 0.25 * plain.quantizer_loss, rtol=1e-6)
+    assert float(none.quantizer_loss) == 0
+    with pytest.raises(UserError, match="ease_in -1"):
+        CodebookTraining(ease_in=-1)

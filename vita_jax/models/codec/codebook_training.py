@@ -23,15 +23,25 @@ class CodebookTraining:
     Attributes:
       decay: of the averages, per step.
       dead_share: an entry chosen less often than this share of the mean is dead.
+      ease_in: steps over which the chosen entries take the place of what was encoded, little by little. Where they do
+        so at once, an encoder that has learnt nothing often falls to a few entries that say nothing, and stays there
+        for a thousand steps and more. 0 = at once.
     """
 
     decay: float = 0.98
     dead_share: float = 0.1
+    ease_in: int = 0
 
     def __post_init__(self) -> None:
         for name, value in (("decay", self.decay), ("dead_share", self.dead_share)):
             if not 0 <= value < 1:
                 raise UserError(f"{name} {value} must be at least 0 and below 1")
+        if self.ease_in < 0:
+            raise UserError(f"ease_in {self.ease_in} must be at least 0")
+
+    def share(self, step: jax.Array) -> jax.Array:
+        """How far the entries have taken the place of what was encoded: () step -> () in 0 .. 1."""
+        return jnp.minimum(1.0, step / self.ease_in) if self.ease_in else jnp.ones(())
 
 
 @struct.dataclass

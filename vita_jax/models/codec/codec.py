@@ -41,20 +41,27 @@ class Codec(nn.Module):
         self.quantizer = Quantizer(self.config)
         self.generator = Generator(self.config, dtype=self.dtype)
 
-    def __call__(self, wave: jax.Array, other_wave: jax.Array, train: bool = True) -> Reconstruction:
+    def __call__(
+        self, wave: jax.Array, other_wave: jax.Array, train: bool = True, share: float | jax.Array = 1.0
+    ) -> Reconstruction:
         """Encodes, quantises and decodes a crop; the vector of another crop of the utterance should be the same.
 
         Args:
           wave: (b n) samples in -1 .. 1.
           other_wave: (b n) a second crop of the same utterances.
           train: batch statistics in the utterance branch; the collection "updates" then holds the new running ones.
+          share: () how far what is decoded has moved from what was encoded (0) to the entries chosen for it (1). The
+            quantiser's loss counts by this share, too.
         """
         latent, global_vector = self.encoder(wave, train)
         quantized = self.quantizer(latent, global_vector)
         other_vector = jax.lax.stop_gradient(self.encoder.global_vector(other_wave, train))
         return Reconstruction(
-            wave=self.generator(quantized.latent, quantized.global_vector),
-            quantizer_loss=quantized.loss,
+            wave=self.generator(
+                latent + share * (quantized.latent - latent),
+                global_vector + share * (quantized.global_vector - global_vector),
+            ),
+            quantizer_loss=share * quantized.loss,
             consistency_loss=consistency_loss(global_vector, other_vector),
             codes=quantized.codes,
         )

@@ -103,11 +103,12 @@ def codec_loss(model: Vita, params: Params, batch: Batch, key: jax.Array) -> Los
     waves = batch["waves"]
     if waves.shape[1] % config.hop:
         raise UserError(f"crops of {waves.shape[1]} samples must be a multiple of the codec's hop, {config.hop}")
+    state = params[CODEC_STATE]
+    share = 1.0 if training.codebooks is None else training.codebooks.share(state["step"])
     reconstruction, kept = Codec(config).apply(
-        {"params": params["codec"]}, waves, batch["other_waves"], mutable=[UPDATES, INPUTS]
+        {"params": params["codec"]}, waves, batch["other_waves"], share=share, mutable=[UPDATES, INPUTS]
     )
     updates: dict[str, Any] = {"codec": dict(kept.get(UPDATES, {}))}
-    state = params[CODEC_STATE]
     updates[CODEC_STATE] = {"step": state["step"] + 1}
     asked = kept[INPUTS]["quantizer"]
     if training.codebooks is not None:

@@ -1,461 +1,179 @@
-"""Any JSON in the public record format -> checked, self-contained ArrayRecord files for training.
-
-python -m data_pipelines.build --json my.json --root my_media --output runs/my_data
-
-The records file is described in `vita_jax/data/records.py`. Every picture and every sound is decoded
-and every video's sampled frames are read once here, so that training meets no surprise later. OUTPUT gets
-records-*.array_record, manifest.json and rejects.jsonl (one line per rejected record: file, record, id, field,
-category, reason). It appears complete or not at all, and a second run with the same inputs does nothing.
-"""
+"""`python -m data_pipelines.build`: raw data to records for training, checked; and what is in them."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import hashlib
-import json
-import os
 import shlex
-import shutil
 import sys
-import tempfile
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-from array_record.python.array_record_module import ArrayRecordWriter
-
-from vita_jax.data.audio import MAX_SECONDS, AudioConfig, read_audio
-from vita_jax.data.images import open_image
-from vita_jax.data.records import (
-    MANIFEST_NAME,
-    RECORD_SCHEMA,
-    CheckedRecord,
-    Manifest,
-    Media,
-    Record,
-    RecordError,
-    Shard,
-    check_record,
-    encode_record,
-    load_manifest,
-    read_folders,
-    read_json_records,
-)
-from vita_jax.data.video import choose_frames, probe_video, read_frames
+from vita_jax.command_line import ArgumentParser, run_command
 from vita_jax.errors import UserError
 
-REJECTS_NAME = "rejects.jsonl"
-# Records in memory at once, with their media.
-WINDOW = 64
-THREADS = max(2, os.cpu_count() or 1)
-PROGRESS_SECONDS = 0.5
-# A run may accept less, never more.
-LONGEST_AUDIO = AudioConfig(max_seconds=MAX_SECONDS)
-
-Progress = Callable[[str], None]
-
-
-# ---- checking -------------------------------------------------------------------------------------------------------
-
-
-def check_media(media: Media) -> None:
-    """Decodes a picture or a sound, or the frames of a video that training would take.
-
-    Raises:
-      UserError: it is damaged, or a sound is longer than any model hears.
-    """
-    if media.kind == "image":
-        open_image(media.data, name=media.name)
-        return
-    if media.kind == "audio":
-        read_audio(media.data, LONGEST_AUDIO, name=media.name)
-        return
-    info = probe_video(media.data, name=media.name)
-    read_frames(media.data, choose_frames(info.num_frames, info.fps), info, name=media.name)
-
-
-class _MediaChecker:
-    """Remembers which contents were decoded already: the same picture in a thousand records is decoded once."""
-
-    def __init__(self) -> None:
-        self._verdicts: dict[tuple[str, bytes], str] = {}
-
-    def check(self, record: Record, where: str) -> None:
-        """Raises RecordError for the first file that does not decode."""
-        for media in record.media:
-            key = (media.kind, hashlib.sha256(media.data).digest())
-            if key not in self._verdicts:
-                try:
-                    check_media(media)
-                    self._verdicts[key] = ""
-                except UserError as error:
-                    self._verdicts[key] = str(error)
-            if self._verdicts[key]:
-                raise RecordError(where, media.kind, self._verdicts[key], "damaged media")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reject:
-    index: int
-    id: Any
-    error: RecordError
-
-    def to_json(self, source: str) -> str:
-        error = self.error
-        fields = {"file": source, "record": self.index, "id": self.id, "field": error.field}
-        return json.dumps({**fields, "category": error.category, "reason": error.reason}, ensure_ascii=True)
-
-
-def _check_texts(
-    entries: Sequence[Any],
-    source: str,
-    root: str | None,
-    folders: Mapping[str, str] | None,
-    ignore_fields: Sequence[str],
-) -> list[CheckedRecord | _Reject]:
-    """Everything that can be checked without opening a media file."""
-    out: list[CheckedRecord | _Reject] = []
-    for index, entry in enumerate(entries):
-        try:
-            checked = check_record(entry, root, folders=folders, where=source, index=index, ignore_fields=ignore_fields)
-            out.append(checked)
-        except RecordError as error:
-            out.append(_rejected(index, entry, error))
-    return out
-
-
-def _rejected(index: int, entry: Any, error: RecordError) -> _Reject:
-    identity = entry.get("id") if isinstance(entry, dict) else None
-    return _Reject(index, identity if isinstance(identity, (str, int)) else None, error)
-
-
-def _finish(item: CheckedRecord | _Reject, checker: _MediaChecker) -> tuple[Record, bytes] | RecordError:
-    """Reads and decodes the media of a record."""
-    if isinstance(item, _Reject):
-        return item.error
-    try:
-        record = item.with_media()
-        checker.check(record, item.where)
-        return record, encode_record(record)
-    except RecordError as error:
-        return error
-
-
-def _in_order(items: Sequence[CheckedRecord | _Reject]) -> Iterator[tuple[Record, bytes] | RecordError]:
-    """`_finish` of every item, in order, by several threads, a window at a time."""
-    checker = _MediaChecker()
-    with ThreadPoolExecutor(THREADS) as pool:
-        for window in _windows(items):
-            yield from pool.map(lambda item: _finish(item, checker), window)
-
-
-def _windows(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), WINDOW):
-        yield items[start : start + WINDOW]
-
-
-# ---- fingerprints ---------------------------------------------------------------------------------------------------
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _media_sha256(items: Sequence[CheckedRecord | _Reject]) -> str:
-    """Hash over path, size and modification time of all media files; a missing file counts as such."""
-    paths = {file.path for item in items if isinstance(item, CheckedRecord) for file in item.files}
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        try:
-            stat = path.stat()
-            line = f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
-        except OSError:
-            line = f"{path}\0missing\n"
-        digest.update(line.encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
-def _up_to_date(output: Path, wanted: Manifest) -> Manifest | None:
-    """The manifest of an earlier build with the same inputs whose shards are all there, else None."""
-    if not (output / MANIFEST_NAME).is_file():
-        return None
-    try:
-        found = load_manifest(output)
-    except UserError:  # an older or damaged manifest: build again
-        return None
-    inputs = ("source_sha256", "media_sha256", "options")
-    if any(getattr(found, name) != getattr(wanted, name) for name in inputs):
-        return None
-    for shard in found.shards:
-        path = output / shard.name
-        if not path.is_file() or path.stat().st_size != shard.bytes:
-            return None
-    return found
-
-
-# ---- writing --------------------------------------------------------------------------------------------------------
-
-
-class _Writer:
-    """Deals accepted records out to the shards in turn."""
-
-    def __init__(self, folder: Path, shards: int) -> None:
-        self.names = [f"records-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
-        self._folder = folder
-        # One record per group: random access then reads no more than the record.
-        self._writers = [ArrayRecordWriter(str(folder / name), "group_size:1") for name in self.names]
-        self.written = 0
-
-    def write(self, data: bytes) -> None:
-        self._writers[self.written % len(self._writers)].write(data)
-        self.written += 1
-
-    def close(self) -> tuple[Shard, ...]:
-        """Finishes the files. Shards that got no record are removed."""
-        shards = []
-        for i, (name, writer) in enumerate(zip(self.names, self._writers, strict=True)):
-            writer.close()
-            path = self._folder / name
-            records = len(range(i, self.written, len(self.names)))
-            if records:
-                shards.append(Shard(name, records, path.stat().st_size, _file_sha256(path)))
-            else:
-                path.unlink()
-        return tuple(shards)
-
-
-def _count(counts: Counter[str], record: Record) -> None:
-    counts["records"] += 1
-    counts["rounds"] += record.num_rounds
-    for media in record.media:
-        counts[f"{media.kind}s"] += 1
-    counts["text_only"] += not record.media
-
-
-def _replace_folder(new: Path, output: Path) -> None:
-    """Puts `new` in the place of `output`; an older build disappears only once the new one is complete."""
-    if output.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
-        output.rename(old / "data")
-        new.rename(output)
-        shutil.rmtree(old)
-    else:
-        new.rename(output)
-
-
-def _check_arguments(output: Path, max_bad_fraction: float, shards: int) -> None:
-    if not 0 <= max_bad_fraction <= 1:
-        raise UserError(f"max_bad_fraction is {max_bad_fraction}; it must be between 0 and 1")
-    if not 1 <= shards <= 1000:
-        raise UserError(f"shards is {shards}; it must be between 1 and 1000")
-    if output.exists():
-        if not output.is_dir():
-            raise UserError(f"output {output} is a file; give a folder")
-        if any(output.iterdir()) and not (output / MANIFEST_NAME).is_file():
-            raise UserError(
-                f"output folder {output} holds something that was not built here; give a new or empty folder"
-            )
-
-
-def build_records(
-    json_path: str | os.PathLike[str],
-    root: str | os.PathLike[str] | None,
-    output: str | os.PathLike[str],
-    *,
-    folders: Mapping[str, str] | None = None,
-    max_bad_fraction: float = 0.01,
-    shards: int = 1,
-    ignore_fields: Sequence[str] = (),
-    progress: Progress | None = None,
-    command: str | None = None,
-) -> Manifest:
-    """Checks a records file with its media and writes it as ArrayRecord.
-
-    The same inputs give the same shards, byte for byte. If `output` already holds them, nothing is done.
-
-    Args:
-      json_path: a JSON list of records.
-      root: folder that media paths are relative to; None if `folders` covers everything, or for text.
-      output: folder to make; an earlier build in it is replaced, anything else is refused.
-      folders: {set: root} for records that name a set.
-      max_bad_fraction: of the records; more rejects than that are an error.
-      shards: number of files.
-      ignore_fields: fields outside of the format to skip; other unknown fields reject their record.
-      progress: called with a short line now and then.
-      command: what the manifest gives as its origin.
-
-    Returns:
-      The manifest, which is also in `output`.
-
-    Raises:
-      UserError: unreadable input, a refused output, too many rejects, or no usable record at all. The rejects are
-        then in OUTPUT.rejects.jsonl and `output` is as before.
-    """
-    source, output = Path(json_path), Path(output)
-    _check_arguments(output, max_bad_fraction, shards)
-    if root is not None and not Path(root).is_dir():
-        raise UserError(f"root {os.fspath(root)} is not a folder; it is where the media paths of {source} start")
-    report = progress or (lambda line: None)
-    entries = read_json_records(source)
-    items = _check_texts(entries, source.name, None if root is None else os.fspath(root), folders, ignore_fields)
-    options = {
-        "root": None if root is None else str(Path(root).resolve()),
-        "folders": {key: str(Path(value).resolve()) for key, value in sorted((folders or {}).items())},
-        "shards": shards,
-        "ignore_fields": sorted(ignore_fields),
-    }
-    wanted = Manifest(
-        schema=RECORD_SCHEMA,
-        source=str(source),
-        source_sha256=_file_sha256(source),
-        media_sha256=_media_sha256(items),
-        options=options,
-        command=command or "build_records",
-        counts={},
-        rejects={},
-        shards=(),
-    )
-    found = _up_to_date(output, wanted)
-    if found is not None:
-        _check_budget(source, sum(found.rejects.values()), len(entries), max_bad_fraction, output / REJECTS_NAME, "")
-        report(f"{output} is up to date ({found.counts['records']} records)")
-        return found
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.new-", dir=output.parent))
-    try:
-        manifest = _write(temporary, wanted, items, entries, output, max_bad_fraction, report)
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        _replace_folder(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    output.with_name(f"{output.name}.{REJECTS_NAME}").unlink(missing_ok=True)
-    return manifest
-
-
-def _write(
-    folder: Path,
-    wanted: Manifest,
-    items: Sequence[CheckedRecord | _Reject],
-    entries: Sequence[Any],
-    output: Path,
-    max_bad_fraction: float,
-    report: Progress,
-) -> Manifest:
-    """Fills `folder` with shards, rejects and manifest, or raises with the rejects beside `output`."""
-    source = Path(wanted.source)
-    counts: Counter[str] = Counter(records=0, rounds=0, images=0, videos=0, text_only=0)
-    rejects: list[_Reject] = []
-    writer = _Writer(folder, wanted.options["shards"])
-    shown = time.monotonic()
-    for index, result in enumerate(_in_order(items)):
-        if isinstance(result, RecordError):
-            rejects.append(_rejected(index, entries[index], result))
-        else:
-            record, data = result
-            _count(counts, record)
-            writer.write(data)
-        if time.monotonic() - shown >= PROGRESS_SECONDS:
-            shown = time.monotonic()
-            report(f"{source.name}: {index + 1} of {len(items)} records, {len(rejects)} rejected")
-    shards = writer.close()
-    lines = "".join(reject.to_json(source.name) + "\n" for reject in rejects)
-    (folder / REJECTS_NAME).write_text(lines, encoding="utf-8")
-    if rejects:
-        beside = output.with_name(f"{output.name}.{REJECTS_NAME}")
-        try:
-            _check_budget(source, len(rejects), len(items), max_bad_fraction, beside, str(rejects[0].error))
-        except UserError:
-            shutil.copyfile(folder / REJECTS_NAME, beside)
-            raise
-    categories = Counter(reject.error.category for reject in rejects)
-    manifest = dataclasses.replace(wanted, counts=dict(counts), rejects=dict(sorted(categories.items())), shards=shards)
-    (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-    report(f"{source.name}: {len(items)} records, {len(rejects)} rejected; wrote {output}")
-    return manifest
-
-
-def _check_budget(source: Path, bad: int, total: int, max_bad_fraction: float, rejects: Path, first: str) -> None:
-    """Raises UserError if too many records, or all of them, were rejected."""
-    if bad <= max_bad_fraction * total and bad < total:
-        return
-    example = f"; the first: {first}" if first else ""
-    raise UserError(
-        f"{source}: {bad} of {total} records rejected ({bad / total:.1%}), max_bad_fraction is {max_bad_fraction:g}; "
-        f"all reasons are in {rejects}{example}"
-    )
-
-
-# ---- command --------------------------------------------------------------------------------------------------------
-
-_EXAMPLES = """examples:
-  python -m data_pipelines.build --json my.json --root my_media --output runs/my_data
-  python -m data_pipelines.build --json my.json --folders roots.json --output runs/my_data --shards 8
+EXAMPLES = """\
+examples:
+  python -m data_pipelines.build records --json my.json --root my_media --output runs/my_data
+  python -m data_pipelines.build records --json my.json --folders roots.json --output runs/my_data --shards 8
       roots.json: {"coco": "/data/coco", "clips": "clips"}   (relative roots start at the folder of roots.json)
-  python -m data_pipelines.build --json big.json --root media --output out --ignore_fields width,height
+  python -m data_pipelines.build validate my.json --root my_media
+  python -m data_pipelines.build stats runs/my_data --tokenizer runs/quickstart/tokenizer --page stats.html
+  python -m data_pipelines.build stats runs/quickstart/data/raw/asr
 
 my.json is a list of records like
   {"id": "1", "image": "cat.png", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                                                     {"from": "gpt", "value": "A cat."}]}
 """
+SHOWN_REJECTS = 20
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipelines.build",
-        description="Check a JSON file of conversations with its pictures and videos, and write it for training.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", required=True, metavar="FILE", help="list of records, UTF-8")
-    parser.add_argument("--root", metavar="FOLDER", help="where media paths start; not needed for text")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="made, or replaced if it is an earlier build")
-    parser.add_argument("--folders", metavar="FILE", help="JSON object {set: root folder} for records that name a set")
-    parser.add_argument(
-        "--max_bad_fraction", type=float, default=0.01, metavar="X", help="rejects allowed (default 0.01)"
-    )
-    parser.add_argument("--shards", type=int, default=1, metavar="N", help="number of files (default 1)")
-    parser.add_argument("--ignore_fields", default="", metavar="A,B", help="fields outside of the format to skip")
+def make_parser() -> ArgumentParser:
+    """The command's arguments."""
+    parser = ArgumentParser(prog="python -m data_pipelines.build", description=__doc__, epilog=EXAMPLES)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def add(name: str, description: str) -> ArgumentParser:
+        return actions.add_parser(name, description=description, help=description, epilog=EXAMPLES)
+
+    build = add("records", "Check a JSON file of conversations with its media, and write it for training.")
+    build.add_argument("--json", required=True, metavar="FILE", help="list of records, UTF-8")
+    build.add_argument("--output", required=True, metavar="FOLDER", help="made, or replaced if it is an earlier build")
+    build.add_argument("--shards", type=int, default=1, metavar="N", help="number of files (default 1)")
+    build.set_defaults(run=build_folder)
+
+    check = add("validate", "Check a JSON file of conversations with its media, and write nothing.")
+    check.add_argument("json", metavar="FILE", help="list of records, UTF-8")
+    check.set_defaults(run=validate_file)
+    for one in (build, check):
+        one.add_argument("--root", metavar="FOLDER", help="where media paths start; not needed for text")
+        one.add_argument("--folders", metavar="FILE", help="JSON object {set: root folder} for records that name a set")
+        one.add_argument("--ignore-fields", default="", metavar="A,B", help="fields outside of the format to skip")
+        one.add_argument(
+            "--max-bad-fraction", type=float, default=0.01, metavar="X", help="rejects allowed (default 0.01)"
+        )
+
+    show = add("stats", "Durations, tokens, tiles and languages of built records, or of a manifest of recordings.")
+    show.add_argument("folder", metavar="FOLDER", help="written by `records`, or with a manifest.jsonl")
+    show.add_argument("--tokenizer", metavar="FOLDER", help="counts tokens; without it only characters are counted")
+    show.add_argument("--max-tiles", type=int, default=12, metavar="N", help="of a picture (default 12)")
+    show.add_argument("--limit", type=int, metavar="N", help="records to read, evenly spaced; default all")
+    show.add_argument("--page", metavar="FILE", help="an HTML page with plots")
+    show.set_defaults(run=show_stats)
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status: 0, or 2 with one line on standard error."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = _parser().parse_args(arguments)
-    is_terminal = sys.stderr.isatty()
+class Line:
+    """A line of progress on stderr, rewritten in place where that is a terminal."""
 
-    def progress(line: str) -> None:
-        print(f"\r\x1b[K{line}" if is_terminal else line, end="" if is_terminal else "\n", file=sys.stderr, flush=True)
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
 
-    try:
+    def __enter__(self) -> Line:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def show(self, text: str) -> None:
+        """Replaces the line."""
+        if self._terminal:
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _inputs(arguments: argparse.Namespace) -> dict[str, object]:
+    # Imported here, as below, so that --help and a mistyped argument answer at once.
+    from vita_jax.data.records import read_folders
+
+    return {
+        "folders": read_folders(arguments.folders) if arguments.folders else None,
+        "ignore_fields": tuple(field for field in arguments.ignore_fields.split(",") if field),
+    }
+
+
+def build_folder(arguments: argparse.Namespace) -> int:
+    """`records`."""
+    from data_pipelines.records import REJECTS_NAME, build_records
+
+    with Line() as line:
         manifest = build_records(
-            options.json,
-            options.root,
-            options.output,
-            folders=read_folders(options.folders) if options.folders else None,
-            max_bad_fraction=options.max_bad_fraction,
-            shards=options.shards,
-            ignore_fields=tuple(field for field in options.ignore_fields.split(",") if field),
-            progress=progress,
-            command=shlex.join(["python", "-m", "data_pipelines.build", *arguments]),
+            arguments.json,
+            arguments.root,
+            arguments.output,
+            **_inputs(arguments),
+            max_bad_fraction=arguments.max_bad_fraction,
+            shards=arguments.shards,
+            progress=line.show,
+            command=shlex.join(["python", "-m", "data_pipelines.build", *arguments.line]),
         )
-    except UserError as error:
-        print(f"{chr(10) if is_terminal else ''}error: {error}", file=sys.stderr)
-        return 2
-    if is_terminal:
-        print(file=sys.stderr)
-    counts = ", ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in manifest.counts.items())
     rejected = ", ".join(f"{reason}: {number}" for reason, number in manifest.rejects.items())
-    print(
-        f"{options.output}: {counts}"
-        + (f"; rejected {rejected} (see {options.output}/{REJECTS_NAME})" if rejected else "")
-    )
+    more = f"; rejected {rejected} (see {arguments.output}/{REJECTS_NAME})" if rejected else ""
+    print(f"{arguments.output}: {_counts(manifest.counts)}{more}")
     return 0
+
+
+def validate_file(arguments: argparse.Namespace) -> int:
+    """`validate`; 1 if more records are rejected than allowed."""
+    from data_pipelines.records import validate_json
+
+    with Line() as line:
+        found = validate_json(arguments.json, arguments.root, **_inputs(arguments), progress=line.show)
+    for reject in found.rejects[:SHOWN_REJECTS]:
+        print(reject)
+    if len(found.rejects) > SHOWN_REJECTS:
+        print(f"... and {len(found.rejects) - SHOWN_REJECTS} more")
+    rejected = ", ".join(f"{reason}: {number}" for reason, number in found.categories.items()) or "none"
+    print(f"{arguments.json}: {_counts(found.counts)}; rejected {rejected}")
+    return int(len(found.rejects) > arguments.max_bad_fraction * found.total)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in counts.items())
+
+
+def show_stats(arguments: argparse.Namespace) -> int:
+    """`stats`."""
+    from data_pipelines.stats import format_stats, gather, write_page
+    from vita_jax.data.images import ImageConfig
+    from vita_jax.data.tokenizer import load_tokenizer
+
+    if arguments.max_tiles < 1:
+        raise UserError(f"--max-tiles {arguments.max_tiles} must be at least 1")
+    with Line() as line:
+        stats = gather(
+            arguments.folder,
+            image=ImageConfig(max_tiles=arguments.max_tiles),
+            tokenizer=load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None,
+            limit=arguments.limit,
+            progress=_now_and_then(line),
+        )
+    print(format_stats(stats))
+    if arguments.page:
+        write_page(stats, arguments.page, f"Data of {arguments.folder}")
+        print(f"\npage: {arguments.page}")
+    return 0
+
+
+def _now_and_then(line: Line, every: int = 500) -> object:
+    def show(done: int, total: int) -> None:
+        if done % every == 0 or done == total:
+            line.show(f"{done} of {total} records")
+
+    return show
+
+
+def build(arguments: argparse.Namespace) -> int:
+    """Runs the chosen action."""
+    return arguments.run(arguments)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0 done, 1 too many rejects, 2 bad input."""
+    line = sys.argv[1:] if argv is None else list(argv)
+    parser = make_parser()
+    parser.set_defaults(line=line)
+    return run_command(build, parser, line)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from data_pipelines.build import build_records
+from data_pipelines.records import build_records
 from vita_jax.data.ctc_vocabulary import build_ctc_vocabulary, load_ctc_vocabulary, normalise_transcript
 from vita_jax.data.images import ImageConfig
 from vita_jax.data.loader import SourceConfig

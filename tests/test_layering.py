@@ -32,7 +32,7 @@ ALLOWED = {
     "vita_jax.training": SERVICES,
     "vita_jax.exchange": SERVICES | {"vita_jax.training"},  # writes and reads its checkpoints
     "vita_jax.evaluation": SERVICES | {"vita_jax.inference", "vita_jax.training"},
-    "data_pipelines": FUNCTIONS | {"vita_jax.data"},
+    "data_pipelines": FUNCTIONS | {"vita_jax.data", "vita_jax.command_line"},
 }
 # They may import every room.
 COMMANDS = {"train", "evaluate", "chat", "serve", "duplex", "convert", "plan", "latency", "enlarge_vocabulary"}

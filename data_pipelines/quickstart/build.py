@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipelines.build import build_records
 from data_pipelines.quickstart.clips import clip_transcript, draw_clip, sample_clip
 from data_pipelines.quickstart.questions import KINDS, LANGUAGES, Question, ask
 from data_pipelines.quickstart.scans import ScanSplit, load_scan_splits
@@ -44,6 +43,7 @@ from data_pipelines.quickstart.scenes import (
 from data_pipelines.quickstart.sentences import TRANSCRIBE, draw_sentence, draw_words
 from data_pipelines.quickstart.speech import RECORD_SETS, build_speech
 from data_pipelines.quickstart.speech_sets import SpeechCounts
+from data_pipelines.records import build_records
 from vita_jax.data.ctc_vocabulary import split_words
 from vita_jax.data.video import write_video
 

@@ -7,7 +7,7 @@ import wave
 import numpy as np
 from PIL import Image
 
-from data_pipelines.build import build_records
+from data_pipelines.records import build_records
 from vita_jax.data.examples import ExampleContext
 from vita_jax.data.images import ImageConfig
 from vita_jax.data.splice import FeatureLayout

@@ -7,7 +7,8 @@ import os
 import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from data_pipelines.build import build_records, main
+from data_pipelines.build import main
+from data_pipelines.records import build_records, validate_json
 from tests.data.media import mixed_records, png_bytes, talk, tone, write_json, write_png, write_wav
 from vita_jax.data.records import decode_record, load_manifest
 from vita_jax.errors import UserError
@@ -165,10 +166,10 @@ def test_folders_by_set(tmp_path, capsys):
     entries = [{"set": key, "image": "a.png", "conversations": talk("<image>", key)} for key in ("first", "second")]
     source = write_json(tmp_path / "a.json", entries)
     table = write_json(tmp_path / "roots.json", {"first": "x", "second": "y"})
-    status = main(["--json", str(source), "--folders", str(table), "--output", str(tmp_path / "out")])
+    status = main(["records", "--json", str(source), "--folders", str(table), "--output", str(tmp_path / "out")])
     assert status == 0 and "2 records, 2 rounds, 2 images" in capsys.readouterr().out
     assert [r.media[0].data for r in stored(tmp_path / "out")] == [png_bytes(16, 16, 1), png_bytes(16, 16, 2)]
-    assert load_manifest(tmp_path / "out").command.startswith("python -m data_pipelines.build --json ")
+    assert load_manifest(tmp_path / "out").command.startswith("python -m data_pipelines.build records --json ")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,15 @@ def test_folders_by_set(tmp_path, capsys):
 )
 def test_command_says_what_is_wrong_in_one_line(tmp_path, capsys, content, message):
     (tmp_path / "bad.json").write_bytes(content)
-    arguments = ["--json", str(tmp_path / "bad.json"), "--root", str(tmp_path), "--output", str(tmp_path / "out")]
+    arguments = [
+        "records",
+        "--json",
+        str(tmp_path / "bad.json"),
+        "--root",
+        str(tmp_path),
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and "bad.json" in error and error.count("\n") == 1
@@ -210,3 +219,20 @@ def test_sounds_are_decoded_counted_and_stored_as_they_are(tmp_path):
     manifest = build_records(write_json(tmp_path / "s.json", entries), tmp_path, tmp_path / "out")
     assert manifest.counts["audios"] == 2 and manifest.counts["text_only"] == 0
     assert [m.data for m in stored(tmp_path / "out")[0].media] == [(tmp_path / "a.wav").read_bytes()] * 2
+
+
+def test_validate_says_what_a_build_would_reject_and_writes_nothing(good, tmp_path, capsys):
+    source, root = good
+    entries = json.loads(source.read_text()) + [{"image": "none.png", "conversations": talk("<image>", "Yes.")}, 7]
+    source = write_json(tmp_path / "more.json", entries)
+    before = sorted(os.listdir(tmp_path))
+    found = validate_json(source, root)
+    built = build_records(source, root, tmp_path / "out", max_bad_fraction=0.5)
+    assert found.total == 14 and found.counts == built.counts and found.categories == built.rejects
+    assert [json.loads(line) for line in found.rejects] == rejects(tmp_path / "out" / "rejects.jsonl")
+    assert main(["validate", str(source), "--root", str(root)]) == 1
+    said = capsys.readouterr().out
+    assert "none.png" in said and "12 records" in said and "rejected format: 1, missing media: 1" in said
+    assert main(["validate", str(source), "--root", str(root), "--max-bad-fraction", "0.5"]) == 0
+    assert sorted(set(os.listdir(tmp_path)) - {"out"}) == before
+    assert main(["validate", str(source), "--root", str(tmp_path / "nowhere")]) == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_pipelines.build import build_records
+from data_pipelines.records import build_records
 from tests.training.tiny import TILE, experiment, model_config, stage
 from vita_jax.data.loader import SourceConfig
 from vita_jax.data.tokenizer import train_sentencepiece

@@ -35,7 +35,18 @@ ALLOWED = {
     "data_pipelines": FUNCTIONS | {"vita_jax.data", "vita_jax.command_line"},
 }
 # They may import every room.
-COMMANDS = {"train", "evaluate", "chat", "serve", "duplex", "convert", "plan", "latency", "enlarge_vocabulary"}
+COMMANDS = {
+    "data_pipelines.show",
+    "train",
+    "evaluate",
+    "chat",
+    "serve",
+    "duplex",
+    "convert",
+    "plan",
+    "latency",
+    "enlarge_vocabulary",
+}
 
 # Functions of arrays and configs: they know no files, flags, logging, tokenizers.
 PURE = ("vita_jax.ops", "vita_jax.nn", "vita_jax.models")

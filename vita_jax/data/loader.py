@@ -398,8 +398,10 @@ def _check_sound(context: ExampleContext, row_clips: int, clip_frames: int) -> N
 # ---- looking at a batch ---------------------------------------------------------------------------------------------
 
 
-def format_batch(batch: Mapping[str, np.ndarray], tokenizer: Tokenizer, rows: int = 1) -> str:
-    """The first `rows` rows of a batch as text: shapes, fill, and every segment with its targets in «guillemets».
+def format_batch(
+    batch: Mapping[str, np.ndarray], tokenizer: Tokenizer, rows: int = 1, marks: tuple[str, str] = ("«", "»")
+) -> str:
+    """The first `rows` rows of a batch as text: shapes, fill, and every segment with its targets between `marks`.
 
     A run of feature positions is shown as [n features a..b], with a and b from `feature_index`.
     """
@@ -414,12 +416,15 @@ def format_batch(batch: Mapping[str, np.ndarray], tokenizer: Tokenizer, rows: in
         lines.append(f"row {row}: {np.mean(segments > 0):.0%} filled, {segments.max()} segments")
         for segment in range(1, segments.max() + 1):
             at = np.flatnonzero(segments == segment)
-            text = _segment_text(*(batch[name][row, at] for name in ("tokens", "labels", "feature_index")), tokenizer)
+            columns = (batch[name][row, at] for name in ("tokens", "labels", "feature_index"))
+            text = _segment_text(*columns, tokenizer, marks)
             lines.append(f"  segment {segment} ({len(at)} positions): {text}")
     return "\n".join(lines)
 
 
-def _segment_text(tokens: np.ndarray, labels: np.ndarray, features: np.ndarray, tokenizer: Tokenizer) -> str:
+def _segment_text(
+    tokens: np.ndarray, labels: np.ndarray, features: np.ndarray, tokenizer: Tokenizer, marks: tuple[str, str]
+) -> str:
     """One segment, runs of equal kind decoded together."""
     kinds = np.where(features >= 0, 2, labels != IGNORE_LABEL)
     parts = []
@@ -428,7 +433,7 @@ def _segment_text(tokens: np.ndarray, labels: np.ndarray, features: np.ndarray, 
             parts.append(f"[{len(run)} features {features[run[0]]}..{features[run[-1]]}]")
             continue
         text = tokenizer.decode(tokens[run].tolist()).replace("\n", "\\n")
-        parts.append(f"«{text}»" if kinds[run[0]] else text)
+        parts.append(f"{marks[0]}{text}{marks[1]}" if kinds[run[0]] else text)
     return "".join(parts)
 
 

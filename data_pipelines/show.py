@@ -1,0 +1,172 @@
+"""`python -m data_pipelines.show --config=FILE`: a batch of a stage as text, a picture of what is seen and heard."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from vita_jax import config as config_lib
+from vita_jax.command_line import exit_status
+from vita_jax.errors import UserError
+
+HELP = """\
+usage: python -m data_pipelines.show --config=FILE [--config.FIELD=VALUE ...] [--stage=NAME] [--rows=N] [...]
+
+Prints what a training step gets: the prompt with the text that is trained on marked (green in a terminal, else «»),
+features as [n features a..b]. Saves tiles and sounds of the same rows as a picture. Data that are missing are built.
+
+  --config=FILE     as for vita_jax.train
+  --stage=NAME      of the experiment; default the first
+  --rows=N          of the batch; default 1
+  --batch=N         which batch, from 0; default 0
+  --picture=FILE    PNG; default batch.png
+
+examples:
+  python -m data_pipelines.show --config=experiments/quickstart.py --stage=audio_sft
+  python -m data_pipelines.show --config=experiments/quickstart.py --config.run_dir=runs/mine --stage=codec --rows=4
+"""
+GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
+DEFAULTS = {"stage": "", "rows": "1", "batch": "0", "picture": "batch.png"}
+COLUMNS, CELL_INCHES, DPI = 8, 1.5, 110
+CELLS_AT_MOST = 96
+SPECTRUM = (400, 160)  # samples per window and hop, of waves that are shown as spectra
+
+
+def show(arguments: config_lib.ConfigArgs) -> int:
+    """Prints the batch and saves its picture. Returns the exit status."""
+    # Imported here so that --help and a mistyped flag answer at once.
+    from vita_jax.data.loader import format_batch
+    from vita_jax.data.tokenizer import load_tokenizer
+    from vita_jax.training.experiment import ExperimentConfig, tokenizer_folder, validate
+    from vita_jax.training.loop import record_batches
+
+    options = _options(arguments.rest)
+    rows, number = (_whole(options[name], name, least) for name, least in (("rows", 1), ("batch", 0)))
+    if arguments.file is None:
+        raise UserError("--config=FILE is missing, for example --config=experiments/quickstart.py; see --help")
+    module = config_lib.load_module(arguments.file)
+    config = config_lib.config_from_module(module, arguments.overrides)
+    if not isinstance(config, ExperimentConfig):
+        raise UserError(f"{arguments.file}: get_config must return an ExperimentConfig, not {type(config).__name__}")
+    validate(config)
+    prepare = getattr(module, "prepare", None)
+    config = (prepare(config) if prepare is not None else None) or config
+    stage = config.stage(options["stage"]) if options["stage"] else config.stages[0]
+    tokenizer = load_tokenizer(tokenizer_folder(config))
+    batches = record_batches(config, stage, tokenizer=tokenizer)
+    for _ in range(number):
+        next(batches)
+    batch = next(batches)
+    batches.close()
+    marks = (GREEN, PLAIN) if sys.stdout.isatty() else ("«", "»")
+    print(f"batch {number} of {stage.title}")
+    if "tokens" in batch or "cell_names" in batch:
+        print(format_batch(batch, tokenizer, rows, marks))
+    else:
+        print(_format_speech(batch, tokenizer, rows))
+    cells = cells_of(batch, rows, config.audio.filter_bank.sample_rate)
+    if cells:
+        draw(cells, options["picture"])
+        print(f"picture: {options['picture']}")
+    return 0
+
+
+def _options(rest: Sequence[str]) -> dict[str, str]:
+    options = dict(DEFAULTS)
+    for argument in rest:
+        flag, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or flag not in options or not equals or not value:
+            raise UserError(f"unknown or incomplete argument {argument!r}; see --help")
+        options[flag] = value
+    return options
+
+
+def _whole(text: str, name: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"--{name}={text} must be a whole number of at least {least}")
+    return int(text)
+
+
+def _format_speech(batch: Mapping[str, np.ndarray], tokenizer: Any, rows: int) -> str:
+    """Shapes, and the texts of sentences."""
+    lines = [f"{name}: {array.dtype} {array.shape}" for name, array in batch.items()]
+    if "text_tokens" in batch:
+        for row, (ids, length) in enumerate(zip(batch["text_tokens"], batch["text_lengths"], strict=True)):
+            if row < rows:
+                text = tokenizer.decode(ids[:length].tolist())
+                lines.append(f"row {row}: {batch['frames'][row]} codec frames: {text}")
+    return "\n".join(lines)
+
+
+Cell = tuple[str, np.ndarray]  # title, and an RGB picture (h w 3) uint8 or a spectrum (f t) float
+
+
+def cells_of(batch: Mapping[str, np.ndarray], rows: int, sample_rate: int) -> list[Cell]:
+    """What there is to see in the first rows: tiles, filter-bank features, and spectra of waves; empty slots are left
+    out.
+    """
+    cells: list[Cell] = []
+    for row in range(min(rows, len(next(iter(batch.values()))))):
+        for i, tile in enumerate(batch["tiles"][row] if "tiles" in batch else ()):
+            if np.any(tile):
+                cells.append((f"row {row}, tile {i}", np.asarray(tile, np.uint8)))
+        for i, sound in enumerate(batch["audio"][row] if "audio" in batch else ()):
+            frames = int(batch["audio_lengths"][row, i])
+            if frames:
+                cells.append((f"row {row}, sound {i}: {frames / 100:.2f} s", np.asarray(sound[:frames]).T))
+        if "features" in batch:
+            frames = int(batch["lengths"][row])
+            cells.append((f"row {row}: {frames / 100:.2f} s", np.asarray(batch["features"][row, :frames]).T))
+        if "waves" in batch:
+            wave = np.trim_zeros(np.asarray(batch["waves"][row]), "b")
+            if len(wave) >= SPECTRUM[0]:
+                cells.append((f"row {row}: {len(wave) / sample_rate:.2f} s", _spectrum(wave)))
+    return cells
+
+
+def _spectrum(wave: np.ndarray) -> np.ndarray:
+    """Logarithm of the magnitudes: (n,) -> (f t)."""
+    size, hop = SPECTRUM
+    frames = np.lib.stride_tricks.sliding_window_view(wave, size)[::hop] * np.hanning(size)
+    return np.log(np.abs(np.fft.rfft(frames)).T + 1e-4)
+
+
+def draw(cells: Sequence[Cell], path: str | Path) -> None:
+    """Saves the cells as one PNG, `CELLS_AT_MOST` of them.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    cells = cells[:CELLS_AT_MOST]
+    columns = min(COLUMNS, len(cells))
+    lines = -(-len(cells) // columns)
+    figure = Figure(figsize=(columns * CELL_INCHES, lines * CELL_INCHES), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, (title, content) in zip(axes, cells, strict=False):
+        spectrum = content.ndim == 2
+        axis.imshow(content, origin="lower" if spectrum else "upper", aspect="auto" if spectrum else "equal")
+        axis.set_title(title, fontsize=7)
+    try:
+        figure.savefig(path, format="png", dpi=DPI)
+    except OSError as error:
+        raise UserError(f"--picture={path} cannot be written: {error.strerror}") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0 done, 2 bad input."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in argv or "-h" in argv:
+        print(HELP)
+        return 0
+    return exit_status(lambda: show(config_lib.parse_config_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

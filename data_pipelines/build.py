@@ -15,6 +15,8 @@ examples:
   python -m data_pipelines.build records --json my.json --root my_media --output runs/my_data
   python -m data_pipelines.build records --json my.json --folders roots.json --output runs/my_data --shards 8
       roots.json: {"coco": "/data/coco", "clips": "clips"}   (relative roots start at the folder of roots.json)
+  python -m data_pipelines.build recordings --layout librispeech --from LibriSpeech/train-clean-100 --output runs/clean
+  python -m data_pipelines.build recordings --layout manifest --from list.jsonl --root sounds --output runs/mine
   python -m data_pipelines.build validate my.json --root my_media
   python -m data_pipelines.build stats runs/my_data --tokenizer runs/quickstart/tokenizer --page stats.html
   python -m data_pipelines.build stats runs/quickstart/data/raw/asr
@@ -24,6 +26,7 @@ my.json is a list of records like
                                                     {"from": "gpt", "value": "A cat."}]}
 """
 SHOWN_REJECTS = 20
+LAYOUTS = ("manifest", "librispeech", "aishell")
 
 
 def make_parser() -> ArgumentParser:
@@ -40,6 +43,13 @@ def make_parser() -> ArgumentParser:
     build.add_argument("--shards", type=int, default=1, metavar="N", help="number of files (default 1)")
     build.set_defaults(run=build_folder)
 
+    heard = add("recordings", "Check transcribed recordings, and write their manifest; they stay where they are.")
+    heard.add_argument("--layout", required=True, choices=LAYOUTS, help=", ".join(LAYOUTS))
+    heard.add_argument("--from", dest="source", required=True, metavar="PATH", help="the manifest, or the top folder")
+    heard.add_argument("--root", metavar="FOLDER", help="where a manifest's paths start; default its own folder")
+    heard.add_argument("--output", required=True, metavar="FOLDER", help="gets manifest.jsonl and rejects.jsonl")
+    heard.set_defaults(run=build_recordings)
+
     check = add("validate", "Check a JSON file of conversations with its media, and write nothing.")
     check.add_argument("json", metavar="FILE", help="list of records, UTF-8")
     check.set_defaults(run=validate_file)
@@ -47,6 +57,7 @@ def make_parser() -> ArgumentParser:
         one.add_argument("--root", metavar="FOLDER", help="where media paths start; not needed for text")
         one.add_argument("--folders", metavar="FILE", help="JSON object {set: root folder} for records that name a set")
         one.add_argument("--ignore-fields", default="", metavar="A,B", help="fields outside of the format to skip")
+    for one in (build, check, heard):
         one.add_argument(
             "--max-bad-fraction", type=float, default=0.01, metavar="X", help="rejects allowed (default 0.01)"
         )
@@ -110,6 +121,21 @@ def build_folder(arguments: argparse.Namespace) -> int:
     rejected = ", ".join(f"{reason}: {number}" for reason, number in manifest.rejects.items())
     more = f"; rejected {rejected} (see {arguments.output}/{REJECTS_NAME})" if rejected else ""
     print(f"{arguments.output}: {_counts(manifest.counts)}{more}")
+    return 0
+
+
+def build_recordings(arguments: argparse.Namespace) -> int:
+    """`recordings`."""
+    from data_pipelines.recordings import build_manifest
+    from data_pipelines.speech.manifests import read_corpus
+
+    lines = read_corpus(arguments.source, arguments.layout, arguments.root)
+    with Line() as line:
+        found = build_manifest(lines, arguments.output, max_bad_fraction=arguments.max_bad_fraction, progress=line.show)
+    languages = ", ".join(f"{number} {language}" for language, number in found.languages.items())
+    rejected = ", ".join(f"{reason}: {number}" for reason, number in found.rejects.items()) or "none"
+    hours = f"{found.seconds / 3600:.2f} h"
+    print(f"{arguments.output}: {found.count} recordings, {hours} ({languages}); rejected {rejected}")
     return 0
 
 

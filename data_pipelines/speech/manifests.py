@@ -1,6 +1,7 @@
 """Lists of recordings with their texts, as users have them: JSON lines, LibriSpeech and AISHELL folders.
 
-Each reader yields `Utterance`s in a fixed order and opens no recording. `read_corpus` picks the reader.
+Each reader yields, in a fixed order, an `Utterance` for every line, or a `RecordError` that says what is wrong with it;
+it opens no recording. `read_corpus` picks the reader.
 
     manifest     a JSON object a line: audio (path below a root), text; optionally language, duration (seconds), id
     LibriSpeech  <part>/<speaker>/<chapter>/<speaker>-<chapter>.trans.txt: "<utterance> TEXT"; <utterance>.flac beside
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vita_jax.data.records import RecordError
 from vita_jax.errors import UserError
 
 LAYOUTS = ("manifest", "librispeech", "aishell")
@@ -27,12 +29,14 @@ class Utterance:
     """A recording and what is said in it.
 
     Attributes:
-      path: of the file.
+      place: file and line of the list, for messages.
+      path: of the recording, which may be missing.
       text: transcript, without spaces around it.
       language: "en", "zh", or whatever the list says.
       duration: seconds, None if the list does not say.
     """
 
+    place: str
     path: Path
     text: str
     language: str
@@ -57,45 +61,45 @@ def _lines(path: Path, what: str) -> Iterator[tuple[str, str]]:
             yield f"{path}:{number}", line
 
 
-def _existing(path: Path, where: str) -> Path:
-    if not path.is_file():
-        raise UserError(f"{where}: the recording {path} does not exist; check the path and the root folder")
-    return path
-
-
 # ---- JSON lines ------------------------------------------------------------------------------------------------------
 
 
 def _field(entry: dict[str, Any], name: str, where: str, kinds: type | tuple[type, ...], wanted: str) -> Any:
     value = entry[name]
     if not isinstance(value, kinds) or isinstance(value, bool):
-        raise UserError(f"{where}: {name}={value!r} must be {wanted}")
+        raise RecordError(where, name, f"{value!r} must be {wanted}")
     return value
 
 
-def _utterance(entry: Any, where: str, root: Path) -> Utterance:
+def _utterance(line: str, where: str, root: Path) -> Utterance:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RecordError(where, "", f"not JSON ({error.msg}, column {error.colno}); one object a line") from error
+    except RecursionError as error:
+        raise RecordError(where, "", "nested too deeply to be a recording") from error
     if not isinstance(entry, dict):
-        raise UserError(f"{where}: expected an object with 'audio' and 'text', got {type(entry).__name__}")
+        raise RecordError(where, "", f"expected an object with 'audio' and 'text', got {type(entry).__name__}")
     for name in ("audio", "text"):
         if name not in entry:
-            raise UserError(f"{where}: the field {name!r} is missing; fields are {', '.join(_KNOWN)}")
+            raise RecordError(where, name, f"is missing; fields are {', '.join(_KNOWN)}")
     text = _field(entry, "text", where, str, "text").strip()
     if not text:
-        raise UserError(f"{where}: text is empty; leave recordings without words out")
+        raise RecordError(where, "text", "is empty; leave recordings without words out", "no text")
     name = _field(entry, "audio", where, str, "a path")
     path = (root / name).resolve()
     if not path.is_relative_to(root.resolve()):
-        raise UserError(f"{where}: {name!r} lies outside of the root folder {root}; refused")
+        raise RecordError(where, "audio", f"{name!r} lies outside of the root folder {root}; refused")
     language = _field(entry, "language", where, str, "text") if "language" in entry else language_of(text)
     duration = None
     if "duration" in entry:
         duration = float(_field(entry, "duration", where, (int, float), "a number of seconds"))
         if not 0 < duration < float("inf"):
-            raise UserError(f"{where}: duration={duration} must be more than 0 seconds")
-    return Utterance(_existing(path, where), text, language, duration)
+            raise RecordError(where, "duration", f"{duration} must be more than 0 seconds")
+    return Utterance(where, path, text, language, duration)
 
 
-def read_manifest(path: str | Path, root: str | Path | None = None) -> Iterator[Utterance]:
+def read_manifest(path: str | Path, root: str | Path | None = None) -> Iterator[Utterance | RecordError]:
     """The recordings of a JSON-lines manifest; other fields than those above are left alone.
 
     Args:
@@ -103,19 +107,17 @@ def read_manifest(path: str | Path, root: str | Path | None = None) -> Iterator[
       root: folder the paths are relative to; default the folder of the manifest.
 
     Raises:
-      UserError: unreadable, a line that is not such an object, a path outside of the root, or a missing file; names the
-        line. No recordings at all.
+      UserError: the manifest cannot be read, or is empty.
     """
     path = Path(path)
     root = path.parent if root is None else Path(root)
     empty = True
     for where, line in _lines(path, "manifest"):
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}); one object a line") from error
         empty = False
-        yield _utterance(entry, where, root)
+        try:
+            yield _utterance(line, where, root)
+        except RecordError as error:
+            yield error
     if empty:
         raise UserError(f'manifest {path} is empty; expected lines such as {{"audio": "a.wav", "text": "hello"}}')
 
@@ -126,34 +128,38 @@ def read_manifest(path: str | Path, root: str | Path | None = None) -> Iterator[
 def _split_line(where: str, line: str) -> tuple[str, str]:
     name, _, text = line.strip().partition(" ")
     if not text.strip():
-        raise UserError(f"{where}: expected an utterance name and its text, got {line!r}")
+        raise RecordError(where, "", f"expected an utterance name and its text, got {line!r}")
     return name, text.strip()
 
 
-def read_librispeech(root: str | Path) -> Iterator[Utterance]:
+def read_librispeech(root: str | Path) -> Iterator[Utterance | RecordError]:
     """The recordings of LibriSpeech, or of any part of it; English, in lower case (the transcripts shout).
 
     Raises:
-      UserError: no transcripts below `root`, a line that is none, or a recording that is missing.
+      UserError: no transcripts below `root`, or one that cannot be read.
     """
     transcripts = sorted(Path(root).rglob("*.trans.txt"))
     if not transcripts:
         raise UserError(f"no *.trans.txt below {root}; expected LibriSpeech's <part>/<speaker>/<chapter>/ folders")
     for transcript in transcripts:
         for where, line in _lines(transcript, "transcript"):
-            name, text = _split_line(where, line)
+            try:
+                name, text = _split_line(where, line)
+            except RecordError as error:
+                yield error
+                continue
             files = [transcript.parent / f"{name}{suffix}" for suffix in AUDIO_SUFFIXES]
             found = next((file for file in files if file.is_file()), transcript.parent / f"{name}.flac")
-            yield Utterance(_existing(found, where), text.lower(), "en")
+            yield Utterance(where, found, text.lower(), "en")
 
 
-def read_aishell(root: str | Path) -> Iterator[Utterance]:
+def read_aishell(root: str | Path) -> Iterator[Utterance | RecordError]:
     """The recordings of AISHELL-1 (its speakers unpacked below wav/); Mandarin, without the spaces between words.
 
     AISHELL transcribes some sentences whose recordings it leaves out; those are passed over.
 
     Raises:
-      UserError: no transcript or no recordings below `root`, a line that is none, or nothing that has both.
+      UserError: no transcript or no recordings below `root`, or nothing that has both.
     """
     root = Path(root)
     transcripts = sorted((root / "transcript").glob("*.txt"))
@@ -164,15 +170,19 @@ def read_aishell(root: str | Path) -> Iterator[Utterance]:
     matched = False
     for transcript in transcripts:
         for where, line in _lines(transcript, "transcript"):
-            name, text = _split_line(where, line)
+            try:
+                name, text = _split_line(where, line)
+            except RecordError as error:
+                yield error
+                continue
             if name in recordings:
                 matched = True
-                yield Utterance(recordings[name], text.replace(" ", ""), "zh")
+                yield Utterance(where, recordings[name], text.replace(" ", ""), "zh")
     if not matched:
         raise UserError(f"no recording below {root / 'wav'} has the name of a line in {root / 'transcript'}")
 
 
-def read_corpus(path: str | Path, layout: str, root: str | Path | None = None) -> Iterator[Utterance]:
+def read_corpus(path: str | Path, layout: str, root: str | Path | None = None) -> Iterator[Utterance | RecordError]:
     """The recordings of one corpus.
 
     Args:

@@ -17,6 +17,8 @@ examples:
       roots.json: {"coco": "/data/coco", "clips": "clips"}   (relative roots start at the folder of roots.json)
   python -m data_pipelines.build recordings --layout librispeech --from LibriSpeech/train-clean-100 --output runs/clean
   python -m data_pipelines.build recordings --layout manifest --from list.jsonl --root sounds --output runs/mine
+  python -m data_pipelines.build speak --json my.json --root my_media --fraction 0.5 --output spoken
+  python -m data_pipelines.build records --json spoken/records.json --folders spoken/roots.json --output runs/my_data
   python -m data_pipelines.build validate my.json --root my_media
   python -m data_pipelines.build stats runs/my_data --tokenizer runs/quickstart/tokenizer --page stats.html
   python -m data_pipelines.build stats runs/quickstart/data/raw/asr
@@ -50,12 +52,24 @@ def make_parser() -> ArgumentParser:
     heard.add_argument("--output", required=True, metavar="FOLDER", help="gets manifest.jsonl and rejects.jsonl")
     heard.set_defaults(run=build_recordings)
 
+    speak = add("speak", "Speak a part of the written questions, and add sounds that are not for the model.")
+    speak.add_argument("--json", required=True, metavar="FILE", help="list of records, UTF-8")
+    speak.add_argument("--output", required=True, metavar="FOLDER", help="new; gets records.json, roots.json, media")
+    speak.add_argument("--fraction", type=float, default=0.5, metavar="X", help="of the questions (default 0.5)")
+    speak.add_argument("--negatives", type=float, default=0.0, metavar="X", help="sounds for each record (default 0)")
+    speak.add_argument("--refusal", default="", metavar="TEXT", help="the answer to them")
+    speak.add_argument("--statements", metavar="FILE", help="a line each: what is said in half of them, to others")
+    speak.add_argument("--seed", type=int, default=0, metavar="N", help="of voices and choices (default 0)")
+    speak.add_argument("--processes", type=int, default=2, metavar="N", help="that speak at once (default 2)")
+    speak.set_defaults(run=speak_questions)
+
     check = add("validate", "Check a JSON file of conversations with its media, and write nothing.")
     check.add_argument("json", metavar="FILE", help="list of records, UTF-8")
     check.set_defaults(run=validate_file)
-    for one in (build, check):
+    for one in (build, check, speak):
         one.add_argument("--root", metavar="FOLDER", help="where media paths start; not needed for text")
         one.add_argument("--folders", metavar="FILE", help="JSON object {set: root folder} for records that name a set")
+    for one in (build, check):
         one.add_argument("--ignore-fields", default="", metavar="A,B", help="fields outside of the format to skip")
     for one in (build, check, heard):
         one.add_argument(
@@ -137,6 +151,43 @@ def build_recordings(arguments: argparse.Namespace) -> int:
     hours = f"{found.seconds / 3600:.2f} h"
     print(f"{arguments.output}: {found.count} recordings, {hours} ({languages}); rejected {rejected}")
     return 0
+
+
+def speak_questions(arguments: argparse.Namespace) -> int:
+    """`speak`."""
+    from data_pipelines.spoken import SpeakOptions, speak_records
+    from vita_jax.data.records import read_folders
+
+    options = SpeakOptions(
+        arguments.fraction,
+        arguments.negatives,
+        arguments.refusal,
+        _lines_of(arguments.statements) if arguments.statements else (),
+        arguments.seed,
+    )
+    with Line() as line:
+        counts = speak_records(
+            arguments.json,
+            arguments.root,
+            arguments.output,
+            options,
+            folders=read_folders(arguments.folders) if arguments.folders else None,
+            processes=arguments.processes,
+            progress=line.show,
+        )
+    print(f"{arguments.output}: {_counts(counts)}")
+    return 0
+
+
+def _lines_of(path: str) -> tuple[str, ...]:
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = tuple(line.strip() for line in file if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--statements {path} cannot be read: {error}") from None
+    if not lines:
+        raise UserError(f"--statements {path} has no lines")
+    return lines
 
 
 def validate_file(arguments: argparse.Namespace) -> int:

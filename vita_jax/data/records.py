@@ -190,7 +190,7 @@ class _Checker:
             hint = (
                 f"did you mean {near[0]!r}?"
                 if near
-                else f"known: {', '.join(FIELDS)}; or ignore it (--ignore_fields {field})"
+                else f"known: {', '.join(FIELDS)}; or ignore it (--ignore-fields {field})"
             )
             raise self.fail(field, f"unknown field; {hint}", "unknown field")
 

@@ -1,0 +1,93 @@
+"""Spoken questions in place of written ones: what is rewritten, what is left, and that the result trains."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from data_pipelines.build import main
+from data_pipelines.records import build_records
+from data_pipelines.spoken import SpeakOptions, speak_records
+from tests.data.media import talk, write_json, write_png
+from vita_jax.data.records import decode_record, load_manifest, read_folders
+from vita_jax.errors import UserError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def source(tmp_path):
+    """(json, root): pictures, two rounds, text in two languages, one that cannot be said, and a broken record."""
+    root = tmp_path / "media"
+    for name in ("a.png", "b.png"):
+        write_png(root / name)
+    entries = [
+        {
+            "id": "two",
+            "image": ["a.png", "b.png"],
+            "conversations": talk("<image><image>\nSame?", "No.", "Why?", "So."),
+        },
+        {"id": "zh", "conversations": talk("一加一等于几？", "二")},
+        {"id": "ru", "conversations": talk("Кто там?", "Я")},
+        {"id": "long", "conversations": talk("word " * 100, "Yes.")},
+        {"id": "broken", "conversations": []},
+    ]
+    return write_json(tmp_path / "a.json", entries), root
+
+
+def test_all_that_can_be_said_is_spoken(source, tmp_path):
+    options = SpeakOptions(fraction=1.0, negatives=0.4, refusal="Not me.", statements=("We went home.",))
+    counts = speak_records(*source, tmp_path / "out", options, processes=1)
+    want = {"questions": 5, "spoken": 3, "cannot be said": 1, "too long": 1, "unusable": 1, "negatives": 2}
+    assert counts == want
+    records = {str(r.get("id")): r for r in json.loads((tmp_path / "out" / "records.json").read_text())}
+    two = records["two"]
+    assert [turn["value"] for turn in two["conversations"][::2]] == ["<image>\n<image>\n<audio>", "<audio>"]
+    assert two["set"] == ["files", "files", "spoken", "spoken"] and len(two["audio"]) == 2
+    assert records["ru"] == json.loads(source[0].read_text())[2]
+    assert records["negative-1"]["inserted_id"] == 1
+    folders = read_folders(tmp_path / "out" / "roots.json")
+    built = tmp_path / "built"
+    build_records(tmp_path / "out" / "records.json", None, built, folders=folders, max_bad_fraction=0.2)
+    assert load_manifest(built).counts | {"records": 6, "images": 2, "audios": 5} == load_manifest(built).counts
+
+
+def test_a_fraction_is_drawn_record_by_record(tmp_path):
+    entries = [{"conversations": talk(f"Is {number} odd?", "Maybe.")} for number in range(60)]
+    options = SpeakOptions(fraction=0.5, seed=3)
+    first, second = tmp_path / "first", tmp_path / "second"
+    count = speak_records(write_json(tmp_path / "a.json", entries), None, first, options, processes=1)["spoken"]
+    assert 20 < count < 40
+    # The choice for a record does not depend on those behind it.
+    speak_records(write_json(tmp_path / "b.json", entries[:20]), None, second, options, processes=1)
+    whole, part = (json.loads((folder / "records.json").read_text()) for folder in (first, second))
+    assert whole[:20] == part
+    names = [name for record in part for name in record.get("audio", ())]
+    assert all((first / "media" / name).read_bytes() == (second / "media" / name).read_bytes() for name in names)
+
+
+def test_the_command_and_its_mistakes(source, tmp_path, capsys):
+    json_path, root = map(str, source)
+    arguments = ["speak", "--json", json_path, "--root", root, "--output", str(tmp_path / "out"), "--processes", "1"]
+    assert main([*arguments, "--fraction", "0.3"]) == 0
+    assert "5 questions" in capsys.readouterr().out
+    assert main(arguments) == 2 and "exists; give a new folder" in capsys.readouterr().err
+    with pytest.raises(UserError, match="need a refusal"):
+        SpeakOptions(negatives=0.1)
+    with pytest.raises(UserError, match="fraction is 2"):
+        SpeakOptions(fraction=2)
+    with pytest.raises(UserError, match="has a key 'spoken'"):
+        speak_records(*source, tmp_path / "more", SpeakOptions(), folders={"spoken": "x"})
+
+
+def test_stored_records_hold_the_sound(source, tmp_path):
+    speak_records(*source, tmp_path / "out", SpeakOptions(fraction=1.0), processes=1)
+    folders = read_folders(tmp_path / "out" / "roots.json")
+    build_records(tmp_path / "out" / "records.json", None, tmp_path / "b", folders=folders, max_bad_fraction=0.5)
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    shards = [str(tmp_path / "b" / shard.name) for shard in load_manifest(tmp_path / "b").shards]
+    record = decode_record(ArrayRecordDataSource(shards)[0])
+    assert [media.kind for media in record.media] == ["image", "image", "audio", "audio"]
+    assert record.media[2].data.startswith(b"RIFF") and record.set == ("files", "files", "spoken", "spoken")

@@ -45,7 +45,6 @@ from vita_jax.evaluation.results import FINAL, format_result, format_stages, rea
 from vita_jax.evaluation.runner import evaluate_params
 from vita_jax.inference.speak import save_voices
 from vita_jax.models.audio.ctc_head import CtcTraining
-from vita_jax.models.codec.codebook_training import CodebookTraining
 from vita_jax.models.codec.losses import codec_training_small
 from vita_jax.models.vita import VitaConfig, vita_1_5_with_voice, vita_small_with_voice
 from vita_jax.training.checkpoint import checkpoint_folder, load_params
@@ -344,12 +343,7 @@ def small_model(width: int = 192, num_layers: int = 4, tower_width: int = 96) ->
     model = vita_small_with_voice(width, num_layers, tower_width, vocab_size=1280)
     training = CtcTraining(flat_start_steps=1000, spec_augment=False, feature_noise=1.0)
     # A step against discriminators takes as long as four without, and in minutes the voice gains less by it.
-    codec_training = dataclasses.replace(
-        model.codec_training,
-        discriminators=None,
-        # Steps of 80 frames for 1,024 entries: averages over more of them.
-        codebooks=CodebookTraining(decay=0.99, ease_in=1000),
-    )
+    codec_training = dataclasses.replace(model.codec_training, discriminators=None)
     return dataclasses.replace(model, ctc_vocab_size=CTC_ROWS, ctc_training=training, codec_training=codec_training)
 
 

@@ -66,7 +66,8 @@ def codec_training_small(adversarial_start: int = 2000) -> CodecTraining:
         losses=CodecLossConfig(mel=((1024, 200, 30.0), (512, 120, 10.0), (256, 60, 5.0)), quantizer=5.0),
         discriminators=DiscriminatorConfig((2, 3, 5, 7, 11), (8, 16, 32), num_scales=0, stft_sizes=()),
         adversarial_start=adversarial_start,
-        codebooks=CodebookTraining(),
+        # Steps of a hundred frames for 1,024 entries: averages over many of them.
+        codebooks=CodebookTraining(decay=0.99, ease_in=1000),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.benchmarks import conversion
+from experiments.benchmarks import conversion, loader
 from vita_jax.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -31,3 +31,15 @@ def test_changed_bits_are_found(tmp_path):
     content[-1] ^= 1
     file.write_bytes(content)
     assert conversion.count_different(tmp_path, config) == 1
+
+
+def test_every_modality_is_read_by_both_loaders():
+    rates = list(loader.run(2, loader.MODALITIES))
+    assert [rate.modality for rate in rates] == list(loader.MODALITIES)
+    for rate in rates:
+        assert rate.records > 0 and rate.torch_records > 0 and 0 < rate.fill <= 1
+        assert (rate.media > 0) == (rate.modality != "text")
+    table = loader.format_rates(rates, 4.59e14)
+    assert table.count("\n") == 5 and "one chip trains 4,026 tokens/s" in table
+    with pytest.raises(UserError, match="'smell' is unknown"):
+        next(loader.run(2, ["smell"]))

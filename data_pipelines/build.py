@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vita_jax.command_line import ArgumentParser, run_command
 from vita_jax.errors import UserError
@@ -58,7 +58,7 @@ def make_parser() -> ArgumentParser:
     speak.add_argument("--fraction", type=float, default=0.5, metavar="X", help="of the questions (default 0.5)")
     speak.add_argument("--negatives", type=float, default=0.0, metavar="X", help="sounds for each record (default 0)")
     speak.add_argument("--refusal", default="", metavar="TEXT", help="the answer to them")
-    speak.add_argument("--statements", metavar="FILE", help="a line each: what is said in half of them, to others")
+    speak.add_argument("--statements", metavar="FILE", help="a line each: what people say in them, to others")
     speak.add_argument("--seed", type=int, default=0, metavar="N", help="of voices and choices (default 0)")
     speak.add_argument("--processes", type=int, default=2, metavar="N", help="that speak at once (default 2)")
     speak.set_defaults(run=speak_questions)
@@ -69,16 +69,16 @@ def make_parser() -> ArgumentParser:
     for one in (build, check, speak):
         one.add_argument("--root", metavar="FOLDER", help="where media paths start; not needed for text")
         one.add_argument("--folders", metavar="FILE", help="JSON object {set: root folder} for records that name a set")
-    for one in (build, check):
         one.add_argument("--ignore-fields", default="", metavar="A,B", help="fields outside of the format to skip")
     for one in (build, check, heard):
         one.add_argument(
             "--max-bad-fraction", type=float, default=0.01, metavar="X", help="rejects allowed (default 0.01)"
         )
 
-    show = add("stats", "Durations, tokens, tiles and languages of built records, or of a manifest of recordings.")
+    show = add("stats", "Durations, tokens, tiles and scripts of built records, or of a manifest of recordings.")
     show.add_argument("folder", metavar="FOLDER", help="written by `records`, or with a manifest.jsonl")
     show.add_argument("--tokenizer", metavar="FOLDER", help="counts tokens; without it only characters are counted")
+    show.add_argument("--image-size", type=int, default=448, metavar="N", help="side of a tile (default 448)")
     show.add_argument("--max-tiles", type=int, default=12, metavar="N", help="of a picture (default 12)")
     show.add_argument("--limit", type=int, metavar="N", help="records to read, evenly spaced; default all")
     show.add_argument("--page", metavar="FILE", help="an HTML page with plots")
@@ -156,7 +156,6 @@ def build_recordings(arguments: argparse.Namespace) -> int:
 def speak_questions(arguments: argparse.Namespace) -> int:
     """`speak`."""
     from data_pipelines.spoken import SpeakOptions, speak_records
-    from vita_jax.data.records import read_folders
 
     options = SpeakOptions(
         arguments.fraction,
@@ -171,7 +170,7 @@ def speak_questions(arguments: argparse.Namespace) -> int:
             arguments.root,
             arguments.output,
             options,
-            folders=read_folders(arguments.folders) if arguments.folders else None,
+            **_inputs(arguments),
             processes=arguments.processes,
             progress=line.show,
         )
@@ -191,8 +190,10 @@ def _lines_of(path: str) -> tuple[str, ...]:
 
 
 def validate_file(arguments: argparse.Namespace) -> int:
-    """`validate`; 1 if more records are rejected than allowed."""
-    from data_pipelines.records import validate_json
+    """`validate`; 2 if more records are rejected than a build would allow."""
+    from data_pipelines.records import check_budget_bounds, validate_json, within_budget
+
+    check_budget_bounds(arguments.max_bad_fraction)
 
     with Line() as line:
         found = validate_json(arguments.json, arguments.root, **_inputs(arguments), progress=line.show)
@@ -202,7 +203,7 @@ def validate_file(arguments: argparse.Namespace) -> int:
         print(f"... and {len(found.rejects) - SHOWN_REJECTS} more")
     rejected = ", ".join(f"{reason}: {number}" for reason, number in found.categories.items()) or "none"
     print(f"{arguments.json}: {_counts(found.counts)}; rejected {rejected}")
-    return int(len(found.rejects) > arguments.max_bad_fraction * found.total)
+    return 0 if within_budget(len(found.rejects), found.total, arguments.max_bad_fraction) else 2
 
 
 def _counts(counts: dict[str, int]) -> str:
@@ -215,12 +216,10 @@ def show_stats(arguments: argparse.Namespace) -> int:
     from vita_jax.data.images import ImageConfig
     from vita_jax.data.tokenizer import load_tokenizer
 
-    if arguments.max_tiles < 1:
-        raise UserError(f"--max-tiles {arguments.max_tiles} must be at least 1")
     with Line() as line:
         stats = gather(
             arguments.folder,
-            image=ImageConfig(max_tiles=arguments.max_tiles),
+            image=ImageConfig(image_size=arguments.image_size, max_tiles=arguments.max_tiles),
             tokenizer=load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None,
             limit=arguments.limit,
             progress=_now_and_then(line),
@@ -232,7 +231,7 @@ def show_stats(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _now_and_then(line: Line, every: int = 500) -> object:
+def _now_and_then(line: Line, every: int = 500) -> Callable[[int, int], None]:
     def show(done: int, total: int) -> None:
         if done % every == 0 or done == total:
             line.show(f"{done} of {total} records")
@@ -246,7 +245,7 @@ def build(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0 done, 1 too many rejects, 2 bad input."""
+    """Runs the command; returns its exit status: 0 done, 2 bad input."""
     line = sys.argv[1:] if argv is None else list(argv)
     parser = make_parser()
     parser.set_defaults(line=line)

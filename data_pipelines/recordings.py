@@ -1,7 +1,8 @@
 """Transcribed recordings, as corpora come, -> one checked manifest.jsonl that stages 2.1a, 3.1 and 3.2 train on.
 
 The recordings stay where they are. OUTPUT gets manifest.jsonl (an object a line: id, audio, text, language, duration in
-seconds) and rejects.jsonl (field, category, and the reason with its place). Both appear complete or not at all.
+seconds) and rejects.jsonl (field, category, and the reason with its place). An older manifest is replaced when the new
+one is complete.
 """
 
 from __future__ import annotations
@@ -19,15 +20,23 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.records import PROGRESS_SECONDS, REJECTS_NAME, THREADS, WINDOW, Progress
+from data_pipelines.records import (
+    LONGEST_AUDIO,
+    PROGRESS_SECONDS,
+    REJECTS_NAME,
+    THREADS,
+    WINDOW,
+    Progress,
+    check_budget_bounds,
+    within_budget,
+)
 from data_pipelines.speech.manifests import Utterance
-from vita_jax.data.audio import MAX_SECONDS, AudioConfig, read_audio
+from vita_jax.data.audio import read_audio
 from vita_jax.data.records import RecordError
 from vita_jax.data.speech_pairs import MANIFEST
 from vita_jax.errors import UserError
 from vita_jax.ops.filter_bank import RELEASED
 
-LONGEST = AudioConfig(max_seconds=MAX_SECONDS)
 DURATION_TOLERANCE = 0.5  # seconds that a list may be wrong by
 
 
@@ -66,7 +75,7 @@ def build_manifest(
       UserError: a refused output, too many rejects, or nothing that can be used. The rejects are then in
         OUTPUT.rejects.jsonl and `output` is as before.
     """
-    output = Path(output)
+    output = Path(output).absolute()
     _check(output, max_bad_fraction)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.new-", dir=output.parent))
@@ -74,11 +83,14 @@ def build_manifest(
         found = _write(temporary, lines, output, progress)
         beside = output.with_name(f"{output.name}.{REJECTS_NAME}")
         bad, total = sum(found.rejects.values()), found.count + sum(found.rejects.values())
-        if not found.count or bad > max_bad_fraction * total:
+        if not total:
+            raise UserError("there are no recordings in the corpus: its lists are empty")
+        if not within_budget(bad, total, max_bad_fraction):
             shutil.copyfile(temporary / REJECTS_NAME, beside)
+            first = json.loads(beside.read_text(encoding="utf-8").split("\n")[0])["reason"]
             raise UserError(
                 f"{bad} of {total} recordings rejected, max_bad_fraction is {max_bad_fraction:g}; "
-                f"all reasons are in {beside}"
+                f"all reasons are in {beside}; the first: {first}"
             )
         output.mkdir(exist_ok=True)
         for name in (REJECTS_NAME, MANIFEST):
@@ -90,11 +102,12 @@ def build_manifest(
 
 
 def _check(output: Path, max_bad_fraction: float) -> None:
-    if not 0 <= max_bad_fraction <= 1:
-        raise UserError(f"max_bad_fraction is {max_bad_fraction}; it must be between 0 and 1")
+    check_budget_bounds(max_bad_fraction)
     if output.is_file():
         raise UserError(f"output {output} is a file; give a folder")
-    if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).is_file():
+    # A manifest alone may be the user's own.
+    built = all((output / name).is_file() for name in (MANIFEST, REJECTS_NAME))
+    if output.is_dir() and any(output.iterdir()) and not built:
         raise UserError(f"output folder {output} holds something that was not built here; give a new or empty folder")
 
 
@@ -138,18 +151,20 @@ def _entry(output: Path) -> Callable[[Utterance | RecordError], dict[str, Any] |
     def entry(line: Utterance | RecordError) -> dict[str, Any] | RecordError:
         if isinstance(line, RecordError):
             return line
-        if not line.path.is_file():
-            return RecordError(line.place, "audio", f"the recording {line.path} does not exist", "missing media")
         try:
-            samples = read_audio(line.path, LONGEST, sample_rate=RELEASED.sample_rate)
+            if not line.path.is_file():
+                return RecordError(line.place, "audio", f"the recording {line.path} does not exist", "missing media")
+            samples = read_audio(line.path, LONGEST_AUDIO, sample_rate=RELEASED.sample_rate)
         except UserError as error:
             return RecordError(line.place, "audio", str(error), "damaged media")
+        except OSError as error:
+            return RecordError(line.place, "audio", f"{line.path}: {error.strerror}", "missing media")
         seconds = len(samples) / RELEASED.sample_rate
         if line.duration is not None and abs(line.duration - seconds) > DURATION_TOLERANCE:
             reason = f"is {line.duration} s in the list, {seconds:.2f} s in {line.path}"
             return RecordError(line.place, "duration", reason, "wrong duration")
         path = os.path.relpath(line.path.resolve(), start)
-        fields = {"id": line.path.stem, "audio": path, "text": line.text, "language": line.language}
+        fields = {"id": line.id, "audio": path, "text": line.text, "language": line.language}
         return fields | {"duration": round(seconds, 3)}
 
     return entry

@@ -318,9 +318,19 @@ def _empty_counts() -> Counter[str]:
     return Counter(records=0, rounds=0, images=0, videos=0, text_only=0)
 
 
-def _check_arguments(output: Path, max_bad_fraction: float, shards: int) -> None:
+def check_budget_bounds(max_bad_fraction: float) -> None:
+    """Raises UserError for a budget of rejects that is no share."""
     if not 0 <= max_bad_fraction <= 1:
         raise UserError(f"max_bad_fraction is {max_bad_fraction}; it must be between 0 and 1")
+
+
+def within_budget(bad: int, total: int, max_bad_fraction: float) -> bool:
+    """Whether so many rejects are allowed; never are all."""
+    return bad <= max_bad_fraction * total and bad < total
+
+
+def _check_arguments(output: Path, max_bad_fraction: float, shards: int) -> None:
+    check_budget_bounds(max_bad_fraction)
     if not 1 <= shards <= 1000:
         raise UserError(f"shards is {shards}; it must be between 1 and 1000")
     if output.exists():
@@ -366,7 +376,7 @@ def build_records(
       UserError: unreadable input, a refused output, too many rejects, or no usable record at all. The rejects are
         then in OUTPUT.rejects.jsonl and `output` is as before.
     """
-    source, output = Path(json_path), Path(output)
+    source, output = Path(json_path), Path(output).absolute()
     _check_arguments(output, max_bad_fraction, shards)
     report = progress or (lambda line: None)
     entries, items = _read_items(source, root, folders, ignore_fields)
@@ -447,7 +457,7 @@ def _write(
 
 def _check_budget(source: Path, bad: int, total: int, max_bad_fraction: float, rejects: Path, first: str) -> None:
     """Raises UserError if too many records, or all of them, were rejected."""
-    if bad <= max_bad_fraction * total and bad < total:
+    if within_budget(bad, total, max_bad_fraction):
         return
     example = f"; the first: {first}" if first else ""
     raise UserError(

@@ -42,20 +42,14 @@ def show(arguments: config_lib.ConfigArgs) -> int:
     # Imported here so that --help and a mistyped flag answer at once.
     from vita_jax.data.loader import format_batch
     from vita_jax.data.tokenizer import load_tokenizer
-    from vita_jax.training.experiment import ExperimentConfig, tokenizer_folder, validate
+    from vita_jax.training.experiment import tokenizer_folder
+    from vita_jax.training.experiment_file import open_experiment, prepare_data
     from vita_jax.training.loop import record_batches
 
     options = _options(arguments.rest)
     rows, number = (_whole(options[name], name, least) for name, least in (("rows", 1), ("batch", 0)))
-    if arguments.file is None:
-        raise UserError("--config=FILE is missing, for example --config=experiments/quickstart.py; see --help")
-    module = config_lib.load_module(arguments.file)
-    config = config_lib.config_from_module(module, arguments.overrides)
-    if not isinstance(config, ExperimentConfig):
-        raise UserError(f"{arguments.file}: get_config must return an ExperimentConfig, not {type(config).__name__}")
-    validate(config)
-    prepare = getattr(module, "prepare", None)
-    config = (prepare(config) if prepare is not None else None) or config
+    module, config = open_experiment(arguments.file, arguments.overrides)
+    config = prepare_data(module, config)
     stage = config.stage(options["stage"]) if options["stage"] else config.stages[0]
     tokenizer = load_tokenizer(tokenizer_folder(config))
     batches = record_batches(config, stage, tokenizer=tokenizer)
@@ -69,7 +63,8 @@ def show(arguments: config_lib.ConfigArgs) -> int:
         print(format_batch(batch, tokenizer, rows, marks))
     else:
         print(_format_speech(batch, tokenizer, rows))
-    cells = cells_of(batch, rows, config.audio.filter_bank.sample_rate)
+    bank, codec = config.audio.filter_bank, config.model.codec
+    cells = cells_of(batch, rows, 1e3 / bank.frame_shift_ms, bank.sample_rate if codec is None else codec.sampling_rate)
     if cells:
         draw(cells, options["picture"])
         print(f"picture: {options['picture']}")
@@ -106,9 +101,13 @@ def _format_speech(batch: Mapping[str, np.ndarray], tokenizer: Any, rows: int) -
 Cell = tuple[str, np.ndarray]  # title, and an RGB picture (h w 3) uint8 or a spectrum (f t) float
 
 
-def cells_of(batch: Mapping[str, np.ndarray], rows: int, sample_rate: int) -> list[Cell]:
-    """What there is to see in the first rows: tiles, filter-bank features, and spectra of waves; empty slots are left
-    out.
+def cells_of(batch: Mapping[str, np.ndarray], rows: int, frame_rate: float, wave_rate: int) -> list[Cell]:
+    """What there is to see in the first rows: tiles, filter-bank features, and spectra of waves.
+
+    Args:
+      batch: of any stage; its empty slots are left out.
+      rows: how many.
+      frame_rate, wave_rate: features and samples of waves per second.
     """
     cells: list[Cell] = []
     for row in range(min(rows, len(next(iter(batch.values()))))):
@@ -118,14 +117,14 @@ def cells_of(batch: Mapping[str, np.ndarray], rows: int, sample_rate: int) -> li
         for i, sound in enumerate(batch["audio"][row] if "audio" in batch else ()):
             frames = int(batch["audio_lengths"][row, i])
             if frames:
-                cells.append((f"row {row}, sound {i}: {frames / 100:.2f} s", np.asarray(sound[:frames]).T))
+                cells.append((f"row {row}, sound {i}: {frames / frame_rate:.2f} s", np.asarray(sound[:frames]).T))
         if "features" in batch:
             frames = int(batch["lengths"][row])
-            cells.append((f"row {row}: {frames / 100:.2f} s", np.asarray(batch["features"][row, :frames]).T))
+            cells.append((f"row {row}: {frames / frame_rate:.2f} s", np.asarray(batch["features"][row, :frames]).T))
         if "waves" in batch:
             wave = np.trim_zeros(np.asarray(batch["waves"][row]), "b")
             if len(wave) >= SPECTRUM[0]:
-                cells.append((f"row {row}: {len(wave) / sample_rate:.2f} s", _spectrum(wave)))
+                cells.append((f"row {row}: {len(wave) / wave_rate:.2f} s", _spectrum(wave)))
     return cells
 
 

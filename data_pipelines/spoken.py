@@ -27,20 +27,21 @@ from data_pipelines.records import Progress
 from data_pipelines.speech.clips import SPEECH, Clip, render_all
 from data_pipelines.speech.noises import BABBLE_VOICES, SYNTHETIC_KINDS
 from data_pipelines.speech.voices import draw_delivery, training_voices
-from vita_jax.data.records import PLACEHOLDERS, RecordError, check_record, read_json_records
+from vita_jax.data.records import PLACEHOLDERS, CheckedRecord, RecordError, check_record, read_json_records
 from vita_jax.data.spoken_words import language_of
 from vita_jax.errors import UserError
 
 RECORDS, ROOTS, MEDIA = "records.json", "roots.json", "media"
 FILES, SPOKEN = "files", "spoken"  # folder keys of what records without a set had, and of what is spoken
-LONGEST = 300  # characters of a question that is spoken; longer ones are read, not asked
+MOST_CHARACTERS = 300  # of what is spoken; longer questions are read, not asked
 MARKS = re.compile("|".join(map(re.escape, PLACEHOLDERS.values())))
+EDGES = re.compile(rf"^(?:\s|{MARKS.pattern})+|(?:\s|{MARKS.pattern})+$")
 # Letters that the voices can say, and any letter.
 SAYABLE, LETTER = re.compile(r"[A-Za-z0-9\u00c0-\u024f\u3400-\u9fff]"), re.compile(r"[^\W\d_]")
 AUGMENTED_SHARE = 0.15
 NEGATIVE_SECONDS = (0.6, 3.0)
-STATEMENT_SHARE = 0.5  # of the negatives, where there are statements; others are babble, second speakers, noises
-SPEECH_NEGATIVES = (SPEECH, SPEECH, "babble", "second_speaker")
+# Of the negatives, where there are statements; the others are noises.
+SPEECH_NEGATIVES = {SPEECH: 0.5, "second_speaker": 0.12, "babble": 0.13}
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ class SpeakOptions:
       fraction: of the questions that can be spoken, drawn question by question.
       negatives: records of sounds that are not for the model, for each record there is.
       refusal: the answer of these records.
-      statements: what is said in some of them that is not addressed to the model; none = only sounds without words.
-      seed: of everything drawn.
+      statements: what is said in three quarters of them that is not addressed to the model, by one voice, by two or by
+        many at once; none = only noises.
+      seed: of everything drawn; not negative.
     """
 
     fraction: float = 0.5
@@ -68,6 +70,21 @@ class SpeakOptions:
             raise UserError(f"negatives is {self.negatives}; it must be between 0 and 10, for each record")
         if self.negatives and not self.refusal.strip():
             raise UserError("negatives need a refusal: the answer that sounds not meant for the model get")
+        if MARKS.search(self.refusal):
+            raise UserError(f"refusal {self.refusal!r} holds a placeholder; only questions may")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}; it must be at least 0")
+        for statement in self.statements:
+            if not _can_be_said(statement) or len(statement) > MOST_CHARACTERS:
+                raise UserError(
+                    f"the statement {statement[:80]!r} cannot be said; give English or Chinese, at most "
+                    f"{MOST_CHARACTERS} characters"
+                )
+
+
+def _can_be_said(text: str) -> bool:
+    """Whether there are voices for all of its letters, and something to say."""
+    return bool(SAYABLE.search(text)) and all(SAYABLE.match(letter) for letter in LETTER.findall(text))
 
 
 def speak_records(
@@ -77,29 +94,33 @@ def speak_records(
     options: SpeakOptions,
     *,
     folders: Mapping[str, str] | None = None,
+    ignore_fields: Sequence[str] = (),
     processes: int = 2,
     progress: Progress = lambda line: None,
 ) -> dict[str, int]:
     """Writes the folder described at the top of this file.
 
     Args:
-      json_path, root, folders: the records, as in `data_pipelines.records.build_records`.
+      json_path, root, folders, ignore_fields: the records, as in `data_pipelines.records.build_records`.
       output: a new folder.
       options: what to speak.
       processes: that speak at the same time; the result does not depend on it.
       progress: called with a short line now and then.
 
     Returns:
-      Counts: "questions", those "spoken", those that stay written because they are "too long" or "cannot be said",
-      records "already with audio", "negatives", and records that are "unusable" and left as they are, so that the
-      build of the result names them.
+      Counts: "questions", those "spoken", those that stay written because they are "too long", "cannot be said" or have
+      "placeholders within", records "already with audio", "negatives", and records that are "unusable" and left as
+      they are, so that the build of the result names them.
 
     Raises:
-      UserError: unreadable records, an output that exists, folder keys that are used here, no synthesiser.
+      UserError: unreadable records, none that can be used, a root that is no folder, an output that exists, folder keys
+        that are used here, no synthesiser.
     """
-    output = Path(output)
+    output = Path(output).absolute()
     if output.exists():
         raise UserError(f"output {output} exists; give a new folder")
+    if root is not None and not Path(root).is_dir():
+        raise UserError(f"root {os.fspath(root)} is not a folder; it is where the media paths of {json_path} start")
     for key in (FILES, SPOKEN):
         if folders and key in folders:
             raise UserError(f"the folder table has a key {key!r}, which is used for the result; rename it")
@@ -108,8 +129,11 @@ def speak_records(
     temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.new-", dir=output.parent))
     try:
         (temporary / MEDIA).mkdir()
-        plan = _Plan(temporary, options, temporary if root is None else Path(root))
+        rules = {"root": root, "folders": folders, "ignore_fields": ignore_fields}
+        plan = _Plan(temporary, options, rules)
         records = [plan.speak(entry, index) for index, entry in enumerate(entries)]
+        if plan.counts["unusable"] == len(entries):
+            raise UserError(f"{json_path}: no record can be used; the first: {plan.first_error}")
         records += [plan.negative(index) for index in range(round(options.negatives * len(entries)))]
         if plan.clips:
             render_all(plan.clips, progress, processes=processes)
@@ -128,78 +152,84 @@ def speak_records(
 class _Plan:
     """The recordings to make, while the records are rewritten one by one."""
 
-    def __init__(self, folder: Path, options: SpeakOptions, root: Path) -> None:
-        self._folder, self._options, self._root = folder, options, root
+    def __init__(self, folder: Path, options: SpeakOptions, rules: Mapping[str, Any]) -> None:
+        self._folder, self._options, self._rules = folder, options, rules
         self.clips: list[Clip] = []
         self.counts = Counter[str](questions=0, spoken=0)
+        self.first_error: RecordError | None = None
 
     def speak(self, entry: Any, index: int) -> Any:
-        """A record with some of its questions spoken; drawn from its place in the file alone."""
+        """A record with some of its questions spoken; a function of the record and its place in the file."""
         try:
-            checked = check_record(entry, self._root, where="records", index=index)
-        except RecordError:
+            checked = check_record(entry, where="records", index=index, **self._rules)
+        except RecordError as error:
             self.counts["unusable"] += 1
+            self.first_error = self.first_error or error
             return entry
-        if "audio" in entry and entry["audio"]:
+        if entry.get("audio"):
             self.counts["already with audio"] += 1
-            return entry | self._keys(entry, checked.record.set, len(checked.files), 0)
-        rng = np.random.default_rng([self._options.seed, 0, index])
+            return entry | self._keys(checked, 0)
         turns, names = [], []
-        for turn in entry["conversations"]:
-            aloud = self._aloud(turn, rng) if turn["from"] == "human" else None
+        for number, turn in enumerate(entry["conversations"]):
+            drawn = (0, index, number)
+            aloud = self._aloud(turn["value"], drawn) if turn["from"] == "human" else None
             if aloud is None:
                 turns.append(turn)
                 continue
-            names.append(self._clip(SPEECH, [aloud], rng))
+            names.append(self._clip(f"{index}-{number}", SPEECH, [aloud], drawn))
             marks = "".join(f"{mark}\n" for mark in MARKS.findall(turn["value"]))
             turns.append({"from": "human", "value": marks + PLACEHOLDERS["audio"]})
-        record = entry | self._keys(entry, checked.record.set, len(checked.files), len(names))
+        record = entry | self._keys(checked, len(names))
         return record | {"conversations": turns} | ({"audio": names} if names else {})
 
-    def _aloud(self, turn: Mapping[str, str], rng: np.random.Generator) -> str | None:
+    def _aloud(self, question: str, drawn: tuple[int, ...]) -> str | None:
         """What is said in place of a question; None if it stays written."""
-        text = " ".join(MARKS.sub(" ", turn["value"]).split())
         self.counts["questions"] += 1
-        drawn = rng.random() < self._options.fraction
-        if not SAYABLE.search(text) or any(not SAYABLE.match(letter) for letter in LETTER.findall(text)):
-            self.counts["cannot be said"] += 1
+        words = EDGES.sub("", question)
+        text = " ".join(words.split())
+        reasons = (
+            ("placeholders within", bool(MARKS.search(words))),
+            ("cannot be said", not _can_be_said(text)),
+            ("too long", len(text) > MOST_CHARACTERS),
+        )
+        reason = next((name for name, holds in reasons if holds), None)
+        if reason is not None:
+            self.counts[reason] += 1
             return None
-        if len(text) > LONGEST:
-            self.counts["too long"] += 1
-            return None
-        self.counts["spoken"] += drawn
-        return text if drawn else None
+        chosen = bool(np.random.default_rng((self._options.seed, *drawn)).random() < self._options.fraction)
+        self.counts["spoken"] += chosen
+        return text if chosen else None
 
-    def _keys(self, entry: Mapping[str, Any], sets: Sequence[str], files: int, spoken: int) -> dict[str, Any]:
+    def _keys(self, checked: CheckedRecord, spoken: int) -> dict[str, Any]:
         """`set` with a key for every file: those before, then what is spoken."""
-        keys = list(sets) if len(sets) == files else [sets[0] if sets else FILES] * files
+        keyed = self._rules["folders"] is not None  # without a table, a record's own keys name nothing
+        keys = [file.set if keyed and file.set is not None else FILES for file in checked.files]
         keys += [SPOKEN] * spoken
         return {"set": keys} if keys else {}
 
-    def _clip(self, kind: str, texts: Sequence[str], rng: np.random.Generator, seconds: float = 0.0) -> str:
+    def _clip(self, name: str, kind: str, texts: Sequence[str], drawn: tuple[int, ...]) -> str:
         """Plans a recording by voices of training; returns its name below the media folder."""
-        name = f"{len(self.clips):07d}.wav"
+        rng = np.random.default_rng((self._options.seed, *drawn, 1))
         parts = tuple((text, draw_delivery(training_voices(language_of(text)), rng)) for text in texts)
         augmented = kind == SPEECH and bool(rng.random() < AUGMENTED_SHARE)
         background = str(rng.choice(SYNTHETIC_KINDS)) if augmented and rng.random() < 0.5 else None
-        seed = (self._options.seed, 1, len(self.clips))
-        path = str(self._folder / MEDIA / name)
-        self.clips.append(Clip(path, seed, kind, parts, seconds=seconds, augmented=augmented, background=background))
-        return name
+        seconds = float(rng.uniform(*NEGATIVE_SECONDS))  # of babble and noises
+        path, seed = str(self._folder / MEDIA / f"{name}.wav"), (self._options.seed, *drawn, 2)
+        self.clips.append(Clip(path, seed, kind, parts, seconds, augmented=augmented, background=background))
+        return f"{name}.wav"
 
     def negative(self, index: int) -> dict[str, Any]:
         """A record of a sound that is not for the model."""
-        rng = np.random.default_rng([self._options.seed, 2, index])
+        drawn = (1, index)
+        rng = np.random.default_rng((self._options.seed, *drawn))
         statements = self._options.statements
-        kind, texts = str(rng.choice(SYNTHETIC_KINDS)), []
-        if statements and rng.random() < STATEMENT_SHARE:
-            kind = str(rng.choice(SPEECH_NEGATIVES))
-            voices = {SPEECH: 1, "second_speaker": 2, "babble": int(rng.integers(*BABBLE_VOICES))}[kind]
-            texts = [statements[i] for i in rng.integers(len(statements), size=voices)]
+        shares = SPEECH_NEGATIVES if statements else {}
+        noise = (1 - sum(shares.values())) / len(SYNTHETIC_KINDS)
+        kinds = shares | dict.fromkeys(SYNTHETIC_KINDS, noise)
+        kind = str(rng.choice(list(kinds), p=list(kinds.values())))
+        voices = {SPEECH: 1, "second_speaker": 2, "babble": int(rng.integers(*BABBLE_VOICES))}.get(kind, 0)
+        texts = [statements[i] for i in rng.integers(len(statements), size=voices)] if voices else []
         self.counts["negatives"] += 1
-        name = self._clip(kind, texts, rng, float(rng.uniform(*NEGATIVE_SECONDS)))
-        turns = [
-            {"from": "human", "value": PLACEHOLDERS["audio"]},
-            {"from": "gpt", "value": self._options.refusal},
-        ]
+        name = self._clip(f"negative-{index}", kind, texts, drawn)
+        turns = [{"from": "human", "value": PLACEHOLDERS["audio"]}, {"from": "gpt", "value": self._options.refusal}]
         return {"id": f"negative-{index}", "set": SPOKEN, "audio": name, "conversations": turns, "inserted_id": 1}

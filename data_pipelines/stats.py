@@ -1,4 +1,4 @@
-"""What is in built records or in a manifest of recordings: sizes, durations, tokens, languages; a table and a page."""
+"""What is in built records or in a manifest of recordings: sizes, durations, tokens, scripts; a table and a page."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import grain
 import numpy as np
 from matplotlib.figure import Figure
 
-from vita_jax.data.audio import MAX_SECONDS, AudioConfig, read_audio
+from data_pipelines.records import LONGEST_AUDIO
+from vita_jax.data.audio import read_audio
 from vita_jax.data.images import ImageConfig, open_image, tile_count
-from vita_jax.data.records import MANIFEST_NAME, PLACEHOLDERS, Media, Record, decode_record, load_manifest
+from vita_jax.data.loader import RecordSource, SourceConfig
+from vita_jax.data.records import MANIFEST_NAME, PLACEHOLDERS, Media, Record, decode_record
 from vita_jax.data.speech_pairs import MANIFEST as SPEECH_MANIFEST
 from vita_jax.data.speech_pairs import read_manifest
 from vita_jax.data.tokenizer import Tokenizer
@@ -25,10 +26,9 @@ from vita_jax.data.video import choose_frames, probe_video
 from vita_jax.errors import UserError
 from vita_jax.ops.filter_bank import RELEASED
 
-LONGEST = AudioConfig(max_seconds=MAX_SECONDS)
 AUDIO_RATE = RELEASED.sample_rate  # Hz; durations do not depend on it
 HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
-LETTER = re.compile(r"[^\W\d_]")
+LATIN, LETTER = re.compile(r"[A-Za-z\u00c0-\u024f]"), re.compile(r"[^\W\d_]")
 MARKS = re.compile("|".join(map(re.escape, PLACEHOLDERS.values())))
 
 Progress = Callable[[int, int], None]  # records done, records in all
@@ -40,7 +40,7 @@ class Stats:
 
     Attributes:
       numbers: quantity with its unit -> one value for each thing measured.
-      classes: question -> answer -> how many, such as "language of a question" -> {"en": 3, "zh": 4}.
+      classes: question -> answer -> how many, such as "script of a question" -> {"latin": 3, "han": 4}.
       records, of: how many records were read, and how many there are.
     """
 
@@ -58,12 +58,14 @@ class Stats:
         self.classes.setdefault(question, Counter())[answer] += 1
 
 
-def language_of(text: str) -> str:
-    """ "zh" where at least half of the letters are Han characters, "no letters", else "latin and other"."""
+def script_of(text: str) -> str:
+    """What most letters of a text are: "han", "latin", "other" or "no letters"."""
     letters = LETTER.findall(text)
     if not letters:
         return "no letters"
-    return "zh" if 2 * len(HAN.findall(text)) >= len(letters) else "latin and other"
+    counts = {"han": len(HAN.findall(text)), "latin": len(LATIN.findall(text))}
+    counts["other"] = len(letters) - sum(counts.values())
+    return max(counts, key=lambda script: counts[script])
 
 
 def gather(
@@ -102,9 +104,8 @@ def gather(
 def _open(folder: Path) -> tuple[int, Callable[[int], Record]]:
     """How many records there are, and what reads one of them."""
     if (folder / MANIFEST_NAME).is_file():
-        manifest = load_manifest(folder)
-        source = grain.sources.ArrayRecordDataSource([str(folder / shard.name) for shard in manifest.shards])
-        return len(source), lambda index: decode_record(source[index])
+        source = RecordSource(SourceConfig(str(folder)), 0, 0)
+        return len(source), lambda index: decode_record(source[index][1])
     if folder.is_file() or (folder / SPEECH_MANIFEST).is_file():
         pairs = read_manifest(folder)
 
@@ -133,7 +134,7 @@ def _measure(stats: Stats, record: Record, image: ImageConfig, tokenizer: Tokeni
         text = MARKS.sub("", turn["value"]).strip()
         what = "a question" if turn["from"] == "human" else "an answer"
         stats.add(f"characters of {what}", len(text))
-        stats.count(f"language of {what}", language_of(text))
+        stats.count(f"script of {what}", script_of(text))
         if tokenizer is not None:
             tokens += len(tokenizer.encode(text, allow_special=False, add_bos=False))
     if tokenizer is not None:
@@ -149,7 +150,7 @@ def _measure_media(stats: Stats, media: Media, image: ImageConfig) -> None:
         stats.add("longer side of an image in pixels", max(width, height))
         stats.add("tiles of an image", tile_count(width, height, image))
     elif media.kind == "audio":
-        samples = read_audio(media.data, LONGEST, name=media.name, sample_rate=AUDIO_RATE)
+        samples = read_audio(media.data, LONGEST_AUDIO, name=media.name, sample_rate=AUDIO_RATE)
         stats.add("seconds of an audio", len(samples) / AUDIO_RATE)
     else:
         info = probe_video(media.data, name=media.name)
@@ -214,7 +215,11 @@ COLUMNS, BINS = 3, 40
 
 
 def write_page(stats: Stats, path: str | Path, title: str) -> None:
-    """One HTML file with the tables and a histogram of every quantity."""
+    """One HTML file with the tables and a histogram of every quantity.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
     numbers = _table([HEAD, *number_rows(stats)])
     classes = _table([("", "", "number", "share"), *class_rows(stats)], "classes")
     read = f"{stats.records:,} of {stats.of:,} records were read."
@@ -223,7 +228,10 @@ def write_page(stats: Stats, path: str | Path, title: str) -> None:
         f"<h1>{html.escape(title)}</h1><p>{read}</p>{numbers}<h2>Distributions</h2>{_histograms(stats)}"
         f"<h2>Kinds</h2>{classes}"
     )
-    Path(path).write_text(page, encoding="utf-8")
+    try:
+        Path(path).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"page {path} cannot be written: {error.strerror}") from None
 
 
 def _table(rows: Sequence[Sequence[str]], name: str = "") -> str:

@@ -12,8 +12,8 @@ Each kind of data has its stages; what is not given is left out, stages and part
     data.speech              codec            3.1: the codec, on the sound alone
     data.speech              speech_decoders  3.2: text to speech tokens; all else is frozen
 
-The records file is described in the README and in `vita_jax/data/records.py`; bad records are listed in
-`<run_dir>/data/records/rejects.jsonl`. Records with "<audio>" train the speech encoder along unless `data.asr` has
+The records file is described in the README and in `vita_jax/data/records.py`; media of records that name a `set` are
+looked for in `data.folders`, a JSON table of folders; bad records are listed in `<run_dir>/data/records/rejects.jsonl`. Records with "<audio>" train the speech encoder along unless `data.asr` has
 trained it before; without transcripts they need many more records to be understood.
 
 A manifest has a JSON object per line, {"audio": path, "text": what is said}; paths start from its folder; recordings
@@ -44,13 +44,14 @@ from data_pipelines.records import build_records
 from vita_jax.data.ctc_vocabulary import build_ctc_vocabulary, load_ctc_vocabulary, normalise_transcript
 from vita_jax.data.images import ImageConfig
 from vita_jax.data.loader import SourceConfig
-from vita_jax.data.records import read_json_records
+from vita_jax.data.records import read_folders, read_json_records
 from vita_jax.data.speech_pairs import MANIFEST, SpokenText, read_manifest
 from vita_jax.data.spoken_words import answer_aloud, language_of
 from vita_jax.data.templates import SystemTexts
 from vita_jax.data.tokenizer import train_sentencepiece
 from vita_jax.errors import UserError
 from vita_jax.models.audio.ctc_head import CtcTraining
+from vita_jax.models.codec.losses import codec_training_small
 from vita_jax.models.vita import VitaConfig, vita_1_5_with_voice, vita_small_with_voice
 from vita_jax.training.experiment import (
     CTC_VOCABULARY,
@@ -94,17 +95,21 @@ PLANS = {
 }
 
 
-def small_model(width: int = 192, num_layers: int = 4, tower_width: int = 96) -> VitaConfig:
-    """The quickstart's model with room for more words. The recogniser's head gets its size from the transcripts."""
+def small_model(width: int = 192, num_layers: int = 4, tower_width: int = 96, ease_in: int = 1000) -> VitaConfig:
+    """The quickstart's model with room for more words. The recogniser's head gets its size from the transcripts.
+
+    Args:
+      ease_in: see `CodebookTraining`.
+    """
     model = vita_small_with_voice(width, num_layers, tower_width, VOCAB_SIZE)
     # A step against discriminators takes as long as four without, and in minutes the voice gains less by it.
-    codec_training = dataclasses.replace(model.codec_training, discriminators=None)
+    codec_training = dataclasses.replace(codec_training_small(ease_in=ease_in), discriminators=None)
     return dataclasses.replace(model, ctc_training=CtcTraining(flat_start_steps=500), codec_training=codec_training)
 
 
 def get_config(size: Literal["smoke", "small", "full"] = "small") -> ExperimentConfig:
     """The configuration of one size with all stages; `prepare` leaves out those that `data` has nothing for."""
-    models = {"smoke": lambda: small_model(48, 2, 48), "small": small_model, "full": vita_1_5_with_voice}
+    models = {"smoke": lambda: small_model(48, 2, 48, ease_in=0), "small": small_model, "full": vita_1_5_with_voice}
     model = models[size]()
     image = ImageConfig(image_size=model.vision.image_size)
     return ExperimentConfig(
@@ -193,8 +198,9 @@ def prepare(config: ExperimentConfig) -> ExperimentConfig:
       UserError: no data at all, records without their folder or the other way round, or data that cannot be read.
     """
     data = config.data
-    if (data.json is None) != (data.root is None):
-        given, missing = ("json=FILE", "root=DIR") if data.root is None else ("root=DIR", "json=FILE")
+    places = data.root is not None or data.folders is not None
+    if (data.json is not None) != places:
+        given, missing = ("root=DIR", "json=FILE") if places else ("json=FILE", "root=DIR")
         raise UserError(f"--config.data.{given} is given without --config.data.{missing}; records need both")
     if data.json is None and data.asr is None and data.speech is None:
         raise UserError(NEEDED)
@@ -203,7 +209,11 @@ def prepare(config: ExperimentConfig) -> ExperimentConfig:
     counts: dict[str, int] = {}
     if data.json is not None:
         counts = build_records(
-            Path(data.json), Path(data.root), folder / RECORDS, max_bad_fraction=data.max_bad_fraction
+            data.json,
+            data.root,
+            folder / RECORDS,
+            folders=None if data.folders is None else read_folders(data.folders),
+            max_bad_fraction=data.max_bad_fraction,
         ).counts
         print(f"data: {counts}", flush=True)
         texts += _record_texts(Path(data.json))

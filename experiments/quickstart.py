@@ -176,7 +176,8 @@ SMOKE = dataclasses.replace(
     | {"typed": 8, "typed_unseen_writers": 8, "text_only": 8, "video_order": 6},
     speech=SMOKE_SPEECH,
 )
-# Optimiser and rates of the original scripts; stage 0 is replaced by the public weights once they are converted.
+# Optimiser and rates of the original scripts, for which the lengths of `SMALL` are only a start; stage 0 is replaced by
+# the public weights once they are converted.
 FULL = dataclasses.replace(
     SMALL,
     plan=SMALL.plan
@@ -350,7 +351,7 @@ def small_model(width: int = 192, num_layers: int = 4, tower_width: int = 96) ->
 def smoke_model() -> VitaConfig:
     """The same in every part, tiny; its codec meets the discriminators at once."""
     model = small_model(48, 2, 48)
-    return dataclasses.replace(model, codec_training=codec_training_small(adversarial_start=1))
+    return dataclasses.replace(model, codec_training=codec_training_small(adversarial_start=1, ease_in=1))
 
 
 def full_model() -> VitaConfig:

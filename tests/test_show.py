@@ -51,11 +51,19 @@ def test_every_kind_of_batch(places, tmp_path, capsys, stage, said):
         assert min(image.size) > 100 and np.asarray(image).std() > 1
 
 
+def test_the_data_of_another_configuration_are_not_replaced(places, tmp_path, capsys):
+    assert main([*places, f"--picture={tmp_path / 'a.png'}"]) == 0
+    assert main([*places, "--config.seed=7", f"--picture={tmp_path / 'b.png'}"]) == 2
+    assert "another configuration" in capsys.readouterr().err
+    assert main([*places, "--batch=2", f"--picture={tmp_path / 'b.png'}"]) == 0
+    assert "batch 2 of" in capsys.readouterr().out
+
+
 def test_empty_slots_are_left_out():
     tiles = np.zeros((1, 3, 4, 4, 3), np.uint8)
     tiles[0, 1] = 9
     audio, lengths = np.ones((1, 2, 50, 80), np.float32), np.asarray([[30, 0]], np.int32)
-    cells = cells_of({"tiles": tiles, "audio": audio, "audio_lengths": lengths}, 4, 16000)
+    cells = cells_of({"tiles": tiles, "audio": audio, "audio_lengths": lengths}, 4, 100.0, 16000)
     assert [title for title, _ in cells] == ["row 0, tile 1", "row 0, sound 0: 0.30 s"]
     assert cells[1][1].shape == (80, 30)
 

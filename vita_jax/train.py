@@ -36,11 +36,11 @@ An experiment file may also define these functions; each is called if it is ther
   finish(config)                       when all are
 """
 
-HOOKS = ("prepare", "after_stage", "finish")
+HOOKS = ("after_stage", "finish")
 
 
 def hooks_of(module: ModuleType) -> dict[str, Any]:
-    """The functions of an experiment file that the command calls, by name; None for those it does not define."""
+    """The functions of an experiment file that are called while it trains; None for those it does not define."""
     return {name: getattr(module, name, None) for name in HOOKS}
 
 
@@ -48,28 +48,17 @@ def train(arguments: config_lib.ConfigArgs) -> int:
     """Resolves the configuration, prepares the data, trains, finishes. Returns the exit status."""
     # Imported here so that --help and a mistyped flag answer at once.
     from vita_jax.training import loop
-    from vita_jax.training.experiment import ExperimentConfig, validate
+    from vita_jax.training.experiment_file import open_experiment, prepare_data
 
     print_only = "--print_config" in arguments.rest
     unknown = [argument for argument in arguments.rest if argument != "--print_config"]
     if unknown:
         raise UserError(f"unknown argument {unknown[0]!r}; configuration fields start with --config., see --help")
-    if arguments.file is None:
-        raise UserError("--config=FILE is missing, for example --config=experiments/quickstart.py; see --help")
-    module = config_lib.load_module(arguments.file)
-    config = config_lib.config_from_module(module, arguments.overrides)
-    if not isinstance(config, ExperimentConfig):
-        raise UserError(f"{arguments.file}: get_config must return an ExperimentConfig, not {type(config).__name__}")
-    validate(config)
+    module, config = open_experiment(arguments.file, arguments.overrides)
     if print_only:
         print(config_lib.format_config(config))
         return 0
-    hooks = hooks_of(module)
-    if hooks["prepare"] is not None:
-        # Before anything is built: data of another configuration must not replace that of the run in this directory.
-        loop.claim_run_dir(config, loop.REQUESTED)
-        prepared = hooks["prepare"](config)
-        config = config if prepared is None else prepared
+    config, hooks = prepare_data(module, config), hooks_of(module)
     print(config_lib.format_config(config), flush=True)
 
     def after_stage(stage: Any, params: Any) -> None:

@@ -21,6 +21,7 @@ from vita_jax.errors import UserError
 
 LAYOUTS = ("manifest", "librispeech", "aishell")
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a")
+LONGEST_SECONDS = 365 * 24 * 3600
 _KNOWN = ("audio", "text", "language", "duration", "id")
 
 
@@ -33,6 +34,7 @@ class Utterance:
       path: of the recording, which may be missing.
       text: transcript, without spaces around it.
       language: "en", "zh", or whatever the list says.
+      id: whatever the list says, else the recording's name without its ending.
       duration: seconds, None if the list does not say.
     """
 
@@ -40,6 +42,7 @@ class Utterance:
     path: Path
     text: str
     language: str
+    id: str
     duration: float | None = None
 
 
@@ -56,7 +59,8 @@ def _lines(path: Path, what: str) -> Iterator[tuple[str, str]]:
         raise UserError(f"{what} {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{what} {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    for number, line in enumerate(content.splitlines(), start=1):
+    # Not `splitlines`: a text may hold one of the rarer separators.
+    for number, line in enumerate(content.split("\n"), start=1):
         if line.strip():
             yield f"{path}:{number}", line
 
@@ -68,6 +72,8 @@ def _field(entry: dict[str, Any], name: str, where: str, kinds: type | tuple[typ
     value = entry[name]
     if not isinstance(value, kinds) or isinstance(value, bool):
         raise RecordError(where, name, f"{value!r} must be {wanted}")
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" or character == "\0" for character in value):
+        raise RecordError(where, name, "holds half a character (surrogate) or a null character")
     return value
 
 
@@ -93,10 +99,12 @@ def _utterance(line: str, where: str, root: Path) -> Utterance:
     language = _field(entry, "language", where, str, "text") if "language" in entry else language_of(text)
     duration = None
     if "duration" in entry:
-        duration = float(_field(entry, "duration", where, (int, float), "a number of seconds"))
-        if not 0 < duration < float("inf"):
-            raise RecordError(where, "duration", f"{duration} must be more than 0 seconds")
-    return Utterance(where, path, text, language, duration)
+        seconds = _field(entry, "duration", where, (int, float), "a number of seconds")
+        if not 0 < seconds < LONGEST_SECONDS:
+            raise RecordError(where, "duration", f"{seconds} must be more than 0 seconds, and no more than a year")
+        duration = float(seconds)
+    identity = str(_field(entry, "id", where, (str, int), "text or a number")) if "id" in entry else path.stem
+    return Utterance(where, path, text, language, identity, duration)
 
 
 def read_manifest(path: str | Path, root: str | Path | None = None) -> Iterator[Utterance | RecordError]:
@@ -107,10 +115,12 @@ def read_manifest(path: str | Path, root: str | Path | None = None) -> Iterator[
       root: folder the paths are relative to; default the folder of the manifest.
 
     Raises:
-      UserError: the manifest cannot be read, or is empty.
+      UserError: the manifest cannot be read, or is empty; the root is no folder.
     """
     path = Path(path)
     root = path.parent if root is None else Path(root)
+    if not root.is_dir():
+        raise UserError(f"root {root} is not a folder; it is where the paths of {path} start")
     empty = True
     for where, line in _lines(path, "manifest"):
         empty = False
@@ -150,7 +160,7 @@ def read_librispeech(root: str | Path) -> Iterator[Utterance | RecordError]:
                 continue
             files = [transcript.parent / f"{name}{suffix}" for suffix in AUDIO_SUFFIXES]
             found = next((file for file in files if file.is_file()), transcript.parent / f"{name}.flac")
-            yield Utterance(where, found, text.lower(), "en")
+            yield Utterance(where, found, text.lower(), "en", name)
 
 
 def read_aishell(root: str | Path) -> Iterator[Utterance | RecordError]:
@@ -177,7 +187,7 @@ def read_aishell(root: str | Path) -> Iterator[Utterance | RecordError]:
                 continue
             if name in recordings:
                 matched = True
-                yield Utterance(where, recordings[name], text.replace(" ", ""), "zh")
+                yield Utterance(where, recordings[name], text.replace(" ", ""), "zh", name)
     if not matched:
         raise UserError(f"no recording below {root / 'wav'} has the name of a line in {root / 'transcript'}")
 

@@ -127,10 +127,11 @@ def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
 
 
-def copy_rate(folder: Path) -> Step:
-    """Copies the first file of weights, as a plain copy would."""
+def copy_rate(folder: Path, copy: Path) -> Step:
+    """Copies the first file of weights into the folder `copy`, as a plain copy would."""
     source = next(path for path in _files(folder) if path.suffix == ".safetensors")
-    target = folder.with_name(folder.name + ".copy")
+    copy.mkdir()
+    target = copy / source.name
     settle(folder)
     start = time.monotonic()
     with source.open("rb") as read, target.open("wb") as write:
@@ -138,7 +139,7 @@ def copy_rate(folder: Path) -> Step:
         write.flush()
         os.fsync(write.fileno())
     seconds = time.monotonic() - start
-    target.unlink()
+    shutil.rmtree(copy)
     return Step("plain copy of one file", source.stat().st_size / 1e9, seconds)
 
 
@@ -180,14 +181,15 @@ def measure(model: str, folder: Path) -> tuple[list[Step], int]:
     if model not in MODELS:
         raise UserError(f"--model {model!r} is unknown; use one of {', '.join(MODELS)}")
     build, released = MODELS[model]
-    public, run, export = (folder / f"{model}.{name}" for name in ("public", "run", "export"))
-    for path in (public, run, export):
+    public, run, export, copy = places = [folder / f"{model}.{name}" for name in ("public", "run", "export", "copy")]
+    for path in places:
         if path.exists():
             raise UserError(f"{path} is in the way; remove it, or choose another --folder")
     config = build()
     try:
         gigabytes = write_public(public, config) / 1e9
-        steps = [copy_rate(public)]
+        steps = [copy_rate(public, copy)]
+        settle(public)
         come = ["import", "--model", released, "--from", str(public), "--to", str(run)]
         steps.append(run_command_line("import", come, run, gigabytes))
         shutil.rmtree(public)
@@ -195,7 +197,7 @@ def measure(model: str, folder: Path) -> tuple[list[Step], int]:
         steps.append(run_command_line("export", go, export, gigabytes))
         return steps, count_different(export, config)
     finally:
-        for path in (public, run, export):
+        for path in places:
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -230,7 +230,7 @@ def test_validate_says_what_a_build_would_reject_and_writes_nothing(good, tmp_pa
     built = build_records(source, root, tmp_path / "out", max_bad_fraction=0.5)
     assert found.total == 14 and found.counts == built.counts and found.categories == built.rejects
     assert [json.loads(line) for line in found.rejects] == rejects(tmp_path / "out" / "rejects.jsonl")
-    assert main(["validate", str(source), "--root", str(root)]) == 1
+    assert main(["validate", str(source), "--root", str(root)]) == 2
     said = capsys.readouterr().out
     assert "none.png" in said and "12 records" in said and "rejected format: 1, missing media: 1" in said
     assert main(["validate", str(source), "--root", str(root), "--max-bad-fraction", "0.5"]) == 0

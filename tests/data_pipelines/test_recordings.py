@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from data_pipelines.build import LAYOUTS, main
+from data_pipelines.recordings import build_manifest
 from data_pipelines.speech import manifests
+from data_pipelines.speech.manifests import read_corpus
 from tests.data.media import tone, write_wav
 from vita_jax.data.speech_pairs import read_manifest, read_wave
+from vita_jax.errors import UserError
 
 
 @pytest.fixture
@@ -60,6 +63,31 @@ def test_durations_of_a_list_are_checked(tmp_path, capsys):
     assert main([*arguments, "--output", str(tmp_path / "out"), "--max-bad-fraction", "0.5"]) == 0
     assert "1 recordings" in capsys.readouterr().out
     assert "is 4.0 s in the list, 1.00 s" in (tmp_path / "out" / "rejects.jsonl").read_text()
+
+
+def test_odd_lines_are_rejected_and_odd_texts_survive(tmp_path):
+    write_wav(tmp_path / "a.wav", tone(1.0), 16000)
+    odd = ["a\0.wav", "x" * 300 + ".wav", "a.wav"]
+    lines = [json.dumps({"audio": name, "text": "one\u2028two", "id": f"no {i}"}, ensure_ascii=False) for i, name in
+             enumerate(odd)]  # fmt: skip
+    lines += ['{"audio": "a.wav", "text": "half \\ud800"}', '{"audio": "a.wav", "text": "b", "duration": 1e999}']
+    (tmp_path / "list.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    found = build_manifest(read_corpus(tmp_path / "list.jsonl", "manifest"), tmp_path / "out", max_bad_fraction=0.9)
+    assert found.count == 1 and sum(found.rejects.values()) == 4
+    assert [pair.text for pair in read_manifest(tmp_path / "out")] == ["one\u2028two"]
+    assert json.loads((tmp_path / "out" / "manifest.jsonl").read_text(encoding="utf-8"))["id"] == "no 2"
+
+
+def test_a_users_own_manifest_is_not_replaced(tmp_path):
+    write_wav(tmp_path / "a.wav", tone(1.0), 16000)
+    (tmp_path / "manifest.jsonl").write_text('{"audio": "a.wav", "text": "mine"}')
+    with pytest.raises(UserError, match="was not built here"):
+        build_manifest(read_corpus(tmp_path / "manifest.jsonl", "manifest"), tmp_path)
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        list(read_corpus(tmp_path / "manifest.jsonl", "manifest", tmp_path / "nowhere"))
+    (tmp_path / "empty.trans.txt").write_text("")
+    with pytest.raises(UserError, match="there are no recordings"):
+        build_manifest(read_corpus(tmp_path, "librispeech"), tmp_path / "out")
 
 
 def test_refused_places(libri, tmp_path, capsys):

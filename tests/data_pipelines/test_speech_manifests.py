@@ -71,6 +71,8 @@ def test_aishell(tmp_path):
         ({"audio": "1.wav", "text": "hello", "duration": True}, "duration: True must be a number"),
         ({"audio": "1.wav", "text": "hello", "duration": 0}, "more than 0 seconds"),
         ({"audio": "1.wav", "text": "hello", "language": 1}, "language: 1 must be text"),
+        ({"audio": "1.wav", "text": "hello", "duration": 1e999}, "more than 0 seconds"),
+        ({"audio": "1.wav", "text": "hello", "id": []}, "id: .* must be text or a number"),
         ("[" * 10_000, "list.jsonl:1"),
     ],
 )

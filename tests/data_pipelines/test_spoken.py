@@ -29,6 +29,7 @@ def source(tmp_path):
             "conversations": talk("<image><image>\nSame?", "No.", "Why?", "So."),
         },
         {"id": "zh", "conversations": talk("一加一等于几？", "二")},
+        {"id": "within", "image": "a.png", "conversations": talk("Is <image> red?", "No.")},
         {"id": "ru", "conversations": talk("Кто там?", "Я")},
         {"id": "long", "conversations": talk("word " * 100, "Yes.")},
         {"id": "broken", "conversations": []},
@@ -39,18 +40,27 @@ def source(tmp_path):
 def test_all_that_can_be_said_is_spoken(source, tmp_path):
     options = SpeakOptions(fraction=1.0, negatives=0.4, refusal="Not me.", statements=("We went home.",))
     counts = speak_records(*source, tmp_path / "out", options, processes=1)
-    want = {"questions": 5, "spoken": 3, "cannot be said": 1, "too long": 1, "unusable": 1, "negatives": 2}
+    want = {
+        "questions": 6,
+        "placeholders within": 1,
+        "spoken": 3,
+        "cannot be said": 1,
+        "too long": 1,
+        "unusable": 1,
+        "negatives": 2,
+    }
     assert counts == want
     records = {str(r.get("id")): r for r in json.loads((tmp_path / "out" / "records.json").read_text())}
     two = records["two"]
     assert [turn["value"] for turn in two["conversations"][::2]] == ["<image>\n<image>\n<audio>", "<audio>"]
     assert two["set"] == ["files", "files", "spoken", "spoken"] and len(two["audio"]) == 2
-    assert records["ru"] == json.loads(source[0].read_text())[2]
+    assert records["ru"] == json.loads(source[0].read_text())[3]
+    assert records["within"]["set"] == ["files"] and "audio" not in records["within"]
     assert records["negative-1"]["inserted_id"] == 1
     folders = read_folders(tmp_path / "out" / "roots.json")
     built = tmp_path / "built"
     build_records(tmp_path / "out" / "records.json", None, built, folders=folders, max_bad_fraction=0.2)
-    assert load_manifest(built).counts | {"records": 6, "images": 2, "audios": 5} == load_manifest(built).counts
+    assert load_manifest(built).counts | {"records": 7, "images": 3, "audios": 5} == load_manifest(built).counts
 
 
 def test_a_fraction_is_drawn_record_by_record(tmp_path):
@@ -59,10 +69,11 @@ def test_a_fraction_is_drawn_record_by_record(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     count = speak_records(write_json(tmp_path / "a.json", entries), None, first, options, processes=1)["spoken"]
     assert 20 < count < 40
-    # The choice for a record does not depend on those behind it.
-    speak_records(write_json(tmp_path / "b.json", entries[:20]), None, second, options, processes=1)
-    whole, part = (json.loads((folder / "records.json").read_text()) for folder in (first, second))
-    assert whole[:20] == part
+    # What becomes of a record does not depend on the others.
+    others = [{"conversations": talk("Another question?", "No.")}] * 10 + entries[10:20]
+    speak_records(write_json(tmp_path / "b.json", others), None, second, options, processes=1)
+    whole, part = (json.loads((folder / "records.json").read_text())[10:20] for folder in (first, second))
+    assert whole == part
     names = [name for record in part for name in record.get("audio", ())]
     assert all((first / "media" / name).read_bytes() == (second / "media" / name).read_bytes() for name in names)
 
@@ -71,14 +82,41 @@ def test_the_command_and_its_mistakes(source, tmp_path, capsys):
     json_path, root = map(str, source)
     arguments = ["speak", "--json", json_path, "--root", root, "--output", str(tmp_path / "out"), "--processes", "1"]
     assert main([*arguments, "--fraction", "0.3"]) == 0
-    assert "5 questions" in capsys.readouterr().out
+    assert "6 questions" in capsys.readouterr().out
     assert main(arguments) == 2 and "exists; give a new folder" in capsys.readouterr().err
     with pytest.raises(UserError, match="need a refusal"):
         SpeakOptions(negatives=0.1)
     with pytest.raises(UserError, match="fraction is 2"):
         SpeakOptions(fraction=2)
+    for wrong, message in (
+        ({"seed": -1}, "seed is -1"),
+        ({"statements": ("Привет",)}, "cannot be said"),
+        ({"refusal": "<audio>"}, "holds a placeholder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            SpeakOptions(**wrong)
     with pytest.raises(UserError, match="has a key 'spoken'"):
         speak_records(*source, tmp_path / "more", SpeakOptions(), folders={"spoken": "x"})
+    with pytest.raises(UserError, match="is not a folder"):
+        speak_records(source[0], tmp_path / "nowhere", tmp_path / "more", SpeakOptions())
+    with pytest.raises(UserError, match="no record can be used; the first: .*conversations"):
+        speak_records(write_json(tmp_path / "none.json", [{}]), None, tmp_path / "more", SpeakOptions())
+
+
+def test_folder_keys_of_a_table_stay_and_others_go(tmp_path):
+    write_png(tmp_path / "coco" / "a.png")
+    entry = {"set": "coco", "image": "a.png", "conversations": talk("<image>\nRed?", "No.")}
+    source, options = write_json(tmp_path / "a.json", [entry]), SpeakOptions(fraction=1.0)
+    places = {"table": (None, {"coco": str(tmp_path / "coco")}), "root": (tmp_path / "coco", None)}
+    for name, (root, folders) in places.items():
+        speak_records(source, root, tmp_path / name, options, folders=folders, processes=1)
+        record = json.loads((tmp_path / name / "records.json").read_text())[0]
+        assert record["set"] == ["coco" if folders else "files", "spoken"]
+        built = tmp_path / f"built-{name}"
+        build_records(
+            tmp_path / name / "records.json", None, built, folders=read_folders(tmp_path / name / "roots.json")
+        )
+        assert load_manifest(built).counts["audios"] == 1
 
 
 def test_stored_records_hold_the_sound(source, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from data_pipelines.build import main
 from data_pipelines.records import build_records
-from data_pipelines.stats import gather, language_of
+from data_pipelines.stats import gather, script_of
 from tests.data.media import talk, write_json, write_png, write_wav
 from vita_jax.data.images import ImageConfig
 from vita_jax.errors import UserError
@@ -43,7 +43,7 @@ def test_every_quantity(built):
     assert stats.numbers["tiles of an image"] == [4]  # 3 x 1 and the overview
     assert stats.numbers["characters of a question"] == [len("How wide?"), 0, 3, 5]
     assert stats.classes["media of a record"] == Counter({"image": 1, "audio": 1, "text only": 1})
-    assert stats.classes["language of an answer"] == Counter({"latin and other": 2, "zh": 1, "no letters": 1})
+    assert stats.classes["script of an answer"] == Counter({"latin": 2, "han": 1, "no letters": 1})
 
 
 def test_a_sample_is_evenly_spaced(built):
@@ -71,12 +71,14 @@ def test_the_command_prints_a_table_and_writes_a_page(built, tmp_path, capsys):
     row = next(line for line in lines if line.startswith("seconds of an audio"))
     assert row.split()[4:] == ["2", "2.50", "1.25", "1.25", "1.92", "2"]
     assert "data:image/png;base64," in page.read_text() and "seconds of an audio" in page.read_text()
+    assert main(["stats", str(built), "--page", str(tmp_path / "none" / "stats.html")]) == 2
+    assert "cannot be written: No such file" in capsys.readouterr().err
     assert main(["stats", str(tmp_path / "media")]) == 2
     assert "holds neither manifest.json nor manifest.jsonl" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("text", "language"), [("你好 ok", "zh"), ("ok 你", "latin and other"), ("3.5 %", "no letters")]
+    ("text", "script"), [("你好呀 ok", "han"), ("ok 你", "latin"), ("Да ok, и нет", "other"), ("3.5 %", "no letters")]
 )
-def test_language(text, language):
-    assert language_of(text) == language
+def test_scripts(text, script):
+    assert script_of(text) == script

@@ -97,6 +97,9 @@ def test_muon_takes_the_matrices_inside_of_a_model():
         "codec/generator/conv_post/kernel_v": (7, 8, 1),
         "ctc_head/ctc_lo/kernel": (8, 50),
         "projector/layers_0/kernel": (16, 8),
+        "language/layers/moe/gate_proj/kernel": (4, 3, 8, 16),
+        "language/layers/moe/router/kernel": (4, 8, 3),
+        "language/layers/attention/k_proj/kernel": (4, 8, 1, 4),
     }
     matrices = muon_matrices({path: jnp.zeros(shape) for path, shape in shapes.items()})
     assert {path: tuple(axes) for path, axes in matrices.items()} == {
@@ -106,6 +109,8 @@ def test_muon_takes_the_matrices_inside_of_a_model():
         "vision/embeddings/patch_embed/kernel": ((0, 1, 2), (3,)),
         "codec/generator/conv_pre/kernel_v": ((0, 1), (2,)),
         "projector/layers_0/kernel": ((0,), (1,)),
+        "language/layers/moe/gate_proj/kernel": ((2,), (3,)),
+        "language/layers/attention/k_proj/kernel": ((1,), (2, 3)),
     }
 
 

@@ -90,7 +90,8 @@ def read_manifest(path: str | Path) -> list[SpokenText]:
     path = Path(path)
     path = path / MANIFEST if path.is_dir() else path
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # Not `splitlines`: a text may hold one of the rarer separators.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"speech manifest {path} cannot be read: {error}") from None
     pairs = []

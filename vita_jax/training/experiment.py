@@ -25,7 +25,7 @@ from vita_jax.parallel.mesh import MESH_AXES, MeshConfig, mesh_shape
 from vita_jax.training.objectives import OBJECTIVES
 from vita_jax.training.objectives.speech import SPEECH_OBJECTIVES
 from vita_jax.training.optimizer import OptimizerConfig
-from vita_jax.training.stages import Stage, starts_of
+from vita_jax.training.stages import OPTIMIZERS, Stage, starts_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,7 @@ class DataConfig:
       folder: built data; relative paths of the stages' sources are below it. None is `<run_dir>/data`.
       json: a user's own record file, for experiments that build from one.
       root: the folder its media paths start from.
+      folders: a JSON table of such folders, for records that name a set.
       asr: a user's own manifest of transcribed speech, see `vita_jax.data.speech_pairs`.
       speech: a user's own manifest of a voice and its texts.
       max_bad_fraction: share of records that may be unusable before the run stops.
@@ -78,6 +79,7 @@ class DataConfig:
     folder: str | None = None
     json: str | None = None
     root: str | None = None
+    folders: str | None = None
     asr: str | None = None
     speech: str | None = None
     max_bad_fraction: float = 0.01
@@ -248,6 +250,7 @@ def validate(config: ExperimentConfig, num_devices: int | None = None) -> None:
     for index, stage in enumerate(config.stages):
         _validate_numbers(stage)
         _validate_sound(config, stage)
+        _validate_codebooks(config, stage)
         _validate_starts(stage, names[:index])
         rows = stage.batch_size // stage.accumulation
         if stage.batch_size % stage.accumulation or rows % shards:
@@ -320,8 +323,19 @@ def _validate_numbers(stage: Stage) -> None:
         raise UserError(f"{where}.row_tiles={stage.row_tiles}: must not be negative")
     if stage.learning_rate < 0:
         raise UserError(f"{where}.learning_rate={stage.learning_rate}: must not be negative")
+    if stage.optimizer not in OPTIMIZERS:
+        raise UserError(f"{where}.optimizer={stage.optimizer!r} is unknown; {_nearest(stage.optimizer, OPTIMIZERS)}")
     if not 0 <= stage.warmup_ratio <= 1:
         raise UserError(f"{where}.warmup_ratio={stage.warmup_ratio}: must be between 0 and 1")
+
+
+def _validate_codebooks(config: ExperimentConfig, stage: Stage) -> None:
+    codebooks = config.model.codec_training.codebooks
+    if stage.objective == "codec" and codebooks is not None and codebooks.ease_in >= stage.steps:
+        raise UserError(
+            f"stages.{stage.name}.steps={stage.steps}, but model.codec_training.codebooks.ease_in={codebooks.ease_in}: "
+            "the codec would never be trained on whole entries; give more steps or a smaller ease_in"
+        )
 
 
 def _validate_sound(config: ExperimentConfig, stage: Stage) -> None:

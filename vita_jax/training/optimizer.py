@@ -27,9 +27,9 @@ DECAYED = re.compile(r"(^|/)(kernel|embedding)$")
 
 # Muon is for the matrices inside of a model; what gives logits is none of them, nor is an embedding.
 KERNEL = re.compile(r"(^|/)kernel(_v)?$")
-LOGITS = re.compile(r"(^|/)(\w*head|ctc_lo)/kernel$")
+LOGITS = re.compile(r"(^|/)(\w*head|ctc_lo|router)/kernel$")
 HEADS_OUT = re.compile(r"(^|/)(q_proj|k_proj|v_proj|pos_proj|qkv)/kernel$")  # one axis in, several out
-SCANNED = "layers"  # parameters below it have one more axis in front, their layer
+SCANNED, EXPERTS = "layers", "moe"  # parameters below them have one more axis in front: layer, expert
 MUON_RMS = 0.2  # of an update's entries: that of AdamW in practice (arXiv 2502.16982, section 2.2)
 
 
@@ -131,20 +131,22 @@ def make_optimizer(
 def muon_matrices(shapes: Mapping[str, Any]) -> dict[str, MuonDimensionNumbers]:
     """The parameters that Muon trains, and which of their axes are a matrix's inputs and outputs.
 
-    Kernels of linear layers and convolutions (all taps are inputs), of weight norm the direction; without embeddings,
-    what gives logits, and kernels from or to a single channel, which are vectors. Layers that are scanned are matrices
-    of their own.
+    Kernels of linear layers and convolutions (all taps count as inputs), of weight norm the direction; without
+    embeddings, what gives logits, and convolutions from or to a single channel. Layers that are scanned, and experts,
+    are matrices of their own.
 
     Args:
       shapes: flat path -> array or shape.
     """
     matrices = {}
     for path, leaf in shapes.items():
-        first = 1 if SCANNED in path.split("/") else 0
-        axes = tuple(range(first, len(leaf.shape)))
-        if not KERNEL.search(path) or LOGITS.search(path) or len(axes) < 2 or min(leaf.shape[-2:]) == 1:
+        if not KERNEL.search(path) or LOGITS.search(path):
             continue
-        cut = 1 if HEADS_OUT.search(path) else len(axes) - 1
+        axes = tuple(range(sum(name in path.split("/") for name in (SCANNED, EXPERTS)), len(leaf.shape)))
+        heads = bool(HEADS_OUT.search(path))
+        if len(axes) < 2 or (not heads and min(leaf.shape[-2:]) == 1):
+            continue
+        cut = 1 if heads else len(axes) - 1
         matrices[path] = MuonDimensionNumbers(axes[:cut], axes[cut:])
     return matrices
 

@@ -98,6 +98,8 @@ def plan_stage(config: ExperimentConfig, model: Vita, stage: Stage, mesh: Mesh) 
     rate = peak_learning_rate(config, stage)
     purpose = FIRST_STAGE + config.stages.index(stage)
     matrices = muon_matrices({path: shapes[path] for path in trainable}) if stage.optimizer == "muon" else None
+    if matrices is not None and not matrices:
+        raise UserError(f'stages.{stage.name}.optimizer="muon", but it trains no matrix; use "adamw"')
     return StagePlan(
         stage=stage,
         objective=objective,

@@ -6,12 +6,15 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from flax import traverse_util
 
 from vita_jax.data.loader import SourceConfig
 from vita_jax.errors import UserError
+
+Optimizer = Literal["adamw", "muon"]
+OPTIMIZERS = list(get_args(Optimizer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Stage:
     accumulation: int = 1
     start_from: str | tuple[str, ...] | None = None
     codec_frames: int = 0
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Optimizer = "adamw"
 
 
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:

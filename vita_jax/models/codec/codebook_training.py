@@ -25,7 +25,7 @@ class CodebookTraining:
       dead_share: an entry chosen less often than this share of the mean is dead.
       ease_in: steps over which the chosen entries take the place of what was encoded, little by little. Where they do
         so at once, an encoder that has learnt nothing often falls to a few entries that say nothing, and stays there
-        for a thousand steps and more. 0 = at once.
+        for a thousand steps and more. Counted from the start of the stage; 0 = at once, for a codec that goes on.
     """
 
     decay: float = 0.98

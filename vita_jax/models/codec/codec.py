@@ -19,8 +19,8 @@ class Reconstruction:
     """What training needs of a batch of crops.
 
     Attributes:
-      wave: (b n'), decoded from the quantised frames and vectors.
-      quantizer_loss, consistency_loss: () float32.
+      wave: (b n'), decoded from the frames and vectors, quantised by the share asked for.
+      quantizer_loss, consistency_loss: () float32; the former times that share.
       codes: (b t q) int32.
     """
 

@@ -57,8 +57,8 @@ class CodecTraining:
             raise UserError(f"adversarial_start {self.adversarial_start} must be at least 0")
 
 
-def codec_training_small(adversarial_start: int = 2000) -> CodecTraining:
-    """For `codec_small_16k`: narrow discriminators late, and codebooks that are used from the start.
+def codec_training_small(adversarial_start: int = 2000, ease_in: int = 1000) -> CodecTraining:
+    """For `codec_small_16k`: narrow discriminators late, and codebooks that follow their inputs.
 
     Only period discriminators: on a CPU each takes 4 % of the codec's own time, one over spectra half of it.
     """
@@ -67,7 +67,7 @@ def codec_training_small(adversarial_start: int = 2000) -> CodecTraining:
         discriminators=DiscriminatorConfig((2, 3, 5, 7, 11), (8, 16, 32), num_scales=0, stft_sizes=()),
         adversarial_start=adversarial_start,
         # Steps of a hundred frames for 1,024 entries: averages over many of them.
-        codebooks=CodebookTraining(decay=0.99, ease_in=1000),
+        codebooks=CodebookTraining(decay=0.99, ease_in=ease_in),
     )
 
 

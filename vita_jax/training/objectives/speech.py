@@ -97,7 +97,8 @@ def codec_loss(model: Vita, params: Params, batch: Batch, key: jax.Array) -> Los
     Returns:
       Sums over crops. Metrics: `mel`, mean distance of log-mel spectra at the first resolution of the losses;
       `perplexity`, entries of the first codebook in use (those of the batch, or averaged where `codec_state` counts
-      them); `discriminator`, `adversarial`, `feature_matching` once they count (0 before).
+      them); `quantizer`; `discriminator`, `adversarial`, `feature_matching` once they count (0 before). The first and
+      `quantizer` are of frames as far quantised as training is (`CodebookTraining.ease_in`).
     """
     config, training = codec_config(model), model.config.codec_training
     waves = batch["waves"]

@@ -1,0 +1,45 @@
+"""An experiment's file: its configuration, and its `prepare`, called as every command must call it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+
+from vita_jax import config as config_lib
+from vita_jax.errors import UserError
+from vita_jax.training.experiment import ExperimentConfig, validate
+from vita_jax.training.loop import REQUESTED, claim_run_dir
+
+
+def open_experiment(file: str | None, overrides: Mapping[str, str]) -> tuple[ModuleType, ExperimentConfig]:
+    """The module of an experiment's file and its configuration, checked.
+
+    Args:
+      file: what `--config=` says; None = nothing.
+      overrides: fields and their values as written.
+
+    Raises:
+      UserError: no file, one without such a `get_config`, or values that do not fit.
+    """
+    if file is None:
+        raise UserError("--config=FILE is missing, for example --config=experiments/quickstart.py; see --help")
+    module = config_lib.load_module(file)
+    config = config_lib.config_from_module(module, overrides)
+    if not isinstance(config, ExperimentConfig):
+        raise UserError(f"{file}: get_config must return an ExperimentConfig, not {type(config).__name__}")
+    validate(config)
+    return module, config
+
+
+def prepare_data(module: ModuleType, config: ExperimentConfig) -> ExperimentConfig:
+    """Builds data and tokenizer, if the experiment does; returns the configuration, which it may complete.
+
+    Raises:
+      UserError: the run directory belongs to another configuration, whose data must not be replaced; and as `prepare`.
+    """
+    prepare = getattr(module, "prepare", None)
+    if prepare is None:
+        return config
+    claim_run_dir(config, REQUESTED)
+    prepared = prepare(config)
+    return config if prepared is None else prepared

@@ -13,7 +13,8 @@ Each kind of data has its stages; what is not given is left out, stages and part
     data.speech              speech_decoders  3.2: text to speech tokens; all else is frozen
 
 The records file is described in the README and in `vita_jax/data/records.py`; media of records that name a `set` are
-looked for in `data.folders`, a JSON table of folders; bad records are listed in `<run_dir>/data/records/rejects.jsonl`. Records with "<audio>" train the speech encoder along unless `data.asr` has
+looked for in the folders of `data.folders`, a JSON table. Bad records are listed in
+`<run_dir>/data/records/rejects.jsonl`. Records with "<audio>" train the speech encoder along unless `data.asr` has
 trained it before; without transcripts they need many more records to be understood.
 
 A manifest has a JSON object per line, {"audio": path, "text": what is said}; paths start from its folder; recordings

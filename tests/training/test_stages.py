@@ -8,8 +8,11 @@ import jax
 import pytest
 
 from tests.training.tiny import experiment, model_config, stage
+from tests.training.voice import voice_config
 from vita_jax import config as config_lib
 from vita_jax.errors import UserError
+from vita_jax.models.codec.codebook_training import CodebookTraining
+from vita_jax.models.codec.losses import CodecTraining
 from vita_jax.parallel.mesh import MeshConfig, make_mesh
 from vita_jax.training.experiment import ExperimentConfig, build_model, validate
 from vita_jax.training.loop import describe
@@ -100,6 +103,30 @@ def test_validation_names_the_field(tmp_path, override, message):
     validate(config)
     with pytest.raises(UserError, match=message):
         validate(config_lib.apply_overrides(config, override))
+
+
+def test_validation_of_what_only_a_file_can_say(tmp_path):
+    config = experiment(tmp_path)
+    wrong = dataclasses.replace(config, stages=(dataclasses.replace(config.stages[0], optimizer="Muon"),))
+    with pytest.raises(UserError, match="stages.naming.optimizer='Muon' is unknown; the nearest is 'muon'"):
+        validate(wrong)
+    norms = stage("norms", trainable=("^language/norm/",), optimizer="muon")
+    config = experiment(tmp_path, stages=(norms,))
+    with pytest.raises(UserError, match="stages.norms.optimizer.*trains no matrix"):
+        plan_stage(config, build_model(config), norms, make_mesh(MeshConfig()))
+
+
+def test_a_codec_that_is_never_whole_is_refused(tmp_path):
+    training = CodecTraining(codebooks=CodebookTraining(ease_in=10))
+    model = dataclasses.replace(voice_config(), codec_training=training)
+    own = stage("codec", trainable=("^codec/",), objective="codec", codec_frames=8, row_tiles=0)
+    for steps, fits in ((10, False), (11, True)):
+        config = experiment(tmp_path, model=model, stages=(dataclasses.replace(own, steps=steps),))
+        if fits:
+            validate(config)
+            continue
+        with pytest.raises(UserError, match="stages.codec.steps=10, but .*ease_in=10"):
+            validate(config)
 
 
 def test_batch_must_divide_over_the_data_axes(tmp_path):

@@ -41,11 +41,12 @@ def first_params(objective: str) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def run_steps(*, mesh_config=None, trainable=(".",), objective="language_modeling", accumulation=1):
+def run_steps(*, mesh_config=None, trainable=(".",), objective="language_modeling", accumulation=1, optimizer="adamw"):
     """Parameters before and after a few steps, metrics, state, and number of compilations. One device unless a mesh
     is given.
     """
-    own = stage("only", trainable=trainable, objective=objective, accumulation=accumulation, batch_size=ROWS, steps=10)
+    shape = {"accumulation": accumulation, "batch_size": ROWS, "steps": 10}
+    own = stage("only", trainable=trainable, objective=objective, optimizer=optimizer, **shape)
     config = experiment("unused", stages=(own,), model=model_config(), optimizer=OPTIMIZER)
     mesh = make_mesh(mesh_config or MeshConfig(), None if mesh_config else jax.devices()[:1])
     model = build_model(config)
@@ -144,22 +145,23 @@ MESHES = {
     "context": MeshConfig(data=2, expert=2, context=2),
 }
 
+MUON = ("muon", MeshConfig(fsdp=4, tensor=2), "muon")
+
 
 def compare_sharded() -> None:
-    """Runs in a process with 8 devices: every mesh against one device."""
-    _, expected, expected_history, _, _ = run_steps()
-    for name, mesh_config in MESHES.items():
-        _, got, history, state, _ = run_steps(mesh_config=mesh_config)
+    """Runs in a process with 8 devices: every mesh against one device, and Muon on one of them."""
+    for name, mesh_config, optimizer in [*((n, m, "adamw") for n, m in MESHES.items()), MUON]:
+        _, expected, expected_history, _, _ = run_steps(optimizer=optimizer)
+        _, got, history, state, _ = run_steps(mesh_config=mesh_config, optimizer=optimizer)
         for a, b in zip(history, expected_history, strict=True):
             assert a == pytest.approx(b, rel=1e-4, abs=1e-5), name
         worst = max(float(np.abs(got[path] - expected[path]).max()) for path in expected)
         assert worst <= 1e-5, f"{name}: parameters differ by {worst}"
         if mesh_config.fsdp > 1:
             kernel = state.trainable["language/layers/mlp/up_proj/kernel"]
-            moments = next(part for part in state.opt_state if hasattr(part, "mu"))
-            first_moment = moments.mu["language/layers/mlp/up_proj/kernel"]
+            moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == kernel.shape]
             assert kernel.addressable_shards[0].data.size == kernel.size // (mesh_config.fsdp * mesh_config.tensor)
-            assert first_moment.sharding == kernel.sharding
+            assert moments and all(leaf.sharding == kernel.sharding for leaf in moments)
         print(f"{name} ok {worst:.1e}")
 
 
@@ -180,7 +182,7 @@ def test_sharded_step_equals_unsharded():
         timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(" ok ") == len(MESHES)
+    assert done.stdout.count(" ok ") == len(MESHES) + 1
 
 
 if __name__ == "__main__":

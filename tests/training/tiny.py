@@ -72,7 +72,7 @@ def experiment(run_dir: Path | str, **fields: Any) -> ExperimentConfig:
         "system_texts": SystemTexts("i", "v", "l"),
         "data": DataConfig(str(run_dir)),
         "stages": (
-            stage("naming", objective="cell_naming", trainable=("^vision/",), steps=4),
+            stage("naming", objective="cell_naming", trainable=("^vision/",), steps=4, optimizer="muon"),
             stage("joint", trainable=("^projector/", "^language/"), start_from="naming"),
         ),
         "checkpoint": CheckpointConfig(every_steps=2, keep=2),

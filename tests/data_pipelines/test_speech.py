@@ -110,6 +110,8 @@ def test_one_kind_of_noise_is_in_the_benchmark_only(planned):
 def test_what_is_known_and_what_is_new_in_transcriptions(planned):
     kinds = {entry["text"]: entry["kind"] for entry in planned.asr.manifest}
     assert {"sentence", "words", "answer", "question"} == set(kinds.values())
+    written = {record["conversations"][1]["value"] for record in planned.asr.records}
+    assert written == {text for text, kind in kinds.items() if kind != "words"}
     voices = {entry["id"]: set(entry["voices"]) for entry in planned.benchmark.manifest}
     for item in planned.items:
         if item["group"] == "transcribe":

@@ -8,7 +8,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import safe_open
 
+from vita_jax.conversion import torch_files
 from vita_jax.conversion.torch_files import INDEX_NAME, SINGLE_NAME, TensorFiles, write_tensors
 from vita_jax.errors import UserError
 
@@ -30,6 +32,35 @@ def test_round_trip(tmp_path: Path, shard_bytes: int, num_files: int) -> None:
     for name, tensor in TENSORS.items():
         assert read[name].dtype == tensor.dtype
         np.testing.assert_array_equal(read[name], tensor)
+
+
+@pytest.mark.parametrize(("held", "shard_bytes", "num_files"), [(0, 10**6, 2), (20, 10**6, 2), (0, 30, 3), (8, 1, 4)])
+def test_tensors_that_are_not_held_are_written_one_by_one(tmp_path, monkeypatch, held, shard_bytes, num_files) -> None:
+    monkeypatch.setattr(torch_files, "HELD_BYTES", held)
+    monkeypatch.setattr(torch_files, "HEADER_BYTES", 4096)
+    odd = np.asarray([1, 2, 3], np.uint8)  # what comes behind it cannot lie at a multiple of its size
+    tensors = {"odd": odd, "scalar": np.float32(2.5)} | TENSORS
+    tensors = {name: tensors[name] for name in ("b", "c.weight", "odd", "scalar")}
+    files = write_tensors(tmp_path, ((name, np.asarray(array)) for name, array in tensors.items()),
+                          max_shard_bytes=shard_bytes, metadata={"made": "here"})  # fmt: skip
+    assert len(files) == num_files
+    read = TensorFiles(tmp_path)
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype and read[name].shape == tensor.shape
+        np.testing.assert_array_equal(read[name], tensor)
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            assert opened.metadata() == {"format": "pt", "made": "here"}
+            for name in opened.keys():
+                np.testing.assert_array_equal(opened.get_tensor(name).float().numpy(), tensors[name].astype(np.float32))
+
+
+def test_a_header_that_is_full_begins_a_shard(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(torch_files, "HELD_BYTES", 0)
+    monkeypatch.setattr(torch_files, "HEADER_BYTES", 2048)
+    tensors = {f"ü\u4f60{number}": np.asarray([number], np.int64) for number in range(40)}
+    assert len(write_tensors(tmp_path, tensors.items())) > 1
+    assert {name: int(TensorFiles(tmp_path)[name][0]) for name in tensors} == {n: int(t[0]) for n, t in tensors.items()}
 
 
 def test_a_single_file_and_an_index_can_be_named(tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ from vita_jax.errors import UserError
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 5 * 10**9
+# Tensors of a shard that are held in memory; the header of a larger shard, its length in front, and about what a tensor
+# takes of it beside its name (six bytes for a character that JSON escapes).
+HELD_BYTES, HEADER_BYTES, LENGTH_BYTES, ENTRY_BYTES = 64 << 20, 1 << 20, 8, 160
 
 
 # How the header of a safetensors file spells the types of the arrays they are read as.
@@ -36,6 +39,7 @@ DTYPE_NAMES = {
     "F32": "float32",
     "F64": "float64",
 }
+DTYPE_CODES = {name: code for code, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -144,12 +148,12 @@ def write_tensors(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     metadata: Mapping[str, str] | None = None,
 ) -> list[Path]:
-    """Writes tensors as they come, holding at most one shard in memory.
+    """Writes tensors as they come, holding no more than one of them, or `HELD_BYTES` of small ones, in memory.
 
     Args:
       folder: created if needed; files of an earlier checkpoint in it are an error.
       tensors: (torch name, array) pairs.
-      max_shard_bytes: a shard is written before it would grow beyond this; a single larger tensor gets its own shard.
+      max_shard_bytes: a shard is closed before it would grow beyond this; a single larger tensor gets its own shard.
       metadata: strings for the header of every file; `format: pt` is added, as readers of these files expect.
 
     Returns:
@@ -165,43 +169,89 @@ def write_tensors(
     if existing:
         raise UserError(f"{folder} already holds {existing[0]}; choose an empty folder")
     header = {"format": "pt", **(metadata or {})}
-    shards: list[list[str]] = []
-    total_bytes = 0
-    for shard in _shards(tensors, max_shard_bytes):
-        seen = next((name for name in shard for names in shards if name in names), None)
-        if seen is not None:
-            raise UserError(f"tensor {seen!r} was given twice")
-        try:
-            save_file(shard, _temporary(folder, len(shards)), metadata=header)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder}: a file of weights cannot be written: {error}") from error
-        shards.append(list(shard))
-        total_bytes += sum(array.nbytes for array in shard.values())
+    shards: list[_Shard] = []
+    seen: set[str] = set()
+    try:
+        for name, array in tensors:
+            if name in seen:
+                raise UserError(f"tensor {name!r} was given twice")
+            seen.add(name)
+            if not shards or not shards[-1].takes(name, array, max_shard_bytes):
+                if shards:
+                    shards[-1].close()
+                shards.append(_Shard(_temporary(folder, len(shards)), header))
+            shards[-1].add(name, array)
+        if shards:
+            shards[-1].close()
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder}: a file of weights cannot be written: {error}") from error
     if not shards:
         raise UserError(f"{folder}: no tensor to write")
     files = _final_names(folder, len(shards))
-    for i, file in enumerate(files):
-        _temporary(folder, i).rename(file)
+    for shard, file in zip(shards, files, strict=True):
+        shard.path.rename(file)
     if len(files) > 1:
-        weight_map = {name: file.name for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        weight_map = {name: file.name for file, shard in zip(files, shards, strict=True) for name in shard.names}
+        index = {"metadata": {"total_size": sum(shard.size for shard in shards)}}
+        index["weight_map"] = dict(sorted(weight_map.items()))
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return files
 
 
-def _shards(tensors: Iterable[tuple[str, np.ndarray]], max_bytes: int) -> Iterator[dict[str, np.ndarray]]:
-    shard: dict[str, np.ndarray] = {}
-    size = 0
-    for name, array in tensors:
-        if shard and size + array.nbytes > max_bytes:
-            yield shard
-            shard, size = {}, 0
-        if name in shard:
-            raise UserError(f"tensor {name!r} was given twice")
-        shard[name] = np.ascontiguousarray(array)  # save_file writes the buffer as it lies in memory
-        size += array.nbytes
-    if shard:
-        yield shard
+class _Shard:
+    """One file: small tensors are held and written by the library at the end; a shard of more than `HELD_BYTES` is
+    written tensor by tensor behind a header of `HEADER_BYTES`, which the format lets be filled up with spaces.
+    """
+
+    def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
+        self.path, self.size = path, 0
+        self._metadata, self._held, self._file = dict(metadata), {}, None
+        self._entries: dict[str, dict[str, Any]] = {}
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Of the tensors in it."""
+        return self._entries
+
+    def takes(self, name: str, array: np.ndarray, max_bytes: int) -> bool:
+        """Whether there is room for one more, and it would lie where its dtype may."""
+        room = self.size + array.nbytes <= max_bytes and self._header_bytes(name) < HEADER_BYTES
+        return not self._entries or (room and self.size % array.itemsize == 0)
+
+    def _header_bytes(self, name: str) -> int:
+        """No less than the header needs with one more tensor."""
+        return ENTRY_BYTES * (len(self._entries) + 2) + sum(map(len, self._entries)) * 6 + 6 * len(name)
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        """Holds or writes a tensor."""
+        array = np.asarray(array, order="C")  # what is written is the buffer as it lies in memory
+        offsets = [self.size, self.size + array.nbytes]
+        code = DTYPE_CODES[array.dtype.name]
+        self._entries[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": offsets}
+        self.size = offsets[1]
+        self._held[name] = array
+        if self._file is not None or self.size > HELD_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._file is None:
+            self._file = self.path.open("wb")
+            self._file.write(bytes(HEADER_BYTES))
+        for array in self._held.values():
+            self._file.write(memoryview(array.reshape(-1).view(np.uint8)))
+        self._held = {}
+
+    def close(self) -> None:
+        """Finishes the file."""
+        if self._file is None:
+            save_file(self._held, self.path, metadata=self._metadata)
+            self._held = {}
+            return
+        header = json.dumps({"__metadata__": self._metadata, **self._entries}).encode("utf-8")
+        room = HEADER_BYTES - LENGTH_BYTES
+        with self._file as file:
+            file.seek(0)
+            file.write(room.to_bytes(LENGTH_BYTES, "little") + header.ljust(room))
 
 
 def _temporary(folder: Path, i: int) -> Path:

@@ -28,11 +28,15 @@ _DICT_KEY = 2  # Orbax's number for a key of a dict
 
 
 def chunk_shape(stack: tuple[int, ...], shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """Shape of one chunk of a parameter (*stack *shape): one place of the stack, at most about `CHUNK_BYTES`."""
+    """Shape of one chunk of a parameter (*stack *shape): one place of the stack, at most about `CHUNK_BYTES`.
+
+    The chunks of a tensor are equally long: the last one is stored as long as the others, however little is in it.
+    """
     inner = list(shape)
     if inner:
-        row = math.prod(inner[1:]) * itemsize
-        inner[0] = max(1, min(inner[0], CHUNK_BYTES // max(row, 1)))
+        rows, row = max(1, inner[0]), math.prod(inner[1:]) * itemsize
+        count = -(-rows // max(1, CHUNK_BYTES // max(row, 1)))
+        inner[0] = -(-rows // count)
     return (*(1 for _ in stack), *inner)
 
 

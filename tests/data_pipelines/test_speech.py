@@ -233,8 +233,10 @@ def test_every_path_is_a_recording_or_picture_and_none_is_left_over(built):
 def test_manifests_and_records_agree(built):
     folder = built.folder / "raw" / "asr"
     records, manifest = json.loads((folder / "records.json").read_text("utf-8")), read_lines(folder / "manifest.jsonl")
-    assert len(records) == len(manifest) == COUNTS.asr
-    for record, entry in zip(records, manifest, strict=True):
+    assert len(manifest) == COUNTS.asr
+    asked = [entry for entry in manifest if entry["kind"] != "words"]  # which only the recogniser hears
+    assert len(records) == len(asked) < len(manifest)
+    for record, entry in zip(records, asked, strict=True):
         assert (record["id"], record["audio"]) == (entry["id"], entry["audio"])
         request, answer = (turn["value"] for turn in record["conversations"])
         assert answer == entry["text"]

@@ -195,7 +195,7 @@ def extra_files(config: ExperimentConfig, run_dir: Path) -> list[Path]:
 
 def without_places(config: ExperimentConfig) -> ExperimentConfig:
     """The configuration without absolute paths: they mean nothing elsewhere, and tell who trained where."""
-    files = {name: _relative(getattr(config.data, name)) for name in ("folder", "json", "asr", "speech")}
+    files = {name: _relative(getattr(config.data, name)) for name in ("folder", "json", "folders", "asr", "speech")}
     return dataclasses.replace(
         config,
         run_dir=_last(config.run_dir),

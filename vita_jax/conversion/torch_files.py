@@ -205,30 +205,28 @@ class _Shard:
 
     def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
         self.path, self.size = path, 0
-        self._metadata, self._held, self._file = dict(metadata), {}, None
+        self.names: list[str] = []
+        self._metadata, self._file = dict(metadata), None
+        self._held: dict[str, np.ndarray] = {}
         self._entries: dict[str, dict[str, Any]] = {}
-
-    @property
-    def names(self) -> Iterable[str]:
-        """Of the tensors in it."""
-        return self._entries
+        self._written = 0
 
     def takes(self, name: str, array: np.ndarray, max_bytes: int) -> bool:
         """Whether there is room for one more, and it would lie where its dtype may."""
         room = self.size + array.nbytes <= max_bytes and self._header_bytes(name) < HEADER_BYTES
-        return not self._entries or (room and self.size % array.itemsize == 0)
+        # What is held is put in order before it is written.
+        aligned = self._file is None or self.size % array.itemsize == 0
+        return not self.names or (room and aligned)
 
     def _header_bytes(self, name: str) -> int:
         """No less than the header needs with one more tensor."""
-        return ENTRY_BYTES * (len(self._entries) + 2) + sum(map(len, self._entries)) * 6 + 6 * len(name)
+        return ENTRY_BYTES * (len(self.names) + 2) + 6 * (sum(map(len, self.names)) + len(name))
 
     def add(self, name: str, array: np.ndarray) -> None:
         """Holds or writes a tensor."""
         array = np.asarray(array, order="C")  # what is written is the buffer as it lies in memory
-        offsets = [self.size, self.size + array.nbytes]
-        code = DTYPE_CODES[array.dtype.name]
-        self._entries[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": offsets}
-        self.size = offsets[1]
+        self.names.append(name)
+        self.size += array.nbytes
         self._held[name] = array
         if self._file is not None or self.size > HELD_BYTES:
             self._flush()
@@ -237,8 +235,13 @@ class _Shard:
         if self._file is None:
             self._file = self.path.open("wb")
             self._file.write(bytes(HEADER_BYTES))
-        for array in self._held.values():
+        # Wide types first, so that each lies at a multiple of its size.
+        for name, array in sorted(self._held.items(), key=lambda item: -item[1].itemsize):
             self._file.write(memoryview(array.reshape(-1).view(np.uint8)))
+            offsets = [self._written, self._written + array.nbytes]
+            code = DTYPE_CODES[array.dtype.name]
+            self._entries[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": offsets}
+            self._written = offsets[1]
         self._held = {}
 
     def close(self) -> None:

@@ -13,10 +13,8 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,9 @@ from data_pipelines.records import (
     LONGEST_AUDIO,
     PROGRESS_SECONDS,
     REJECTS_NAME,
-    THREADS,
-    WINDOW,
     Progress,
     check_budget_bounds,
+    map_in_order,
     within_budget,
 )
 from data_pipelines.speech.manifests import Utterance
@@ -118,7 +115,7 @@ def _write(
     languages, categories = Counter[str](), Counter[str]()
     seconds, done, shown = 0.0, 0, time.monotonic()
     with (folder / MANIFEST).open("w", encoding="utf-8") as good, (folder / REJECTS_NAME).open("w") as bad:
-        for result in _in_order(lines, _entry(output)):
+        for result in map_in_order(_entry(output), lines):
             done += 1
             if isinstance(result, RecordError):
                 categories[result.category] += 1
@@ -132,16 +129,6 @@ def _write(
                 shown = time.monotonic()
                 progress(f"{done} recordings, {seconds / 3600:.1f} h, {sum(categories.values())} rejected")
     return Recordings(sum(languages.values()), seconds, dict(languages), dict(sorted(categories.items())))
-
-
-def _in_order(
-    lines: Iterable[Utterance | RecordError], check: Callable[[Utterance | RecordError], Any]
-) -> Iterator[Any]:
-    """`check` of every line, in order, by several threads, a window at a time."""
-    lines = iter(lines)
-    with ThreadPoolExecutor(THREADS) as pool:
-        while window := list(islice(lines, WINDOW)):
-            yield from pool.map(check, window)
 
 
 def _entry(output: Path) -> Callable[[Utterance | RecordError], dict[str, Any] | RecordError]:

@@ -16,10 +16,11 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -51,6 +52,7 @@ PROGRESS_SECONDS = 0.5
 LONGEST_AUDIO = AudioConfig(max_seconds=MAX_SECONDS)
 
 Progress = Callable[[str], None]
+Result = TypeVar("Result")
 
 
 # ---- checking -------------------------------------------------------------------------------------------------------
@@ -139,17 +141,25 @@ def _finish(item: CheckedRecord | _Reject, checker: _MediaChecker) -> tuple[Reco
         return error
 
 
-def _in_order(items: Sequence[CheckedRecord | _Reject]) -> Iterator[tuple[Record, bytes] | RecordError]:
-    """`_finish` of every item, in order, by several threads, a window at a time."""
-    checker = _MediaChecker()
+def map_in_order(function: Callable[[Any], Result], items: Iterable[Any]) -> Iterator[Result]:
+    """The function of every item, in order, by several threads, a window at a time."""
+    items = iter(items)
     with ThreadPoolExecutor(THREADS) as pool:
-        for window in _windows(items):
-            yield from pool.map(lambda item: _finish(item, checker), window)
+        while window := list(islice(items, WINDOW)):
+            yield from pool.map(function, window)
 
 
-def _windows(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), WINDOW):
-        yield items[start : start + WINDOW]
+def _results(
+    items: Sequence[CheckedRecord | _Reject], entries: Sequence[Any], name: str, progress: Progress | None
+) -> Iterator[tuple[Record, bytes] | _Reject]:
+    """Every record with its stored bytes, or why there are none; says now and then how far it is."""
+    checker, shown, rejected = _MediaChecker(), time.monotonic(), 0
+    for index, result in enumerate(map_in_order(lambda item: _finish(item, checker), items)):
+        rejected += isinstance(result, RecordError)
+        if progress is not None and time.monotonic() - shown >= PROGRESS_SECONDS:
+            shown = time.monotonic()
+            progress(f"{name}: {index + 1} of {len(items)} records, {rejected} rejected")
+        yield _rejected(index, entries[index], result) if isinstance(result, RecordError) else result
 
 
 # ---- fingerprints ---------------------------------------------------------------------------------------------------
@@ -275,13 +285,11 @@ def validate_json(
     source = Path(json_path)
     entries, items = _read_items(source, root, folders, ignore_fields)
     counts, rejects = _empty_counts(), []
-    report = _Reporter(source.name, len(items), progress)
-    for index, result in enumerate(_in_order(items)):
-        if isinstance(result, RecordError):
-            rejects.append(_rejected(index, entries[index], result))
+    for result in _results(items, entries, source.name, progress):
+        if isinstance(result, _Reject):
+            rejects.append(result)
         else:
             _count(counts, result[0])
-        report.show(index + 1, len(rejects))
     categories = Counter(reject.error.category for reject in rejects)
     lines = tuple(reject.to_json(source.name) for reject in rejects)
     return Validation(len(items), dict(counts), lines, dict(sorted(categories.items())))
@@ -299,19 +307,6 @@ def _read_items(
     entries = read_json_records(source)
     place = None if root is None else os.fspath(root)
     return entries, _check_texts(entries, source.name, place, folders, ignore_fields)
-
-
-class _Reporter:
-    """Says now and then how far a file is."""
-
-    def __init__(self, name: str, total: int, progress: Progress | None) -> None:
-        self._name, self._total, self._progress, self._shown = name, total, progress, time.monotonic()
-
-    def show(self, done: int, rejected: int) -> None:
-        now = time.monotonic()
-        if self._progress is not None and now - self._shown >= PROGRESS_SECONDS:
-            self._shown = now
-            self._progress(f"{self._name}: {done} of {self._total} records, {rejected} rejected")
 
 
 def _empty_counts() -> Counter[str]:
@@ -378,7 +373,6 @@ def build_records(
     """
     source, output = Path(json_path), Path(output).absolute()
     _check_arguments(output, max_bad_fraction, shards)
-    report = progress or (lambda line: None)
     entries, items = _read_items(source, root, folders, ignore_fields)
     options = {
         "root": None if root is None else str(Path(root).resolve()),
@@ -400,7 +394,8 @@ def build_records(
     found = _up_to_date(output, wanted)
     if found is not None:
         _check_budget(source, sum(found.rejects.values()), len(entries), max_bad_fraction, output / REJECTS_NAME, "")
-        report(f"{output} is up to date ({found.counts['records']} records)")
+        if progress is not None:
+            progress(f"{output} is up to date ({found.counts['records']} records)")
         return found
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.new-", dir=output.parent))
@@ -428,15 +423,13 @@ def _write(
     counts = _empty_counts()
     rejects: list[_Reject] = []
     writer = _Writer(folder, wanted.options["shards"])
-    report = _Reporter(source.name, len(items), progress)
-    for index, result in enumerate(_in_order(items)):
-        if isinstance(result, RecordError):
-            rejects.append(_rejected(index, entries[index], result))
+    for result in _results(items, entries, source.name, progress):
+        if isinstance(result, _Reject):
+            rejects.append(result)
         else:
             record, data = result
             _count(counts, record)
             writer.write(data)
-        report.show(index + 1, len(rejects))
     shards = writer.close()
     lines = "".join(reject.to_json(source.name) + "\n" for reject in rejects)
     (folder / REJECTS_NAME).write_text(lines, encoding="utf-8")

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from vita_jax import config as config_lib
-from vita_jax.command_line import exit_status
+from vita_jax.command_line import run_with_config
 from vita_jax.errors import UserError
 
 HELP = """\
@@ -160,11 +160,7 @@ def draw(cells: Sequence[Cell], path: str | Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status: 0 done, 2 bad input."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if "--help" in argv or "-h" in argv:
-        print(HELP)
-        return 0
-    return exit_status(lambda: show(config_lib.parse_config_args(argv)))
+    return run_with_config(show, HELP, argv)
 
 
 if __name__ == "__main__":

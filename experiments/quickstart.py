@@ -60,7 +60,7 @@ from vita_jax.training.experiment import (
     tokenizer_folder,
 )
 from vita_jax.training.optimizer import OptimizerConfig
-from vita_jax.training.stages import Stage
+from vita_jax.training.stages import Optimizer, Stage
 
 # Rows of the recogniser's head; the speech of the quickstart has fewer characters and frequent words.
 CTC_ROWS = 768
@@ -126,7 +126,7 @@ class Size:
     amounts: dict[str, int]
     speech: SpeechCounts
 
-    def optimizer(self, stage: str) -> Literal["adamw", "muon"]:
+    def optimizer(self, stage: str) -> Optimizer:
         """What a stage trains by."""
         return "muon" if stage in self.muon else "adamw"
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from vita_jax.config import ConfigArgs, parse_config_args
 from vita_jax.errors import UserError
 
 
@@ -31,6 +32,21 @@ def exit_status(action: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def run_with_config(command: Callable[[ConfigArgs], int], usage: str, argv: Sequence[str] | None) -> int:
+    """Runs a command whose arguments are fields of a configuration; returns the exit status, see `exit_status`.
+
+    Args:
+      command: gets what the command line says.
+      usage: printed for --help.
+      argv: None = those of the process.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in argv or "-h" in argv:
+        print(usage)
+        return 0
+    return exit_status(lambda: command(parse_config_args(argv)))
 
 
 def run_command(

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from vita_jax import config as config_lib
-from vita_jax.command_line import exit_status
+from vita_jax.command_line import run_with_config
 from vita_jax.errors import UserError
 
 HELP = """\
@@ -76,11 +76,7 @@ def train(arguments: config_lib.ConfigArgs) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status: 0 done, 2 bad input, 128 + signal number when stopped."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if "--help" in argv or "-h" in argv:
-        print(HELP)
-        return 0
-    return exit_status(lambda: train(config_lib.parse_config_args(argv)))
+    return run_with_config(train, HELP, argv)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Builds everything the quickstart trains on and is measured with, from scikit-learn's digit scans and a synthesiser.
 
 Writes the public record format (JSON, PNG, MP4), as a user's own data would come, and takes the same way on from there:
-`data_pipelines.build` checks it and packs it into ArrayRecord files.
+`data_pipelines.records` checks it and packs it into ArrayRecord files.
 
     DIR/raw/<set>/records.json, media     the public format
     DIR/<set>/                            ArrayRecord files: text, cells, captions, questions

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vita_jax.data.records import RecordError
+from vita_jax.data.spoken_words import language_of
 from vita_jax.errors import UserError
 
 LAYOUTS = ("manifest", "librispeech", "aishell")
@@ -44,11 +45,6 @@ class Utterance:
     language: str
     id: str
     duration: float | None = None
-
-
-def language_of(text: str) -> str:
-    """ "zh" for a text with Chinese characters, otherwise "en"."""
-    return "zh" if any("\u4e00" <= character <= "\u9fff" for character in text) else "en"
 
 
 def _lines(path: Path, what: str) -> Iterator[tuple[str, str]]:

@@ -63,6 +63,23 @@ def test_a_header_that_is_full_begins_a_shard(tmp_path, monkeypatch) -> None:
     assert {name: int(TensorFiles(tmp_path)[name][0]) for name in tensors} == {n: int(t[0]) for n, t in tensors.items()}
 
 
+def test_a_header_that_does_not_fit_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(torch_files, "HELD_BYTES", 0)
+    with pytest.raises(UserError, match="names or metadata"):
+        write_tensors(tmp_path / "a", TENSORS.items(), metadata={"long": "x" * torch_files.HEADER_BYTES})
+    with pytest.raises(UserError, match="names or metadata"):
+        write_tensors(tmp_path / "b", [("x" * torch_files.HEADER_BYTES, np.zeros(1))])
+
+
+def test_what_cannot_be_read_is_not_called_unwritable(tmp_path) -> None:
+    def broken():
+        yield "a", np.zeros(1)
+        raise OSError("the source is gone")
+
+    with pytest.raises(OSError, match="the source is gone"):
+        write_tensors(tmp_path, broken())
+
+
 def test_a_single_file_and_an_index_can_be_named(tmp_path: Path) -> None:
     (file,) = write_tensors(tmp_path / "one", TENSORS.items())
     assert file.name == SINGLE_NAME and set(TensorFiles(file)) == set(TENSORS)

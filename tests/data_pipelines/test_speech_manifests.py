@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from data_pipelines.speech.manifests import language_of, read_corpus
+from data_pipelines.speech.manifests import read_corpus
 from vita_jax.data.records import RecordError
 from vita_jax.errors import UserError
 
@@ -113,7 +113,3 @@ def test_damaged_folders_are_refused(tmp_path):
     touch(tmp_path / "wav/B.wav")
     with pytest.raises(UserError, match="has the name of a line"):
         list(read_corpus(tmp_path, "aishell"))
-
-
-def test_languages():
-    assert (language_of("hello"), language_of("好 day")) == ("en", "zh")

@@ -6,6 +6,7 @@ The layout of a folder is the usual one: `model.safetensors`, or `model-00001-of
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from vita_jax.errors import UserError
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 5 * 10**9
-# Tensors of a shard that are held in memory; the header of a larger shard, its length in front, and about what a tensor
-# takes of it beside its name (six bytes for a character that JSON escapes).
+# Tensors of a shard that are held in memory; the header of a larger shard, with its length in front; and what a tensor
+# takes of it at most, beside its name.
 HELD_BYTES, HEADER_BYTES, LENGTH_BYTES, ENTRY_BYTES = 64 << 20, 1 << 20, 8, 160
 
 
@@ -148,7 +149,7 @@ def write_tensors(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     metadata: Mapping[str, str] | None = None,
 ) -> list[Path]:
-    """Writes tensors as they come, holding no more than one of them, or `HELD_BYTES` of small ones, in memory.
+    """Writes tensors as they come, holding no more than one of them, and `HELD_BYTES` of small ones, in memory.
 
     Args:
       folder: created if needed; files of an earlier checkpoint in it are an error.
@@ -171,22 +172,18 @@ def write_tensors(
     header = {"format": "pt", **(metadata or {})}
     shards: list[_Shard] = []
     seen: set[str] = set()
-    try:
-        for name, array in tensors:
-            if name in seen:
-                raise UserError(f"tensor {name!r} was given twice")
-            seen.add(name)
-            if not shards or not shards[-1].takes(name, array, max_shard_bytes):
-                if shards:
-                    shards[-1].close()
-                shards.append(_Shard(_temporary(folder, len(shards)), header))
-            shards[-1].add(name, array)
-        if shards:
-            shards[-1].close()
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder}: a file of weights cannot be written: {error}") from error
+    for name, array in tensors:
+        if name in seen:
+            raise UserError(f"tensor {name!r} was given twice")
+        seen.add(name)
+        if not shards or not shards[-1].takes(name, array, max_shard_bytes):
+            if shards:
+                shards[-1].close()
+            shards.append(_Shard(folder / f".shard-{len(shards):05d}.part", header))
+        shards[-1].add(name, array)
     if not shards:
         raise UserError(f"{folder}: no tensor to write")
+    shards[-1].close()
     files = _final_names(folder, len(shards))
     for shard, file in zip(shards, files, strict=True):
         shard.path.rename(file)
@@ -201,6 +198,8 @@ def write_tensors(
 class _Shard:
     """One file: small tensors are held and written by the library at the end; a shard of more than `HELD_BYTES` is
     written tensor by tensor behind a header of `HEADER_BYTES`, which the format lets be filled up with spaces.
+
+    `add` and `close` raise UserError where the disk does not take it.
     """
 
     def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
@@ -210,29 +209,32 @@ class _Shard:
         self._held: dict[str, np.ndarray] = {}
         self._entries: dict[str, dict[str, Any]] = {}
         self._written = 0
+        # At most, once everything given so far is in it.
+        self._header_bytes = LENGTH_BYTES + ENTRY_BYTES + len(json.dumps(self._metadata))
 
     def takes(self, name: str, array: np.ndarray, max_bytes: int) -> bool:
         """Whether there is room for one more, and it would lie where its dtype may."""
-        room = self.size + array.nbytes <= max_bytes and self._header_bytes(name) < HEADER_BYTES
+        room = self.size + array.nbytes <= max_bytes
+        header = self._header_bytes + _entry_bytes(name) <= HEADER_BYTES
         # What is held is put in order before it is written.
         aligned = self._file is None or self.size % array.itemsize == 0
-        return not self.names or (room and aligned)
-
-    def _header_bytes(self, name: str) -> int:
-        """No less than the header needs with one more tensor."""
-        return ENTRY_BYTES * (len(self.names) + 2) + 6 * (sum(map(len, self.names)) + len(name))
+        return not self.names or (room and header and aligned)
 
     def add(self, name: str, array: np.ndarray) -> None:
         """Holds or writes a tensor."""
         array = np.asarray(array, order="C")  # what is written is the buffer as it lies in memory
         self.names.append(name)
         self.size += array.nbytes
+        self._header_bytes += _entry_bytes(name)
         self._held[name] = array
         if self._file is not None or self.size > HELD_BYTES:
-            self._flush()
+            with _writing(self.path):
+                self._flush()
 
     def _flush(self) -> None:
         if self._file is None:
+            if self._header_bytes > HEADER_BYTES:
+                raise UserError(f"{self.path.parent}: names or metadata of the tensors need over {HEADER_BYTES} bytes")
             self._file = self.path.open("wb")
             self._file.write(bytes(HEADER_BYTES))
         # Wide types first, so that each lies at a multiple of its size.
@@ -246,19 +248,29 @@ class _Shard:
 
     def close(self) -> None:
         """Finishes the file."""
-        if self._file is None:
-            save_file(self._held, self.path, metadata=self._metadata)
-            self._held = {}
-            return
-        header = json.dumps({"__metadata__": self._metadata, **self._entries}).encode("utf-8")
-        room = HEADER_BYTES - LENGTH_BYTES
-        with self._file as file:
-            file.seek(0)
-            file.write(room.to_bytes(LENGTH_BYTES, "little") + header.ljust(room))
+        with _writing(self.path):
+            if self._file is None:
+                save_file(self._held, self.path, metadata=self._metadata)
+                self._held = {}
+                return
+            header = json.dumps({"__metadata__": self._metadata, **self._entries}).encode("utf-8")
+            room = HEADER_BYTES - LENGTH_BYTES
+            with self._file as file:
+                file.seek(0)
+                file.write(room.to_bytes(LENGTH_BYTES, "little") + header.ljust(room))
 
 
-def _temporary(folder: Path, i: int) -> Path:
-    return folder / f".shard-{i:05d}.part"
+def _entry_bytes(name: str) -> int:
+    """What a tensor takes of a header at most."""
+    return ENTRY_BYTES + len(json.dumps(name))
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path.parent}: a file of weights cannot be written: {error}") from error
 
 
 def _final_names(folder: Path, count: int) -> list[Path]:

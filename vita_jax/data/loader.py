@@ -43,7 +43,7 @@ class SourceConfig:
     """One folder of records in a mixture.
 
     Attributes:
-      path: a folder written by `data_pipelines.build`.
+      path: a folder written by `data_pipelines.build records`.
       ratio: share of its records that is used at all, a seeded choice (the original's `data_ratio`).
       weight: None for every source = all records of all sources, shuffled together. A number for every source = that
         share of the examples comes from this one, whatever its size; small sources then repeat more often.

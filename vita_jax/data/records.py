@@ -458,7 +458,8 @@ def load_manifest(folder: str | os.PathLike[str]) -> Manifest:
     path = Path(folder) / MANIFEST_NAME
     if not path.is_file():
         raise UserError(
-            f"{os.fspath(folder)} holds no records ({MANIFEST_NAME} is missing); use python -m data_pipelines.build"
+            f"{os.fspath(folder)} holds no records ({MANIFEST_NAME} is missing); "
+            "they are made by python -m data_pipelines.build records"
         )
     values = read_json(path, "manifest")
     schema = values.get("schema") if isinstance(values, dict) else None

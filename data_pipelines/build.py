@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from vita_jax.command_line import ArgumentParser, run_command
 from vita_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from data_pipelines.parts import Runner
+    from data_pipelines.sources import RecordsFile
+    from data_pipelines.tfds_source import TfdsSource
 
 EXAMPLES = """\
 examples:
   python -m data_pipelines.build records --json my.json --root my_media --output runs/my_data
   python -m data_pipelines.build records --json my.json --folders roots.json --output runs/my_data --shards 8
       roots.json: {"coco": "/data/coco", "clips": "clips"}   (relative roots start at the folder of roots.json)
+  python -m data_pipelines.build records --json my.jsonl --root my_media --output runs/my_data --shards 64 \\
+      --runner-option direct_running_mode=multi_processing --runner-option direct_num_workers=16
+  python -m data_pipelines.build records --json my.jsonl --root /nfs/media --output /nfs/my_data --shards 512 \\
+      --runner FlinkRunner --runner-option flink_master=host:8081 --runner-option parallelism=128
+  python -m data_pipelines.build records --tfds coco_captions --data-dir tfds --output runs/captions
+  python -m data_pipelines.build records --tfds tfds/mnist/3.0.1 --image image --answer label \\
+      --question "Which digit is this?" --output runs/digits
+  python -m data_pipelines.build records --json chats.jsonl --layout messages --output runs/chats
   python -m data_pipelines.build recordings --layout librispeech --from LibriSpeech/train-clean-100 --output runs/clean
   python -m data_pipelines.build recordings --layout manifest --from list.jsonl --root sounds --output runs/mine
   python -m data_pipelines.build speak --json my.json --root my_media --fraction 0.5 --output spoken
@@ -29,6 +44,7 @@ my.json is a list of records like
 """
 SHOWN_REJECTS = 20
 LAYOUTS = ("manifest", "librispeech", "aishell")
+CHATS = ("vita", "messages", "sharegpt", "alpaca")
 
 
 def make_parser() -> ArgumentParser:
@@ -40,7 +56,15 @@ def make_parser() -> ArgumentParser:
         return actions.add_parser(name, description=description, help=description, epilog=EXAMPLES)
 
     build = add("records", "Check a JSON file of conversations with its media, and write it for training.")
-    build.add_argument("--json", required=True, metavar="FILE", help="list of records, UTF-8")
+    given = build.add_mutually_exclusive_group(required=True)
+    given.add_argument("--json", metavar="FILE", help="records, UTF-8: a list, or .jsonl, one a line")
+    given.add_argument("--tfds", metavar="NAME", help="of TensorFlow Datasets: a name, or a prepared folder")
+    build.add_argument("--split", default="train", help="of a tfds data set (default train)")
+    build.add_argument("--data-dir", metavar="FOLDER", help="where tfds data sets lie")
+    build.add_argument("--image", metavar="FEATURE", help="of a tfds data set: the picture")
+    build.add_argument("--audio", metavar="FEATURE", help="of a tfds data set: the sound")
+    build.add_argument("--question", default="", metavar="TEXT", help="asked of every element of a tfds data set")
+    build.add_argument("--answer", default="", metavar="FEATURE", help="of a tfds data set: what answers")
     build.add_argument("--output", required=True, metavar="FOLDER", help="made, or replaced if it is an earlier build")
     build.add_argument("--shards", type=int, default=1, metavar="N", help="number of files (default 1)")
     build.set_defaults(run=build_folder)
@@ -64,15 +88,22 @@ def make_parser() -> ArgumentParser:
     speak.set_defaults(run=speak_questions)
 
     check = add("validate", "Check a JSON file of conversations with its media, and write nothing.")
-    check.add_argument("json", metavar="FILE", help="list of records, UTF-8")
+    check.add_argument("json", metavar="FILE", help="records, UTF-8: a list, or .jsonl, one a line")
     check.set_defaults(run=validate_file)
     for one in (build, check, speak):
         one.add_argument("--root", metavar="FOLDER", help="where media paths start; not needed for text")
         one.add_argument("--folders", metavar="FILE", help="JSON object {set: root folder} for records that name a set")
+        one.add_argument("--layout", choices=CHATS, default="vita", help=f"of the file: {', '.join(CHATS)}")
         one.add_argument("--ignore-fields", default="", metavar="A,B", help="fields outside of the format to skip")
     for one in (build, check, heard):
         one.add_argument(
             "--max-bad-fraction", type=float, default=0.01, metavar="X", help="rejects allowed (default 0.01)"
+        )
+        one.add_argument(
+            "--runner", default="DirectRunner", metavar="NAME", help="of Apache Beam (default DirectRunner)"
+        )
+        one.add_argument(
+            "--runner-option", action="append", default=[], metavar="KEY=VALUE", help="of the runner; may be repeated"
         )
 
     show = add("stats", "Durations, tokens, tiles and scripts of built records, or of a manifest of recordings.")
@@ -107,14 +138,27 @@ class Line:
             print(text, file=sys.stderr, flush=True)
 
 
-def _inputs(arguments: argparse.Namespace) -> dict[str, object]:
+def _source(arguments: argparse.Namespace) -> RecordsFile:
     # Imported here, as below, so that --help and a mistyped argument answer at once.
+    from data_pipelines.sources import RecordsFile
     from vita_jax.data.records import read_folders
 
-    return {
-        "folders": read_folders(arguments.folders) if arguments.folders else None,
-        "ignore_fields": tuple(field for field in arguments.ignore_fields.split(",") if field),
-    }
+    folders = read_folders(arguments.folders) if arguments.folders else None
+    ignored = tuple(field for field in arguments.ignore_fields.split(",") if field)
+    return RecordsFile(arguments.json, arguments.root, folders, ignored, arguments.layout)
+
+
+def _tfds_source(arguments: argparse.Namespace) -> TfdsSource:
+    from data_pipelines.tfds_source import TfdsSource
+
+    names = ("split", "data_dir", "image", "audio", "question", "answer")
+    return TfdsSource(arguments.tfds, **{name: getattr(arguments, name) for name in names})
+
+
+def _runner(arguments: argparse.Namespace) -> Runner:
+    from data_pipelines.parts import Runner
+
+    return Runner(arguments.runner, tuple(arguments.runner_option))
 
 
 def build_folder(arguments: argparse.Namespace) -> int:
@@ -123,12 +167,11 @@ def build_folder(arguments: argparse.Namespace) -> int:
 
     with Line() as line:
         manifest = build_records(
-            arguments.json,
-            arguments.root,
+            _source(arguments) if arguments.json else _tfds_source(arguments),
             arguments.output,
-            **_inputs(arguments),
             max_bad_fraction=arguments.max_bad_fraction,
             shards=arguments.shards,
+            runner=_runner(arguments),
             progress=line.show,
             command=shlex.join(["python", "-m", "data_pipelines.build", *arguments.line]),
         )
@@ -145,7 +188,8 @@ def build_recordings(arguments: argparse.Namespace) -> int:
 
     lines = read_corpus(arguments.source, arguments.layout, arguments.root)
     with Line() as line:
-        found = build_manifest(lines, arguments.output, max_bad_fraction=arguments.max_bad_fraction, progress=line.show)
+        options = {"max_bad_fraction": arguments.max_bad_fraction, "runner": _runner(arguments), "progress": line.show}
+        found = build_manifest(lines, arguments.output, **options)
     languages = ", ".join(f"{number} {language}" for language, number in found.languages.items())
     rejected = ", ".join(f"{reason}: {number}" for reason, number in found.rejects.items()) or "none"
     hours = f"{found.seconds / 3600:.2f} h"
@@ -166,11 +210,9 @@ def speak_questions(arguments: argparse.Namespace) -> int:
     )
     with Line() as line:
         counts = speak_records(
-            arguments.json,
-            arguments.root,
+            _source(arguments),
             arguments.output,
             options,
-            **_inputs(arguments),
             processes=arguments.processes,
             progress=line.show,
         )
@@ -191,14 +233,14 @@ def _lines_of(path: str) -> tuple[str, ...]:
 
 def validate_file(arguments: argparse.Namespace) -> int:
     """`validate`; 2 if more records are rejected than a build would allow."""
-    from data_pipelines.records import check_budget_bounds, validate_json, within_budget
+    from data_pipelines.records import check_budget_bounds, validate_records, within_budget
 
     check_budget_bounds(arguments.max_bad_fraction)
 
     with Line() as line:
-        found = validate_json(arguments.json, arguments.root, **_inputs(arguments), progress=line.show)
+        found = validate_records(_source(arguments), runner=_runner(arguments), progress=line.show)
     for reject in found.rejects[:SHOWN_REJECTS]:
-        print(reject)
+        print(json.dumps(reject, ensure_ascii=False))
     if len(found.rejects) > SHOWN_REJECTS:
         print(f"... and {len(found.rejects) - SHOWN_REJECTS} more")
     rejected = ", ".join(f"{reason}: {number}" for reason, number in found.categories.items()) or "none"

@@ -7,26 +7,30 @@ one is complete.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.records import (
-    LONGEST_AUDIO,
-    PROGRESS_SECONDS,
-    REJECTS_NAME,
+from data_pipelines.parts import (
+    LOCAL,
     Progress,
-    check_budget_bounds,
+    Report,
+    Runner,
+    deal_out,
+    file_state,
     map_in_order,
-    within_budget,
+    read_part,
+    run_parts,
+    work_folder,
 )
+from data_pipelines.records import LONGEST_AUDIO, REJECTS_NAME, check_budget_bounds, within_budget
 from data_pipelines.speech.manifests import Utterance
 from vita_jax.data.audio import read_audio
 from vita_jax.data.records import RecordError
@@ -34,6 +38,7 @@ from vita_jax.data.speech_pairs import MANIFEST
 from vita_jax.errors import UserError
 from vita_jax.ops.filter_bank import RELEASED
 
+PART_LINES = 1000  # of a part
 DURATION_TOLERANCE = 0.5  # seconds that a list may be wrong by
 
 
@@ -58,6 +63,7 @@ def build_manifest(
     output: str | os.PathLike[str],
     *,
     max_bad_fraction: float = 0.01,
+    runner: Runner = LOCAL,
     progress: Progress | None = None,
 ) -> Recordings:
     """Decodes every recording once and writes the manifest of those that can be used.
@@ -66,6 +72,7 @@ def build_manifest(
       lines: of a corpus, see `data_pipelines.speech.manifests.read_corpus`.
       output: folder to make; an earlier manifest in it is replaced, anything else is refused.
       max_bad_fraction: of the lines; more rejects than that are an error.
+      runner: who does the work.
       progress: called with a short line now and then.
 
     Raises:
@@ -75,27 +82,33 @@ def build_manifest(
     output = Path(output).absolute()
     _check(output, max_bad_fraction)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.new-", dir=output.parent))
-    try:
-        found = _write(temporary, lines, output, progress)
-        beside = output.with_name(f"{output.name}.{REJECTS_NAME}")
-        bad, total = sum(found.rejects.values()), found.count + sum(found.rejects.values())
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.new-", dir=output.parent) as new:
+        total = deal_out(map(_to_json, lines), Path(new), lambda place: place // PART_LINES)
         if not total:
             raise UserError("there are no recordings in the corpus: its lists are empty")
-        if not within_budget(bad, total, max_bad_fraction):
-            shutil.copyfile(temporary / REJECTS_NAME, beside)
-            first = json.loads(beside.read_text(encoding="utf-8").split("\n")[0])["reason"]
-            raise UserError(
-                f"{bad} of {total} recordings rejected, max_bad_fraction is {max_bad_fraction:g}; "
-                f"all reasons are in {beside}; the first: {first}"
-            )
-        output.mkdir(exist_ok=True)
-        for name in (REJECTS_NAME, MANIFEST):
-            (temporary / name).replace(output / name)
-        beside.unlink(missing_ok=True)
-        return found
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        work = work_folder(output, _digest(Path(new)))
+        for file in Path(new).iterdir():
+            file.replace(work / file.name)
+    results = run_parts(work, ManifestBuilder(str(output.resolve())), runner, _shown(total, progress))
+    found = _gathered(results)
+    beside = output.with_name(f"{output.name}.{REJECTS_NAME}")
+    for name in (REJECTS_NAME, MANIFEST):
+        with (work / name).open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=name == REJECTS_NAME) + "\n" for result in results
+                            for line in result[name])  # fmt: skip
+    if not within_budget(total - found.count, total, max_bad_fraction):
+        shutil.copyfile(work / REJECTS_NAME, beside)
+        first = next(line for result in results for line in result[REJECTS_NAME])["reason"]
+        raise UserError(
+            f"{total - found.count} of {total} recordings rejected, max_bad_fraction is {max_bad_fraction:g}; "
+            f"all reasons are in {beside}; the first: {first}"
+        )
+    output.mkdir(exist_ok=True)
+    for name in (REJECTS_NAME, MANIFEST):
+        (work / name).replace(output / name)
+    shutil.rmtree(work)
+    beside.unlink(missing_ok=True)
+    return found
 
 
 def _check(output: Path, max_bad_fraction: float) -> None:
@@ -108,50 +121,81 @@ def _check(output: Path, max_bad_fraction: float) -> None:
         raise UserError(f"output folder {output} holds something that was not built here; give a new or empty folder")
 
 
-def _write(
-    folder: Path, lines: Iterable[Utterance | RecordError], output: Path, progress: Progress | None
-) -> Recordings:
-    """Fills `folder` with the manifest, whose paths start at `output`, and the rejects."""
-    languages, categories = Counter[str](), Counter[str]()
-    seconds, done, shown = 0.0, 0, time.monotonic()
-    with (folder / MANIFEST).open("w", encoding="utf-8") as good, (folder / REJECTS_NAME).open("w") as bad:
-        for result in map_in_order(_entry(output), lines):
-            done += 1
-            if isinstance(result, RecordError):
-                categories[result.category] += 1
-                fields = {"field": result.field, "category": result.category, "reason": str(result)}
-                bad.write(json.dumps(fields) + "\n")
-            else:
-                languages[result["language"]] += 1
-                seconds += result["duration"]
-                good.write(json.dumps(result, ensure_ascii=False) + "\n")
-            if progress is not None and time.monotonic() - shown >= PROGRESS_SECONDS:
-                shown = time.monotonic()
-                progress(f"{done} recordings, {seconds / 3600:.1f} h, {sum(categories.values())} rejected")
-    return Recordings(sum(languages.values()), seconds, dict(languages), dict(sorted(categories.items())))
+def _to_json(line: Utterance | RecordError) -> dict[str, Any]:
+    if isinstance(line, RecordError):
+        return {"error": {"field": line.field, "category": line.category, "reason": str(line)}}
+    return {**vars(line), "path": str(line.path)}
 
 
-def _entry(output: Path) -> Callable[[Utterance | RecordError], dict[str, Any] | RecordError]:
-    """What makes a line of the manifest in `output`, or says why there is none."""
-    start = output.resolve()
+def _digest(folder: Path) -> str:
+    """Of all lines, and of the size and time of change of their recordings."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        for _, entry in read_part(file):
+            digest.update(json.dumps(entry).encode())
+            if "error" not in entry:
+                digest.update(file_state(Path(entry["path"])).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
-    def entry(line: Utterance | RecordError) -> dict[str, Any] | RecordError:
-        if isinstance(line, RecordError):
-            return line
+
+def _shown(total: int, progress: Progress | None) -> Callable[[Counter[str]], None] | None:
+    if progress is None:
+        return None
+    return lambda counts: progress(
+        f"{counts['recordings']} of {total} recordings, {counts['seconds'] / 3600:.1f} h, {counts['rejected']} rejected"
+    )
+
+
+def _gathered(results: Sequence[dict[str, Any]]) -> Recordings:
+    """The results of all parts as one."""
+    good = [line for result in results for line in result[MANIFEST]]
+    categories = Counter(line["category"] for result in results for line in result[REJECTS_NAME])
+    seconds = sum(line["duration"] for line in good)
+    return Recordings(
+        len(good), seconds, dict(Counter(line["language"] for line in good)), dict(sorted(categories.items()))
+    )
+
+
+@dataclass(frozen=True)
+class ManifestBuilder:
+    """The work of one part: its recordings are decoded.
+
+    Attributes:
+      output: folder of the manifest, where its paths start.
+    """
+
+    output: str
+
+    def __call__(self, part: Path, report: Report) -> dict[str, list[dict[str, Any]]]:
+        """Lines of the manifest, and of the rejects."""
+        good, bad, seconds = [], [], 0.0
+        for result in map_in_order(lambda item: self._line(item[1]), read_part(part)):
+            (bad if "category" in result else good).append(result)
+            seconds += result.get("duration", 0)
+            report.show(recordings=len(good) + len(bad), rejected=len(bad), seconds=int(seconds))
+        return {MANIFEST: good, REJECTS_NAME: bad}
+
+    def _line(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """Of the manifest, or of the rejects."""
+        if "error" in entry:
+            return entry["error"]
+        path = Path(entry["path"])
+        line = Utterance(**{**entry, "path": path})
         try:
-            if not line.path.is_file():
-                return RecordError(line.place, "audio", f"the recording {line.path} does not exist", "missing media")
-            samples = read_audio(line.path, LONGEST_AUDIO, sample_rate=RELEASED.sample_rate)
+            if not path.is_file():
+                return _reject(line, "audio", f"the recording {path} does not exist", "missing media")
+            samples = read_audio(path, LONGEST_AUDIO, sample_rate=RELEASED.sample_rate)
         except UserError as error:
-            return RecordError(line.place, "audio", str(error), "damaged media")
+            return _reject(line, "audio", str(error), "damaged media")
         except OSError as error:
-            return RecordError(line.place, "audio", f"{line.path}: {error.strerror}", "missing media")
+            return _reject(line, "audio", f"{path}: {error.strerror}", "missing media")
         seconds = len(samples) / RELEASED.sample_rate
         if line.duration is not None and abs(line.duration - seconds) > DURATION_TOLERANCE:
-            reason = f"is {line.duration} s in the list, {seconds:.2f} s in {line.path}"
-            return RecordError(line.place, "duration", reason, "wrong duration")
-        path = os.path.relpath(line.path.resolve(), start)
-        fields = {"id": line.id, "audio": path, "text": line.text, "language": line.language}
-        return fields | {"duration": round(seconds, 3)}
+            reason = f"is {line.duration} s in the list, {seconds:.2f} s in {path}"
+            return _reject(line, "duration", reason, "wrong duration")
+        fields = {"id": line.id, "audio": os.path.relpath(path.resolve(), self.output)}
+        return fields | {"text": line.text, "language": line.language, "duration": round(seconds, 3)}
 
-    return entry
+
+def _reject(line: Utterance, field: str, reason: str, category: str) -> dict[str, str]:
+    return {"field": field, "category": category, "reason": f"{line.place}: {field}: {reason}"}

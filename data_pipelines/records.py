@@ -1,58 +1,61 @@
-"""Any JSON in the public record format -> checked, self-contained ArrayRecord files for training.
+"""Records of a source -> checked, self-contained ArrayRecord files for training.
 
-The records file is described in `vita_jax/data/records.py`. Every picture and every sound is decoded
-and every video's sampled frames are read once here, so that training meets no surprise later. OUTPUT gets
-records-*.array_record, manifest.json and rejects.jsonl (one line per rejected record: file, record, id, field,
-category, reason). It appears complete or not at all, and a second run with the same inputs does nothing.
+Every picture and every sound is decoded and every video's sampled frames are read once here, so that training meets no
+surprise later. OUTPUT gets records-*.array_record, manifest.json and rejects.jsonl (one line per rejected record: file,
+record, id, field, category, reason). It appears complete or not at all, a second run with the same inputs does nothing,
+and a run that was stopped goes on where it was: what is done lies in .OUTPUT.parts-* until OUTPUT is complete.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from data_pipelines.parts import (
+    LOCAL,
+    Progress,
+    Report,
+    Runner,
+    deal_out,
+    map_in_order,
+    read_part,
+    run_parts,
+    work_folder,
+)
+from data_pipelines.sources import RecordsFile, file_sha256
+from data_pipelines.tfds_source import TfdsSource
 from vita_jax.data.audio import MAX_SECONDS, AudioConfig, read_audio
 from vita_jax.data.images import open_image
 from vita_jax.data.records import (
     MANIFEST_NAME,
     RECORD_SCHEMA,
-    CheckedRecord,
     Manifest,
     Media,
     Record,
     RecordError,
     Shard,
-    check_record,
     encode_record,
     load_manifest,
-    read_json_records,
 )
 from vita_jax.data.video import choose_frames, probe_video, read_frames
 from vita_jax.errors import UserError
 
+Source = RecordsFile | TfdsSource
 REJECTS_NAME = "rejects.jsonl"
-# Records in memory at once, with their media.
-WINDOW = 64
-THREADS = max(2, os.cpu_count() or 1)
-PROGRESS_SECONDS = 0.5
 # A run may accept less, never more.
 LONGEST_AUDIO = AudioConfig(max_seconds=MAX_SECONDS)
-
-Progress = Callable[[str], None]
-Result = TypeVar("Result")
+MAX_SHARDS = 1000
+CHECK_PART = 1000  # records of a part where nothing is written
 
 
 # ---- checking -------------------------------------------------------------------------------------------------------
@@ -94,143 +97,58 @@ class _MediaChecker:
                 raise RecordError(where, media.kind, self._verdicts[key], "damaged media")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reject:
-    index: int
-    id: Any
-    error: RecordError
+@dataclass(frozen=True)
+class PartBuilder:
+    """The work of one part: its records are checked, and written to one shard.
 
-    def to_json(self, source: str) -> str:
-        error = self.error
-        fields = {"file": source, "record": self.index, "id": self.id, "field": error.field}
-        return json.dumps({**fields, "category": error.category, "reason": error.reason}, ensure_ascii=True)
+    Attributes:
+      source: of the records.
+      folder: gets the shard; None = the records are only checked.
+      shards: how many there are in all, for their names.
+    """
 
+    source: Source
+    folder: str | None
+    shards: int = 1
 
-def _check_texts(
-    entries: Sequence[Any],
-    source: str,
-    root: str | None,
-    folders: Mapping[str, str] | None,
-    ignore_fields: Sequence[str],
-) -> list[CheckedRecord | _Reject]:
-    """Everything that can be checked without opening a media file."""
-    out: list[CheckedRecord | _Reject] = []
-    for index, entry in enumerate(entries):
-        try:
-            checked = check_record(entry, root, folders=folders, where=source, index=index, ignore_fields=ignore_fields)
-            out.append(checked)
-        except RecordError as error:
-            out.append(_rejected(index, entry, error))
-    return out
-
-
-def _rejected(index: int, entry: Any, error: RecordError) -> _Reject:
-    identity = entry.get("id") if isinstance(entry, dict) else None
-    return _Reject(index, identity if isinstance(identity, (str, int)) else None, error)
-
-
-def _finish(item: CheckedRecord | _Reject, checker: _MediaChecker) -> tuple[Record, bytes] | RecordError:
-    """Reads and decodes the media of a record."""
-    if isinstance(item, _Reject):
-        return item.error
-    try:
-        record = item.with_media()
-        checker.check(record, item.where)
-        return record, encode_record(record)
-    except RecordError as error:
-        return error
-
-
-def map_in_order(function: Callable[[Any], Result], items: Iterable[Any]) -> Iterator[Result]:
-    """The function of every item, in order, by several threads, a window at a time."""
-    items = iter(items)
-    with ThreadPoolExecutor(THREADS) as pool:
-        while window := list(islice(items, WINDOW)):
-            yield from pool.map(function, window)
-
-
-def _results(
-    items: Sequence[CheckedRecord | _Reject], entries: Sequence[Any], name: str, progress: Progress | None
-) -> Iterator[tuple[Record, bytes] | _Reject]:
-    """Every record with its stored bytes, or why there are none; says now and then how far it is."""
-    checker, shown, rejected = _MediaChecker(), time.monotonic(), 0
-    for index, result in enumerate(map_in_order(lambda item: _finish(item, checker), items)):
-        rejected += isinstance(result, RecordError)
-        if progress is not None and time.monotonic() - shown >= PROGRESS_SECONDS:
-            shown = time.monotonic()
-            progress(f"{name}: {index + 1} of {len(items)} records, {rejected} rejected")
-        yield _rejected(index, entries[index], result) if isinstance(result, RecordError) else result
-
-
-# ---- fingerprints ---------------------------------------------------------------------------------------------------
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _media_sha256(items: Sequence[CheckedRecord | _Reject]) -> str:
-    """Hash over path, size and modification time of all media files; a missing file counts as such."""
-    paths = {file.path for item in items if isinstance(item, CheckedRecord) for file in item.files}
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        try:
-            stat = path.stat()
-            line = f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
-        except OSError:
-            line = f"{path}\0missing\n"
-        digest.update(line.encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
-def _up_to_date(output: Path, wanted: Manifest) -> Manifest | None:
-    """The manifest of an earlier build with the same inputs whose shards are all there, else None."""
-    if not (output / MANIFEST_NAME).is_file():
-        return None
-    try:
-        found = load_manifest(output)
-    except UserError:  # an older or damaged manifest: build again
-        return None
-    inputs = ("source_sha256", "media_sha256", "options")
-    if any(getattr(found, name) != getattr(wanted, name) for name in inputs):
-        return None
-    for shard in found.shards:
-        path = output / shard.name
-        if not path.is_file() or path.stat().st_size != shard.bytes:
-            return None
-    return found
-
-
-# ---- writing --------------------------------------------------------------------------------------------------------
-
-
-class _Writer:
-    """Deals accepted records out to the shards in turn."""
-
-    def __init__(self, folder: Path, shards: int) -> None:
-        self.names = [f"records-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
-        self._folder = folder
-        # One record per group: random access then reads no more than the record.
-        self._writers = [ArrayRecordWriter(str(folder / name), "group_size:1") for name in self.names]
-        self.written = 0
-
-    def write(self, data: bytes) -> None:
-        self._writers[self.written % len(self._writers)].write(data)
-        self.written += 1
-
-    def close(self) -> tuple[Shard, ...]:
-        """Finishes the files. Shards that got no record are removed."""
-        shards = []
-        for i, (name, writer) in enumerate(zip(self.names, self._writers, strict=True)):
-            writer.close()
-            path = self._folder / name
-            records = len(range(i, self.written, len(self.names)))
-            if records:
-                shards.append(Shard(name, records, path.stat().st_size, _file_sha256(path)))
+    def __call__(self, part: Path, report: Report) -> dict[str, Any]:
+        """{"counts", "rejects": lines of rejects.jsonl, "shard": a `Shard` or None}."""
+        counts, rejects = _empty_counts(), []
+        writer = None if self.folder is None else _ShardWriter(Path(self.folder), _number(part), self.shards)
+        for result in map_in_order(self._result(_MediaChecker()), read_part(part)):
+            if isinstance(result, dict):
+                rejects.append(result)
             else:
-                path.unlink()
-        return tuple(shards)
+                record, data = result
+                _count(counts, record)
+                if writer is not None:
+                    writer.write(data)
+            report.show(records=counts["records"] + len(rejects), rejected=len(rejects))
+        return {"counts": counts, "rejects": rejects, "shard": None if writer is None else writer.close()}
+
+    def _result(self, checker: _MediaChecker) -> Callable[[tuple[int, Any]], tuple[Record, bytes] | dict[str, Any]]:
+        """What makes a record with its stored bytes of an entry, or a line of rejects.jsonl."""
+
+        def result(item: tuple[int, Any]) -> tuple[Record, bytes] | dict[str, Any]:
+            place, entry = item
+            try:
+                checked = self.source.checked(entry, place)
+                record = checked.with_media()
+                checker.check(record, checked.where)
+                return record, encode_record(record)
+            except RecordError as error:
+                fields = {"file": self.source.name, "record": place, "id": self.source.identity(entry)}
+                return fields | {"field": error.field, "category": error.category, "reason": error.reason}
+
+        return result
+
+
+def _number(part: Path) -> int:
+    return int(part.stem.removeprefix("part-"))
+
+
+def _empty_counts() -> Counter[str]:
+    return Counter(records=0, rounds=0, images=0, videos=0, text_only=0)
 
 
 def _count(counts: Counter[str], record: Record) -> None:
@@ -241,76 +159,87 @@ def _count(counts: Counter[str], record: Record) -> None:
     counts["text_only"] += not record.media
 
 
-def _replace_folder(new: Path, output: Path) -> None:
-    """Puts `new` in the place of `output`; an older build disappears only once the new one is complete."""
-    if output.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
-        output.rename(old / "data")
-        new.rename(output)
-        shutil.rmtree(old)
-    else:
-        new.rename(output)
+class _ShardWriter:
+    """One ArrayRecord file, in its place once it is whole."""
+
+    def __init__(self, folder: Path, number: int, shards: int) -> None:
+        self._path = folder / f"records-{number:05d}-of-{shards:05d}.array_record"
+        self._temporary = self._path.with_suffix(f".{os.getpid()}.new")
+        # One record per group: random access then reads no more than the record.
+        self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1")
+        self._records = 0
+
+    def write(self, data: bytes) -> None:
+        self._writer.write(data)
+        self._records += 1
+
+    def close(self) -> dict[str, Any] | None:
+        """The fields of its `Shard`; None if there was nothing to write, then there is no file."""
+        self._writer.close()
+        if not self._records:
+            self._temporary.unlink()
+            return None
+        self._temporary.replace(self._path)
+        size, digest = self._path.stat().st_size, file_sha256(self._path)
+        return {"name": self._path.name, "records": self._records, "bytes": size, "sha256": digest}
 
 
-@dataclasses.dataclass(frozen=True)
+# ---- what came out --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
 class Validation:
-    """What a records file holds.
+    """What a source holds.
 
     Attributes:
-      total: records in the file.
+      total: records of the source.
       counts: of what can be used, as in a `Manifest`.
-      rejects: one JSON line for each record that cannot be used, as in rejects.jsonl.
-      categories: rejects by category.
+      rejects: what rejects.jsonl says of those that cannot be used, in their order.
+      shards: what was written.
     """
 
     total: int
     counts: dict[str, int]
-    rejects: tuple[str, ...]
-    categories: dict[str, int]
+    rejects: tuple[dict[str, Any], ...]
+    shards: tuple[Shard, ...] = ()
+
+    @property
+    def categories(self) -> dict[str, int]:
+        """Rejects by category."""
+        return dict(sorted(Counter(reject["category"] for reject in self.rejects).items()))
 
 
-def validate_json(
-    json_path: str | os.PathLike[str],
-    root: str | os.PathLike[str] | None,
-    *,
-    folders: Mapping[str, str] | None = None,
-    ignore_fields: Sequence[str] = (),
-    progress: Progress | None = None,
-) -> Validation:
-    """Checks a records file and decodes all its media, as `build_records` does, and writes nothing.
+def _gathered(results: Iterable[dict[str, Any]]) -> Validation:
+    """The results of all parts as one."""
+    counts, rejects, shards = _empty_counts(), [], []
+    for result in results:
+        counts.update(result["counts"])
+        rejects += result["rejects"]
+        shards += [Shard(**result["shard"])] if result["shard"] else []
+    rejects.sort(key=lambda reject: reject["record"])
+    return Validation(counts["records"] + len(rejects), dict(counts), tuple(rejects), tuple(shards))
+
+
+def validate_records(source: Source, *, runner: Runner = LOCAL, progress: Progress | None = None) -> Validation:
+    """Checks a source and decodes all its media, as `build_records` does, and writes nothing.
 
     Raises:
-      UserError: the file cannot be read, or `root` is no folder. What is wrong with records is in the result.
+      UserError: the source cannot be read. What is wrong with records is in the result.
     """
-    source = Path(json_path)
-    entries, items = _read_items(source, root, folders, ignore_fields)
-    counts, rejects = _empty_counts(), []
-    for result in _results(items, entries, source.name, progress):
-        if isinstance(result, _Reject):
-            rejects.append(result)
-        else:
-            _count(counts, result[0])
-    categories = Counter(reject.error.category for reject in rejects)
-    lines = tuple(reject.to_json(source.name) for reject in rejects)
-    return Validation(len(items), dict(counts), lines, dict(sorted(categories.items())))
+    source.check()
+    with tempfile.TemporaryDirectory() as folder:
+        total = deal_out(source.entries(), Path(folder), lambda place: place // CHECK_PART)
+        shown = _shown(source.name, total, progress)
+        return _gathered(run_parts(Path(folder), PartBuilder(source, None), runner, shown))
 
 
-def _read_items(
-    source: Path,
-    root: str | os.PathLike[str] | None,
-    folders: Mapping[str, str] | None,
-    ignore_fields: Sequence[str],
-) -> tuple[list[Any], list[CheckedRecord | _Reject]]:
-    """The entries of a records file, and the same checked as far as their texts go."""
-    if root is not None and not Path(root).is_dir():
-        raise UserError(f"root {os.fspath(root)} is not a folder; it is where the media paths of {source} start")
-    entries = read_json_records(source)
-    place = None if root is None else os.fspath(root)
-    return entries, _check_texts(entries, source.name, place, folders, ignore_fields)
+def _shown(name: str, total: int, progress: Progress | None) -> Callable[[Counter[str]], None] | None:
+    if progress is None:
+        return None
+    return lambda counts: progress(f"{name}: {counts['records']} of {total} records, {counts['rejected']} rejected")
 
 
-def _empty_counts() -> Counter[str]:
-    return Counter(records=0, rounds=0, images=0, videos=0, text_only=0)
+# ---- the whole folder -----------------------------------------------------------------------------------------------
 
 
 def check_budget_bounds(max_bad_fraction: float) -> None:
@@ -324,43 +253,27 @@ def within_budget(bad: int, total: int, max_bad_fraction: float) -> bool:
     return bad <= max_bad_fraction * total and bad < total
 
 
-def _check_arguments(output: Path, max_bad_fraction: float, shards: int) -> None:
-    check_budget_bounds(max_bad_fraction)
-    if not 1 <= shards <= 1000:
-        raise UserError(f"shards is {shards}; it must be between 1 and 1000")
-    if output.exists():
-        if not output.is_dir():
-            raise UserError(f"output {output} is a file; give a folder")
-        if any(output.iterdir()) and not (output / MANIFEST_NAME).is_file():
-            raise UserError(
-                f"output folder {output} holds something that was not built here; give a new or empty folder"
-            )
-
-
 def build_records(
-    json_path: str | os.PathLike[str],
-    root: str | os.PathLike[str] | None,
+    source: Source,
     output: str | os.PathLike[str],
     *,
-    folders: Mapping[str, str] | None = None,
     max_bad_fraction: float = 0.01,
     shards: int = 1,
-    ignore_fields: Sequence[str] = (),
+    runner: Runner = LOCAL,
     progress: Progress | None = None,
     command: str | None = None,
 ) -> Manifest:
-    """Checks a records file with its media and writes it as ArrayRecord.
+    """Checks the records of a source with their media and writes them as ArrayRecord.
 
-    The same inputs give the same shards, byte for byte. If `output` already holds them, nothing is done.
+    The same inputs give the same shards, byte for byte, whoever did them: record i goes to shard i modulo `shards`. If
+    `output` already holds them, nothing is done.
 
     Args:
-      json_path: a JSON list of records.
-      root: folder that media paths are relative to; None if `folders` covers everything, or for text.
+      source: of the records.
       output: folder to make; an earlier build in it is replaced, anything else is refused.
-      folders: {set: root} for records that name a set.
       max_bad_fraction: of the records; more rejects than that are an error.
-      shards: number of files.
-      ignore_fields: fields outside of the format to skip; other unknown fields reject their record.
+      shards: number of files; they are made at the same time as far as the runner does.
+      runner: who does the work.
       progress: called with a short line now and then.
       command: what the manifest gives as its origin.
 
@@ -371,21 +284,15 @@ def build_records(
       UserError: unreadable input, a refused output, too many rejects, or no usable record at all. The rejects are
         then in OUTPUT.rejects.jsonl and `output` is as before.
     """
-    source, output = Path(json_path), Path(output).absolute()
+    output = Path(output).absolute()
     _check_arguments(output, max_bad_fraction, shards)
-    entries, items = _read_items(source, root, folders, ignore_fields)
-    options = {
-        "root": None if root is None else str(Path(root).resolve()),
-        "folders": {key: str(Path(value).resolve()) for key, value in sorted((folders or {}).items())},
-        "shards": shards,
-        "ignore_fields": sorted(ignore_fields),
-    }
+    source.check()
     wanted = Manifest(
         schema=RECORD_SCHEMA,
-        source=str(source),
-        source_sha256=_file_sha256(source),
-        media_sha256=_media_sha256(items),
-        options=options,
+        source=os.fspath(source.path),
+        source_sha256=source.sha256(),
+        media_sha256=_media_sha256(source),
+        options={**source.options(), "shards": shards},
         command=command or "build_records",
         counts={},
         rejects={},
@@ -393,67 +300,108 @@ def build_records(
     )
     found = _up_to_date(output, wanted)
     if found is not None:
-        _check_budget(source, sum(found.rejects.values()), len(entries), max_bad_fraction, output / REJECTS_NAME, "")
+        bad = sum(found.rejects.values())
+        _check_budget(wanted.source, bad, bad + found.counts["records"], max_bad_fraction, output / REJECTS_NAME)
         if progress is not None:
             progress(f"{output} is up to date ({found.counts['records']} records)")
         return found
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.new-", dir=output.parent))
-    try:
-        manifest = _write(temporary, wanted, items, entries, output, max_bad_fraction, progress)
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        _replace_folder(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    digest = hashlib.sha256(json.dumps([RECORD_SCHEMA, *_inputs(wanted)]).encode()).hexdigest()
+    work = work_folder(output, digest)
+    new = work / "output"
+    new.mkdir(exist_ok=True)
+    total = deal_out(source.entries(), work, lambda place: place % shards)
+    builder = PartBuilder(source, str(new), shards)
+    built = _gathered(run_parts(work, builder, runner, _shown(source.name, total, progress)))
+    manifest = _finish(new, wanted, built, output, max_bad_fraction)
+    _replace_folder(new, output)
+    shutil.rmtree(work)
     output.with_name(f"{output.name}.{REJECTS_NAME}").unlink(missing_ok=True)
-    return manifest
-
-
-def _write(
-    folder: Path,
-    wanted: Manifest,
-    items: Sequence[CheckedRecord | _Reject],
-    entries: Sequence[Any],
-    output: Path,
-    max_bad_fraction: float,
-    progress: Progress | None,
-) -> Manifest:
-    """Fills `folder` with shards, rejects and manifest, or raises with the rejects beside `output`."""
-    source = Path(wanted.source)
-    counts = _empty_counts()
-    rejects: list[_Reject] = []
-    writer = _Writer(folder, wanted.options["shards"])
-    for result in _results(items, entries, source.name, progress):
-        if isinstance(result, _Reject):
-            rejects.append(result)
-        else:
-            record, data = result
-            _count(counts, record)
-            writer.write(data)
-    shards = writer.close()
-    lines = "".join(reject.to_json(source.name) + "\n" for reject in rejects)
-    (folder / REJECTS_NAME).write_text(lines, encoding="utf-8")
-    if rejects:
-        beside = output.with_name(f"{output.name}.{REJECTS_NAME}")
-        try:
-            _check_budget(source, len(rejects), len(items), max_bad_fraction, beside, str(rejects[0].error))
-        except UserError:
-            shutil.copyfile(folder / REJECTS_NAME, beside)
-            raise
-    categories = Counter(reject.error.category for reject in rejects)
-    manifest = dataclasses.replace(wanted, counts=dict(counts), rejects=dict(sorted(categories.items())), shards=shards)
-    (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     if progress is not None:
-        progress(f"{source.name}: {len(items)} records, {len(rejects)} rejected; wrote {output}")
+        progress(f"{source.name}: {total} records, {len(built.rejects)} rejected; wrote {output}")
     return manifest
 
 
-def _check_budget(source: Path, bad: int, total: int, max_bad_fraction: float, rejects: Path, first: str) -> None:
+def _check_arguments(output: Path, max_bad_fraction: float, shards: int) -> None:
+    check_budget_bounds(max_bad_fraction)
+    if not 1 <= shards <= MAX_SHARDS:
+        raise UserError(f"shards is {shards}; it must be between 1 and {MAX_SHARDS}")
+    if output.exists():
+        if not output.is_dir():
+            raise UserError(f"output {output} is a file; give a folder")
+        if any(output.iterdir()) and not (output / MANIFEST_NAME).is_file():
+            raise UserError(
+                f"output folder {output} holds something that was not built here; give a new or empty folder"
+            )
+
+
+def _media_sha256(source: Source) -> str:
+    """Hash over path, size and modification time of all media files; a missing file counts as such."""
+    digest = hashlib.sha256()
+    for place, entry in enumerate(source.entries()):
+        digest.update(source.state(entry, place).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _inputs(manifest: Manifest) -> tuple[Any, ...]:
+    """What decides the content of a folder."""
+    return manifest.source_sha256, manifest.media_sha256, manifest.options
+
+
+def _up_to_date(output: Path, wanted: Manifest) -> Manifest | None:
+    """The manifest of an earlier build with the same inputs whose shards are all there, else None."""
+    if not (output / MANIFEST_NAME).is_file():
+        return None
+    try:
+        found = load_manifest(output)
+    except UserError:  # an older or damaged manifest: build again
+        return None
+    if _inputs(found) != _inputs(wanted):
+        return None
+    for shard in found.shards:
+        path = output / shard.name
+        if not path.is_file() or path.stat().st_size != shard.bytes:
+            return None
+    return found
+
+
+def _finish(folder: Path, wanted: Manifest, built: Validation, output: Path, max_bad_fraction: float) -> Manifest:
+    """Writes rejects and manifest, or raises with the rejects beside `output`."""
+    lines = "".join(json.dumps(reject) + "\n" for reject in built.rejects)
+    (folder / REJECTS_NAME).write_text(lines, encoding="utf-8")
+    beside = output.with_name(f"{output.name}.{REJECTS_NAME}")
+    try:
+        _check_budget(wanted.source, len(built.rejects), built.total, max_bad_fraction, beside, built.rejects)
+    except UserError:
+        shutil.copyfile(folder / REJECTS_NAME, beside)
+        raise
+    manifest = replace(wanted, counts=built.counts, rejects=built.categories, shards=built.shards)
+    (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def _replace_folder(new: Path, output: Path) -> None:
+    """Puts `new` in the place of `output`; an older build disappears only once the new one is complete."""
+    if output.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
+        output.rename(old / "data")
+        new.rename(output)
+        shutil.rmtree(old)
+    else:
+        new.rename(output)
+
+
+def _check_budget(
+    source: str, bad: int, total: int, max_bad_fraction: float, place: Path, rejects: Sequence[Mapping[str, Any]] = ()
+) -> None:
     """Raises UserError if too many records, or all of them, were rejected."""
     if within_budget(bad, total, max_bad_fraction):
         return
-    example = f"; the first: {first}" if first else ""
+    example = ""
+    if rejects:
+        first = rejects[0]
+        field = f"{first['field']}: " if first["field"] else ""
+        example = f"; the first: {first['file']}: record {first['record']}: {field}{first['reason']}"
     raise UserError(
         f"{source}: {bad} of {total} records rejected ({bad / total:.1%}), max_bad_fraction is {max_bad_fraction:g}; "
-        f"all reasons are in {rejects}{example}"
+        f"all reasons are in {place}{example}"
     )

@@ -16,18 +16,19 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipelines.records import Progress
+from data_pipelines.parts import Progress
+from data_pipelines.sources import RecordsFile
 from data_pipelines.speech.clips import SPEECH, Clip, render_all
 from data_pipelines.speech.noises import BABBLE_VOICES, SYNTHETIC_KINDS
 from data_pipelines.speech.voices import draw_delivery, training_voices
-from vita_jax.data.records import PLACEHOLDERS, CheckedRecord, RecordError, check_record, read_json_records
+from vita_jax.data.records import PLACEHOLDERS, CheckedRecord, RecordError
 from vita_jax.data.spoken_words import language_of
 from vita_jax.errors import UserError
 
@@ -88,20 +89,17 @@ def _can_be_said(text: str) -> bool:
 
 
 def speak_records(
-    json_path: str | os.PathLike[str],
-    root: str | os.PathLike[str] | None,
+    source: RecordsFile,
     output: str | os.PathLike[str],
     options: SpeakOptions,
     *,
-    folders: Mapping[str, str] | None = None,
-    ignore_fields: Sequence[str] = (),
     processes: int = 2,
     progress: Progress = lambda line: None,
 ) -> dict[str, int]:
     """Writes the folder described at the top of this file.
 
     Args:
-      json_path, root, folders, ignore_fields: the records, as in `data_pipelines.records.build_records`.
+      source: of the records.
       output: a new folder.
       options: what to speak.
       processes: that speak at the same time; the result does not depend on it.
@@ -119,27 +117,25 @@ def speak_records(
     output = Path(output).absolute()
     if output.exists():
         raise UserError(f"output {output} exists; give a new folder")
-    if root is not None and not Path(root).is_dir():
-        raise UserError(f"root {os.fspath(root)} is not a folder; it is where the media paths of {json_path} start")
+    source.check()
     for key in (FILES, SPOKEN):
-        if folders and key in folders:
+        if source.folders and key in source.folders:
             raise UserError(f"the folder table has a key {key!r}, which is used for the result; rename it")
-    entries = read_json_records(json_path)
+    entries = list(source.entries())
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.new-", dir=output.parent))
     try:
         (temporary / MEDIA).mkdir()
-        rules = {"root": root, "folders": folders, "ignore_fields": ignore_fields}
-        plan = _Plan(temporary, options, rules)
+        plan = _Plan(temporary, options, source)
         records = [plan.speak(entry, index) for index, entry in enumerate(entries)]
         if plan.counts["unusable"] == len(entries):
-            raise UserError(f"{json_path}: no record can be used; the first: {plan.first_error}")
+            raise UserError(f"{source.path}: no record can be used; the first: {plan.first_error}")
         records += [plan.negative(index) for index in range(round(options.negatives * len(entries)))]
         if plan.clips:
             render_all(plan.clips, progress, processes=processes)
-        table = {key: str(Path(place).resolve()) for key, place in (folders or {}).items()} | {SPOKEN: MEDIA}
-        if root is not None:
-            table[FILES] = str(Path(root).resolve())
+        table = {key: str(Path(place).resolve()) for key, place in (source.folders or {}).items()} | {SPOKEN: MEDIA}
+        if source.root is not None:
+            table[FILES] = str(Path(source.root).resolve())
         for name, content in ((RECORDS, records), (ROOTS, table)):
             (temporary / name).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
         temporary.chmod(0o755)  # mkdtemp makes it private
@@ -152,20 +148,21 @@ def speak_records(
 class _Plan:
     """The recordings to make, while the records are rewritten one by one."""
 
-    def __init__(self, folder: Path, options: SpeakOptions, rules: Mapping[str, Any]) -> None:
-        self._folder, self._options, self._rules = folder, options, rules
+    def __init__(self, folder: Path, options: SpeakOptions, source: RecordsFile) -> None:
+        self._folder, self._options, self._source = folder, options, source
         self.clips: list[Clip] = []
         self.counts = Counter[str](questions=0, spoken=0)
         self.first_error: RecordError | None = None
 
-    def speak(self, entry: Any, index: int) -> Any:
-        """A record with some of its questions spoken; a function of the record and its place in the file."""
+    def speak(self, found: dict[str, Any], index: int) -> Any:
+        """The record of an entry with some of its questions spoken; a function of it and its place in the file."""
         try:
-            checked = check_record(entry, where="records", index=index, **self._rules)
+            checked = self._source.checked(found, index)
         except RecordError as error:
             self.counts["unusable"] += 1
             self.first_error = self.first_error or error
-            return entry
+            return found.get("record", found)
+        entry = found["record"]
         if entry.get("audio"):
             self.counts["already with audio"] += 1
             return entry | self._keys(checked, 0)
@@ -202,7 +199,7 @@ class _Plan:
 
     def _keys(self, checked: CheckedRecord, spoken: int) -> dict[str, Any]:
         """`set` with a key for every file: those before, then what is spoken."""
-        keyed = self._rules["folders"] is not None  # without a table, a record's own keys name nothing
+        keyed = self._source.folders is not None  # without a table, a record's own keys name nothing
         keys = [file.set if keyed and file.set is not None else FILES for file in checked.files]
         keys += [SPOKEN] * spoken
         return {"set": keys} if keys else {}

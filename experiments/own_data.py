@@ -42,10 +42,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipelines.records import build_records
+from data_pipelines.sources import RecordsFile
 from vita_jax.data.ctc_vocabulary import build_ctc_vocabulary, load_ctc_vocabulary, normalise_transcript
 from vita_jax.data.images import ImageConfig
 from vita_jax.data.loader import SourceConfig
-from vita_jax.data.records import read_folders, read_json_records
+from vita_jax.data.records import read_folders
 from vita_jax.data.speech_pairs import MANIFEST, SpokenText, read_manifest
 from vita_jax.data.spoken_words import answer_aloud, language_of
 from vita_jax.data.templates import SystemTexts
@@ -209,15 +210,10 @@ def prepare(config: ExperimentConfig) -> ExperimentConfig:
     texts: list[str] = []
     counts: dict[str, int] = {}
     if data.json is not None:
-        counts = build_records(
-            data.json,
-            data.root,
-            folder / RECORDS,
-            folders=None if data.folders is None else read_folders(data.folders),
-            max_bad_fraction=data.max_bad_fraction,
-        ).counts
+        source = RecordsFile(data.json, data.root, None if data.folders is None else read_folders(data.folders))
+        counts = build_records(source, folder / RECORDS, max_bad_fraction=data.max_bad_fraction).counts
         print(f"data: {counts}", flush=True)
-        texts += _record_texts(Path(data.json))
+        texts += _record_texts(source)
     if data.asr is not None:
         pairs = read_manifest(data.asr)
         _write_manifest(folder / TRANSCRIBED, ({"audio": pair.audio, "text": pair.text} for pair in pairs))
@@ -238,9 +234,9 @@ def prepare(config: ExperimentConfig) -> ExperimentConfig:
     return fitted(config, counts)
 
 
-def _record_texts(path: Path) -> Iterator[str]:
+def _record_texts(source: RecordsFile) -> Iterator[str]:
     """Every turn of every record that has its turns where they belong; the builder reports the others."""
-    for record in read_json_records(path):
+    for record in (entry.get("record") for entry in source.entries()):
         turns = record.get("conversations") if isinstance(record, dict) else None
         for turn in turns if isinstance(turns, list) else ():
             if isinstance(turn, dict) and isinstance(turn.get("value"), str):

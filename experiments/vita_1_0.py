@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipelines.records import build_records
+from data_pipelines.sources import RecordsFile
 from vita_jax.data.images import ImageConfig
 from vita_jax.data.loader import SourceConfig
 from vita_jax.data.records import read_json_records
@@ -215,9 +216,8 @@ def prepare(config: ExperimentConfig) -> ExperimentConfig:
     for name, part in parts.items():
         part_file = folder / f"{name}.json"
         part_file.write_text(json.dumps(part, ensure_ascii=False), encoding="utf-8")
-        manifest = build_records(
-            part_file, Path(config.data.root), folder / name, max_bad_fraction=config.data.max_bad_fraction
-        )
+        source = RecordsFile(part_file, config.data.root)
+        manifest = build_records(source, folder / name, max_bad_fraction=config.data.max_bad_fraction)
         print(f"{name}: {manifest.counts}", flush=True)
     if not tokenizer_folder(config).is_dir():
         make_tokenizer(config, records)

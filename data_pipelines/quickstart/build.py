@@ -44,6 +44,7 @@ from data_pipelines.quickstart.sentences import TRANSCRIBE, draw_sentence, draw_
 from data_pipelines.quickstart.speech import RECORD_SETS, build_speech
 from data_pipelines.quickstart.speech_sets import SpeechCounts
 from data_pipelines.records import build_records
+from data_pipelines.sources import RecordsFile
 from vita_jax.data.ctc_vocabulary import split_words
 from vita_jax.data.video import write_video
 
@@ -299,13 +300,13 @@ def build_quickstart(
         writer = Writer(folder / "raw" / name, splits["train"], seed * len(SETS) + index)
         _write_set(name, writer, counts, sentences=speech is not None)
         records += writer.records
-        manifest = build_records(writer.folder / "records.json", writer.folder, folder / name)
+        manifest = build_records(RecordsFile(writer.folder / "records.json", writer.folder), folder / name)
         progress(f"data: {name}: {manifest.counts}")
     if speech is not None:
         records += build_speech(folder, splits, speech, seed, progress)
         for name in RECORD_SETS:
             raw = folder / "raw" / name
-            manifest = build_records(raw / "records.json", raw, folder / name)
+            manifest = build_records(RecordsFile(raw / "records.json", raw), folder / name)
             progress(f"data: {name}: {manifest.counts}")
     (folder / "tokenizer_text.txt").write_text(
         "\n".join(json.dumps(text, ensure_ascii=False) for text in tokenizer_texts(records)), encoding="utf-8"

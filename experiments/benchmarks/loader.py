@@ -28,6 +28,7 @@ from PIL import Image
 from threadpoolctl import threadpool_limits
 
 from data_pipelines.records import build_records
+from data_pipelines.sources import RecordsFile
 from vita_jax.command_line import ArgumentParser, run_command
 from vita_jax.data.audio import AudioConfig, AudioContext
 from vita_jax.data.examples import ExampleContext, tile_table, training_example
@@ -131,7 +132,7 @@ def build(modality: str, count: int, folder: Path) -> Path:
         entries.append({"conversations": turns} | ({modality: name} if name else {}))
     source = folder / f"{modality}.json"
     source.write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
-    build_records(source, media, folder / modality)
+    build_records(RecordsFile(source, media), folder / modality)
     return folder / modality
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.records import build_records
+from data_pipelines.sources import RecordsFile
 from vita_jax.data.examples import ExampleContext
 from vita_jax.data.images import ImageConfig
 from vita_jax.data.splice import FeatureLayout
@@ -83,7 +84,7 @@ def mixed_records(root, count):
 def build(folder, records, name="data", **options):
     """Builds records whose media lie in `folder`; returns the output folder as text."""
     output = folder / name
-    build_records(write_json(folder / f"{name}.json", records), folder, output, **options)
+    build_records(RecordsFile(write_json(folder / f"{name}.json", records), folder), output, **options)
     return str(output)
 
 

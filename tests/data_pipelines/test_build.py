@@ -8,7 +8,8 @@ import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from data_pipelines.build import main
-from data_pipelines.records import build_records, validate_json
+from data_pipelines.records import build_records, validate_records
+from data_pipelines.sources import RecordsFile
 from tests.data.media import mixed_records, png_bytes, talk, tone, write_json, write_png, write_wav
 from vita_jax.data.records import decode_record, load_manifest
 from vita_jax.errors import UserError
@@ -26,16 +27,16 @@ def rejects(path):
 
 @pytest.fixture
 def good(tmp_path):
-    """(json, root) of 12 good records of all kinds."""
-    return write_json(tmp_path / "good.json", mixed_records(tmp_path / "media", 12)), tmp_path / "media"
+    """12 good records of all kinds."""
+    return RecordsFile(write_json(tmp_path / "good.json", mixed_records(tmp_path / "media", 12)), tmp_path / "media")
 
 
 def test_everything_is_stored(good, tmp_path):
-    manifest = build_records(*good, tmp_path / "out")
+    manifest = build_records(good, tmp_path / "out")
     assert manifest == load_manifest(tmp_path / "out")
     assert manifest.counts == {"records": 12, "rounds": 17, "images": 10, "videos": 2, "text_only": 2}
     assert manifest.rejects == {} and [s.records for s in manifest.shards] == [12]
-    assert manifest.source_sha256 == hashlib.sha256(good[0].read_bytes()).hexdigest()
+    assert manifest.source_sha256 == hashlib.sha256(good.path.read_bytes()).hexdigest()
     shard = tmp_path / "out" / manifest.shards[0].name
     assert manifest.shards[0].sha256 == hashlib.sha256(shard.read_bytes()).hexdigest()
     records = stored(tmp_path / "out")
@@ -45,26 +46,26 @@ def test_everything_is_stored(good, tmp_path):
 
 
 def test_shards_are_deterministic_and_complete(good, tmp_path):
-    first = build_records(*good, tmp_path / "a", shards=5)
-    second = build_records(*good, tmp_path / "b", shards=5)
+    first = build_records(good, tmp_path / "a", shards=5)
+    second = build_records(good, tmp_path / "b", shards=5)
     assert first.shards == second.shards
     assert [s.records for s in first.shards] == [3, 3, 2, 2, 2]
     assert sorted(r.id for r in stored(tmp_path / "a")) == sorted(f"r{i}" for i in range(12))
-    assert len(build_records(*good, tmp_path / "c", shards=100).shards) == 12  # no empty files
+    assert len(build_records(good, tmp_path / "c", shards=100).shards) == 12  # no empty files
 
 
 def test_second_run_does_nothing_until_an_input_changes(good, tmp_path):
     out, lines = tmp_path / "out", []
-    build_records(*good, out, progress=lines.append)
+    build_records(good, out, progress=lines.append)
     before = (out / "manifest.json").stat().st_mtime_ns
-    build_records(*good, out, progress=lines.append)
+    build_records(good, out, progress=lines.append)
     assert "up to date" in lines[-1] and (out / "manifest.json").stat().st_mtime_ns == before
 
     def rebuilt(**options):
-        build_records(*good, out, progress=lines.append, **options)
+        build_records(good, out, progress=lines.append, **options)
         return "up to date" not in lines[-1]
 
-    write_png(good[1] / "wide.png", 40, 20, 99)  # the same size or not, the time differs
+    write_png(good.root / "wide.png", 40, 20, 99)  # the same size or not, the time differs
     assert rebuilt() and not rebuilt()
     assert stored(out)[0].media[0].data == png_bytes(40, 20, 99)
     assert rebuilt(shards=2) and not rebuilt(shards=2)
@@ -72,7 +73,7 @@ def test_second_run_does_nothing_until_an_input_changes(good, tmp_path):
     assert rebuilt(shards=2)
     (out / "manifest.json").write_text("{}")
     assert rebuilt(shards=2)
-    write_json(good[0], mixed_records(good[1], 6))
+    write_json(good.path, mixed_records(good.root, 6))
     assert rebuilt(shards=2) and len(stored(out)) == 6
     assert sorted(os.listdir(tmp_path)) == ["good.json", "media", "out"]
 
@@ -107,7 +108,7 @@ def test_bad_records_within_the_budget_are_listed(tmp_path):
     root.mkdir()
     good, bad = bad_entries(root)
     source = write_json(tmp_path / "some.json", good[:10] + bad + good[10:])
-    manifest = build_records(source, root, tmp_path / "out", max_bad_fraction=0.5)
+    manifest = build_records(RecordsFile(source, root), tmp_path / "out", max_bad_fraction=0.5)
     assert manifest.counts["records"] == 20 and len(stored(tmp_path / "out")) == 20
     assert manifest.rejects == {
         "damaged media": 5,
@@ -122,7 +123,7 @@ def test_bad_records_within_the_budget_are_listed(tmp_path):
     assert all(line["file"] == "some.json" for line in lines)
     assert lines[0]["id"] == "broken.png" and "damaged or cut off" in lines[0]["reason"]
     assert lines[-1]["id"] is None
-    assert build_records(source, root, tmp_path / "out", max_bad_fraction=0.5) == manifest
+    assert build_records(RecordsFile(source, root), tmp_path / "out", max_bad_fraction=0.5) == manifest
 
 
 def test_over_budget_fails_with_one_line_and_keeps_the_rejects(tmp_path):
@@ -131,22 +132,22 @@ def test_over_budget_fails_with_one_line_and_keeps_the_rejects(tmp_path):
     good, bad = bad_entries(root)
     source = write_json(tmp_path / "some.json", good + bad)
     with pytest.raises(UserError) as caught:
-        build_records(source, root, tmp_path / "out", max_bad_fraction=0.2)
+        build_records(RecordsFile(source, root), tmp_path / "out", max_bad_fraction=0.2)
     assert "9 of 29 records rejected (31.0%), max_bad_fraction is 0.2" in str(caught.value)
     assert "broken.png" in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
     assert len(rejects(tmp_path / "out.rejects.jsonl")) == 9
-    build_records(source, root, tmp_path / "out", max_bad_fraction=0.5)
+    build_records(RecordsFile(source, root), tmp_path / "out", max_bad_fraction=0.5)
     assert sorted(os.listdir(tmp_path)) == ["media", "out", "some.json"]
     with pytest.raises(UserError, match="9 of 29 records rejected"):  # a stricter budget holds for an old build
-        build_records(source, root, tmp_path / "out", max_bad_fraction=0.2)
+        build_records(RecordsFile(source, root), tmp_path / "out", max_bad_fraction=0.2)
 
 
 def test_failed_rebuild_leaves_the_old_build(good, tmp_path):
-    build_records(*good, tmp_path / "out")
-    write_json(good[0], [{"image": "missing.png", "conversations": talk("<image>", "Yes.")}])
+    build_records(good, tmp_path / "out")
+    write_json(good.path, [{"image": "missing.png", "conversations": talk("<image>", "Yes.")}])
     with pytest.raises(UserError, match="1 of 1 records rejected"):
-        build_records(*good, tmp_path / "out", max_bad_fraction=1.0)
+        build_records(good, tmp_path / "out", max_bad_fraction=1.0)
     assert len(stored(tmp_path / "out")) == 12
 
 
@@ -155,9 +156,9 @@ def test_repaired_media_are_noticed(tmp_path):
     entries = [{"image": f"{i}.png", "conversations": talk("<image>", "Yes.")} for i in range(2)]
     source = write_json(tmp_path / "a.json", entries)
     write_png(tmp_path / "0.png")
-    assert build_records(source, tmp_path, tmp_path / "out", max_bad_fraction=0.5).counts["records"] == 1
+    assert build_records(RecordsFile(source, tmp_path), tmp_path / "out", max_bad_fraction=0.5).counts["records"] == 1
     write_png(tmp_path / "1.png")
-    assert build_records(source, tmp_path, tmp_path / "out", max_bad_fraction=0.5).counts["records"] == 2
+    assert build_records(RecordsFile(source, tmp_path), tmp_path / "out", max_bad_fraction=0.5).counts["records"] == 2
 
 
 def test_folders_by_set(tmp_path, capsys):
@@ -203,33 +204,33 @@ def test_refused_places(good, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="was not built here"):
-        build_records(*good, tmp_path / "mine")
+        build_records(good, tmp_path / "mine")
     with pytest.raises(UserError, match="is a file"):
-        build_records(*good, good[0])
+        build_records(good, good.path)
     with pytest.raises(UserError, match="root .* is not a folder"):
-        build_records(good[0], tmp_path / "nowhere", tmp_path / "out")
+        build_records(RecordsFile(good.path, tmp_path / "nowhere"), tmp_path / "out")
     for options in ({"max_bad_fraction": -0.1}, {"shards": 0}):
         with pytest.raises(UserError, match="must be between"):
-            build_records(*good, tmp_path / "out", **options)
+            build_records(good, tmp_path / "out", **options)
 
 
 def test_sounds_are_decoded_counted_and_stored_as_they_are(tmp_path):
     write_wav(tmp_path / "a.wav", tone())
     entries = [{"id": "s", "audio": ["a.wav", "a.wav"], "conversations": talk("<audio>", "One.", "<audio>", "Two.")}]
-    manifest = build_records(write_json(tmp_path / "s.json", entries), tmp_path, tmp_path / "out")
+    manifest = build_records(RecordsFile(write_json(tmp_path / "s.json", entries), tmp_path), tmp_path / "out")
     assert manifest.counts["audios"] == 2 and manifest.counts["text_only"] == 0
     assert [m.data for m in stored(tmp_path / "out")[0].media] == [(tmp_path / "a.wav").read_bytes()] * 2
 
 
 def test_validate_says_what_a_build_would_reject_and_writes_nothing(good, tmp_path, capsys):
-    source, root = good
+    source, root = good.path, good.root
     entries = json.loads(source.read_text()) + [{"image": "none.png", "conversations": talk("<image>", "Yes.")}, 7]
     source = write_json(tmp_path / "more.json", entries)
     before = sorted(os.listdir(tmp_path))
-    found = validate_json(source, root)
-    built = build_records(source, root, tmp_path / "out", max_bad_fraction=0.5)
+    found = validate_records(RecordsFile(source, root))
+    built = build_records(RecordsFile(source, root), tmp_path / "out", max_bad_fraction=0.5)
     assert found.total == 14 and found.counts == built.counts and found.categories == built.rejects
-    assert [json.loads(line) for line in found.rejects] == rejects(tmp_path / "out" / "rejects.jsonl")
+    assert list(found.rejects) == rejects(tmp_path / "out" / "rejects.jsonl")
     assert main(["validate", str(source), "--root", str(root)]) == 2
     said = capsys.readouterr().out
     assert "none.png" in said and "12 records" in said and "rejected format: 1, missing media: 1" in said

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from data_pipelines.build import main
 from data_pipelines.records import build_records
+from data_pipelines.sources import RecordsFile
 from data_pipelines.spoken import SpeakOptions, speak_records
 from tests.data.media import talk, write_json, write_png
 from vita_jax.data.records import decode_record, load_manifest, read_folders
@@ -18,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def source(tmp_path):
-    """(json, root): pictures, two rounds, text in two languages, one that cannot be said, and a broken record."""
+    """Pictures, two rounds, text in two languages, one that cannot be said, and a broken record."""
     root = tmp_path / "media"
     for name in ("a.png", "b.png"):
         write_png(root / name)
@@ -34,12 +36,12 @@ def source(tmp_path):
         {"id": "long", "conversations": talk("word " * 100, "Yes.")},
         {"id": "broken", "conversations": []},
     ]
-    return write_json(tmp_path / "a.json", entries), root
+    return RecordsFile(write_json(tmp_path / "a.json", entries), root)
 
 
 def test_all_that_can_be_said_is_spoken(source, tmp_path):
     options = SpeakOptions(fraction=1.0, negatives=0.4, refusal="Not me.", statements=("We went home.",))
-    counts = speak_records(*source, tmp_path / "out", options, processes=1)
+    counts = speak_records(source, tmp_path / "out", options, processes=1)
     want = {
         "questions": 6,
         "placeholders within": 1,
@@ -54,12 +56,12 @@ def test_all_that_can_be_said_is_spoken(source, tmp_path):
     two = records["two"]
     assert [turn["value"] for turn in two["conversations"][::2]] == ["<image>\n<image>\n<audio>", "<audio>"]
     assert two["set"] == ["files", "files", "spoken", "spoken"] and len(two["audio"]) == 2
-    assert records["ru"] == json.loads(source[0].read_text())[3]
+    assert records["ru"] == json.loads(source.path.read_text())[3]
     assert records["within"]["set"] == ["files"] and "audio" not in records["within"]
     assert records["negative-1"]["inserted_id"] == 1
     folders = read_folders(tmp_path / "out" / "roots.json")
     built = tmp_path / "built"
-    build_records(tmp_path / "out" / "records.json", None, built, folders=folders, max_bad_fraction=0.2)
+    build_records(RecordsFile(tmp_path / "out" / "records.json", folders=folders), built, max_bad_fraction=0.2)
     assert load_manifest(built).counts | {"records": 7, "images": 3, "audios": 5} == load_manifest(built).counts
 
 
@@ -67,11 +69,11 @@ def test_a_fraction_is_drawn_record_by_record(tmp_path):
     entries = [{"conversations": talk(f"Is {number} odd?", "Maybe.")} for number in range(60)]
     options = SpeakOptions(fraction=0.5, seed=3)
     first, second = tmp_path / "first", tmp_path / "second"
-    count = speak_records(write_json(tmp_path / "a.json", entries), None, first, options, processes=1)["spoken"]
+    count = speak_records(RecordsFile(write_json(tmp_path / "a.json", entries)), first, options, processes=1)["spoken"]
     assert 20 < count < 40
     # What becomes of a record does not depend on the others.
     others = [{"conversations": talk("Another question?", "No.")}] * 10 + entries[10:20]
-    speak_records(write_json(tmp_path / "b.json", others), None, second, options, processes=1)
+    speak_records(RecordsFile(write_json(tmp_path / "b.json", others)), second, options, processes=1)
     whole, part = (json.loads((folder / "records.json").read_text())[10:20] for folder in (first, second))
     assert whole == part
     names = [name for record in part for name in record.get("audio", ())]
@@ -79,7 +81,7 @@ def test_a_fraction_is_drawn_record_by_record(tmp_path):
 
 
 def test_the_command_and_its_mistakes(source, tmp_path, capsys):
-    json_path, root = map(str, source)
+    json_path, root = str(source.path), str(source.root)
     arguments = ["speak", "--json", json_path, "--root", root, "--output", str(tmp_path / "out"), "--processes", "1"]
     assert main([*arguments, "--fraction", "0.3"]) == 0
     assert "6 questions" in capsys.readouterr().out
@@ -96,33 +98,32 @@ def test_the_command_and_its_mistakes(source, tmp_path, capsys):
         with pytest.raises(UserError, match=message):
             SpeakOptions(**wrong)
     with pytest.raises(UserError, match="has a key 'spoken'"):
-        speak_records(*source, tmp_path / "more", SpeakOptions(), folders={"spoken": "x"})
+        speak_records(replace(source, folders={"spoken": "x"}), tmp_path / "more", SpeakOptions())
     with pytest.raises(UserError, match="is not a folder"):
-        speak_records(source[0], tmp_path / "nowhere", tmp_path / "more", SpeakOptions())
+        speak_records(replace(source, root=tmp_path / "nowhere"), tmp_path / "more", SpeakOptions())
     with pytest.raises(UserError, match="no record can be used; the first: .*conversations"):
-        speak_records(write_json(tmp_path / "none.json", [{}]), None, tmp_path / "more", SpeakOptions())
+        speak_records(RecordsFile(write_json(tmp_path / "none.json", [{}])), tmp_path / "more", SpeakOptions())
 
 
 def test_folder_keys_of_a_table_stay_and_others_go(tmp_path):
     write_png(tmp_path / "coco" / "a.png")
     entry = {"set": "coco", "image": "a.png", "conversations": talk("<image>\nRed?", "No.")}
-    source, options = write_json(tmp_path / "a.json", [entry]), SpeakOptions(fraction=1.0)
+    file, options = write_json(tmp_path / "a.json", [entry]), SpeakOptions(fraction=1.0)
     places = {"table": (None, {"coco": str(tmp_path / "coco")}), "root": (tmp_path / "coco", None)}
     for name, (root, folders) in places.items():
-        speak_records(source, root, tmp_path / name, options, folders=folders, processes=1)
+        speak_records(RecordsFile(file, root, folders), tmp_path / name, options, processes=1)
         record = json.loads((tmp_path / name / "records.json").read_text())[0]
         assert record["set"] == ["coco" if folders else "files", "spoken"]
         built = tmp_path / f"built-{name}"
-        build_records(
-            tmp_path / name / "records.json", None, built, folders=read_folders(tmp_path / name / "roots.json")
-        )
+        roots = read_folders(tmp_path / name / "roots.json")
+        build_records(RecordsFile(tmp_path / name / "records.json", folders=roots), built)
         assert load_manifest(built).counts["audios"] == 1
 
 
 def test_stored_records_hold_the_sound(source, tmp_path):
-    speak_records(*source, tmp_path / "out", SpeakOptions(fraction=1.0), processes=1)
+    speak_records(source, tmp_path / "out", SpeakOptions(fraction=1.0), processes=1)
     folders = read_folders(tmp_path / "out" / "roots.json")
-    build_records(tmp_path / "out" / "records.json", None, tmp_path / "b", folders=folders, max_bad_fraction=0.5)
+    build_records(RecordsFile(tmp_path / "out" / "records.json", folders=folders), tmp_path / "b", max_bad_fraction=0.5)
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     shards = [str(tmp_path / "b" / shard.name) for shard in load_manifest(tmp_path / "b").shards]

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.records import build_records
+from data_pipelines.sources import RecordsFile
 from tests.data.media import talk, tone, write_wav
 from tests.training.tiny import TILE, experiment, model_config, stage
 from tests.training.voice import CODEC, SPEECH, training
@@ -122,7 +123,7 @@ def prepare_hearing(config: ExperimentConfig) -> None:
     (source / MANIFEST).write_text("".join(json.dumps(entry) + "\n" for entry in manifest))
     for name, entries in records.items():
         (source / f"{name}.json").write_text(json.dumps(entries))
-        build_records(source / f"{name}.json", source, folder / name)
+        build_records(RecordsFile(source / f"{name}.json", source), folder / name)
     texts = [turn["value"] for entries in records.values() for entry in entries for turn in entry["conversations"]]
     train_sentencepiece(texts * 3, VOCAB, tokenizer_folder(config), at_most=True)
     build_ctc_vocabulary(WORDS, config.model.ctc_vocab_size).save(folder / CTC_VOCABULARY)

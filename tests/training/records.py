@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.records import build_records
+from data_pipelines.sources import RecordsFile
 from tests.training.tiny import TILE, experiment, model_config, stage
 from vita_jax.data.loader import SourceConfig
 from vita_jax.data.tokenizer import train_sentencepiece
@@ -61,6 +62,6 @@ def prepare_records(config: ExperimentConfig) -> None:
         records["text"].append({"id": f"t{number}", "conversations": again})
     for name, entries in records.items():
         (source / f"{name}.json").write_text(json.dumps(entries))
-        build_records(source / f"{name}.json", source, folder / name)
+        build_records(RecordsFile(source / f"{name}.json", source), folder / name)
     texts = [turn["value"] for entry in records["pictures"] for turn in entry["conversations"]]
     train_sentencepiece(texts * 3, VOCAB, tokenizer_folder(config), at_most=True)

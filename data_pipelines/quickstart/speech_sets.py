@@ -68,7 +68,7 @@ class SpeechCounts:
       processes: that make clips at the same time; does not change them.
     """
 
-    asr: int = 8000
+    asr: int = 16000
     question_clips: int = 1200
     spoken: int = 1500
     negatives: int = 1200

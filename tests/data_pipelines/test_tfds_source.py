@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -23,7 +24,6 @@ from vita_jax.data.images import open_image
 from vita_jax.data.records import RecordError, decode_record, load_manifest
 from vita_jax.errors import UserError
 
-tfds = pytest.importorskip("tensorflow_datasets", reason="TensorFlow Datasets is not installed")
 CAPTIONS = [["a red square", "red"], ["a blue one"], []]
 
 

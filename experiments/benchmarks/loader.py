@@ -33,6 +33,7 @@ from vita_jax.command_line import ArgumentParser, run_command
 from vita_jax.data.audio import AudioConfig, AudioContext
 from vita_jax.data.examples import ExampleContext, tile_table, training_example
 from vita_jax.data.images import ImageConfig
+from vita_jax.data.lanes import Reading
 from vita_jax.data.loader import SourceConfig, make_loader
 from vita_jax.data.records import decode_record, load_manifest
 from vita_jax.data.splice import FeatureLayout
@@ -186,7 +187,7 @@ def measure(modality: str, folder: Path, context: ExampleContext) -> Rate:
         row_clips=ROW_CLIPS if modality == "audio" else 0,
         clip_frames=CLIP_FRAMES if modality == "audio" else 0,
         seed=0,
-        num_threads=0,
+        reading=Reading(0),
         num_epochs=1,
         drop_remainder=False,
         prefetch_batches=0,

@@ -1,4 +1,4 @@
-"""Small tokenizers of the three kinds the prompt code meets."""
+"""Small tokenizers of the three kinds the prompt code meets, and a folder of records of all kinds."""
 
 import json
 
@@ -7,6 +7,7 @@ import tokenizers
 from hypothesis import settings
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from tests.data.media import build, context, mixed_records
 from vita_jax.data.tokenizer import JsonTokenizer, train_sentencepiece
 
 # A busy machine is no failure.
@@ -90,3 +91,20 @@ def _saved(tokenizer, config, folder):
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return JsonTokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def ctx(own_tokenizer):
+    return context(own_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def media_root(tmp_path_factory):
+    return tmp_path_factory.mktemp("media")
+
+
+@pytest.fixture(scope="module")
+def mixed(media_root):
+    """35 records of all kinds: (folder, entries)."""
+    entries = mixed_records(media_root, 35)
+    return build(media_root, entries, "mixed", shards=3), entries

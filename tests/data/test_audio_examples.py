@@ -8,6 +8,7 @@ import pytest
 from tests.data.media import SIDE, TOKENS_PER_TILE, build, context, talk, tone, write_png, write_wav
 from vita_jax.data.audio import AudioConfig, AudioContext, clip_features
 from vita_jax.data.examples import Limits, media_from_file, prompt_example, training_example
+from vita_jax.data.lanes import Reading
 from vita_jax.data.loader import SourceConfig, format_batch, make_loader
 from vita_jax.data.prompts import STATE_LABELS
 from vita_jax.data.records import Media, Record, RecordError, validate_record
@@ -214,7 +215,7 @@ def test_rows_hold_every_record_once_and_unchanged(own_tokenizer, folder, split)
     ctx, entries = context(own_tokenizer, audio=HEARING, state_labels="answer"), mixed(18)
     path = build(folder, entries, "rows")
     loader = make_loader(
-        [SourceConfig(path, split_rounds=split)], ctx, num_epochs=1, drop_remainder=False, num_threads=0, **SIZES
+        [SourceConfig(path, split_rounds=split)], ctx, num_epochs=1, drop_remainder=False, reading=Reading(0), **SIZES
     )
     batches = list(loader)
     assert loader.counts.bad == 0
@@ -238,7 +239,7 @@ def test_rows_hold_every_record_once_and_unchanged(own_tokenizer, folder, split)
 def test_rows_without_sound_stay_as_they_are(ctx, own_tokenizer, folder):
     """A model that hears, and one that does not, get the same rows where there is no room for sound."""
     path = build(folder, [entry for entry in mixed(12) if "audio" not in entry], "silent")
-    sizes = {**SIZES, "row_clips": 0, "clip_frames": 0, "num_threads": 0}
+    sizes = {**SIZES, "row_clips": 0, "clip_frames": 0, "reading": Reading(0)}
     both = [next(make_loader([SourceConfig(path)], c, **sizes)) for c in (ctx, context(own_tokenizer))]
     assert both[0].keys() == both[1].keys() and "audio" not in both[0] and "state_labels" not in both[0]
     for key in both[0]:
@@ -266,7 +267,7 @@ def test_a_loader_with_sound_continues_exactly(ctx, folder):
 def test_records_that_do_not_fit_are_counted(ctx, folder):
     path = build(folder, mixed(18), "counted")
     loader = make_loader([SourceConfig(path)], ctx, num_epochs=1, drop_remainder=False, max_bad_fraction=0.9,
-                         num_threads=0, **{**SIZES, "row_clips": 1, "clip_frames": 40})  # fmt: skip
+                         reading=Reading(0), **{**SIZES, "row_clips": 1, "clip_frames": 40})  # fmt: skip
     list(loader)
     assert loader.counts.reasons == {"too many clips": 3, "sound too long": 6}
     assert "clip_frames is 40" in loader.counts.first["sound too long"]

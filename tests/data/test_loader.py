@@ -6,56 +6,22 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tests.data.media import SIDE, TOKENS_PER_TILE, build, context, mixed_records, talk, write_png
+from tests.data.batches import SIZES, assert_equal, batches_of
+from tests.data.media import SIDE, TOKENS_PER_TILE, build, talk, write_png
 from vita_jax.data.examples import training_example
+from vita_jax.data.lanes import Lanes, Reading
 from vita_jax.data.loader import SourceConfig, describe_sources, format_batch, make_loader
 from vita_jax.data.packing import _number_segments
 from vita_jax.data.records import validate_record
 from vita_jax.errors import UserError
 
 TEXT_KEYS = ("tokens", "labels", "positions", "segment_ids", "feature_index")
-SIZES = {"batch_size": 2, "row_length": 160, "row_tiles": 6, "seed": 3, "num_threads": 2}
-
-
-@pytest.fixture(scope="module")
-def ctx(own_tokenizer):
-    return context(own_tokenizer)
-
-
-@pytest.fixture(scope="module")
-def media_root(tmp_path_factory):
-    return tmp_path_factory.mktemp("media")
-
-
-@pytest.fixture(scope="module")
-def mixed(media_root):
-    """35 records of all kinds: (folder, entries)."""
-    entries = mixed_records(media_root, 35)
-    return build(media_root, entries, "mixed", shards=3), entries
 
 
 @pytest.fixture(scope="module")
 def text_only(media_root):
     entries = [{"id": f"t{i}", "conversations": talk("How many?", f"There are {i}.")} for i in range(20)]
     return build(media_root, entries, "text")
-
-
-def batches_of(loader, count=None):
-    """The next `count` batches, or all."""
-    out = []
-    for batch in loader:
-        out.append(batch)
-        if count is not None and len(out) == count:
-            break
-    return out
-
-
-def assert_equal(left, right):
-    assert len(left) == len(right)
-    for a, b in zip(left, right, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert np.array_equal(a[key], b[key]), key
 
 
 def unpacked(batches, k=TOKENS_PER_TILE):
@@ -121,7 +87,9 @@ def test_shapes_padding_and_density(mixed, ctx):
 def test_equal_settings_give_equal_batches_whatever_the_threads(mixed, ctx):
     sources = [SourceConfig(mixed[0])]
     first = batches_of(make_loader(sources, ctx, **SIZES), 12)
-    assert_equal(first, batches_of(make_loader(sources, ctx, **{**SIZES, "num_threads": 0}, prefetch_batches=0), 12))
+    assert_equal(
+        first, batches_of(make_loader(sources, ctx, **{**SIZES, "reading": Reading(0)}, prefetch_batches=0), 12)
+    )
     other = batches_of(make_loader(sources, ctx, **{**SIZES, "seed": 4}), 1)
     assert not np.array_equal(first[0]["tokens"], other[0]["tokens"])
 
@@ -215,8 +183,7 @@ def test_hosts_share_an_epoch(mixed, media_root, ctx):
                     ctx,
                     num_epochs=1,
                     drop_remainder=False,
-                    shard_index=i,
-                    shard_count=3,
+                    lanes=Lanes(3, (i,)),
                     **SIZES,
                 )
             )
@@ -318,8 +285,8 @@ def test_describe_sources(mixed):
         ({"num_epochs": 0}, "num_epochs is 0"),
         ({"max_bad_fraction": 2.0}, "max_bad_fraction is 2.0"),
         ({"objective": "cells"}, "objective 'cells' is unknown"),
-        ({"shard_index": 2, "shard_count": 2}, "shard 2 of 2"),
-        ({"shard_count": 100}, "35 records cannot be shared"),
+        ({"lanes": Lanes(100, (7,))}, "35 records cannot be shared"),
+        ({"lanes": Lanes(4, (0, 1, 2))}, "batch_size 2 cannot be shared by 3 lanes"),
     ],
 )
 def test_wrong_settings(mixed, ctx, changes, message):

@@ -15,6 +15,7 @@ from vita_jax.data.ctc_vocabulary import (
     load_ctc_vocabulary,
     normalise_transcript,
 )
+from vita_jax.data.lanes import Reading
 from vita_jax.data.loader import SourceConfig
 from vita_jax.data.recognition import RecognitionShape, make_recognition_loader, recognition_element, recognition_row
 from vita_jax.data.records import RecordError
@@ -141,7 +142,7 @@ def test_batches_leave_out_bad_clips_and_resume(tmp_path):
     vocabulary = build_ctc_vocabulary(["a b c"], 8)
 
     def loader():
-        options = {"batch_size": 3, "num_threads": 0, "max_bad_fraction": 0.5}
+        options = {"batch_size": 3, "reading": Reading(0), "max_bad_fraction": 0.5}
         return make_recognition_loader([SourceConfig(str(tmp_path))], SHAPE, vocabulary, seed=1, **options)
 
     stream = loader()

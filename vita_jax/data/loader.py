@@ -1,8 +1,9 @@
 """From folders of records to batches: Grain, deterministic, resumable.
 
-source(s) -> seeded subset -> shuffle (anew every epoch) -> repeat -> shard -> example (threads) -> leave out bad
-records -> pack -> batch -> number segments and features -> prefetch. The state of a loader is a small JSON-able dict; a
-loader given the state of another one continues with exactly the batches that one would have made.
+source(s) -> seeded subset -> shuffle (anew every epoch) -> repeat -> lanes -> example (threads or worker processes) ->
+leave out bad records -> pack -> join lanes -> batch -> number segments and features -> prefetch. The state of a loader
+is a small JSON-able dict; a loader given the state of another one continues with exactly the batches that one would
+have made, also with other threads, workers or, given the states of all, another number of processes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,6 +26,7 @@ from vita_jax.data.examples import (
     cell_naming_example,
     training_example,
 )
+from vita_jax.data.lanes import LANES, ONE_THREAD, WHOLE, Examples, Joined, Lanes, Reading
 from vita_jax.data.records import Manifest, RecordError, decode_record, load_manifest
 from vita_jax.data.splice import IGNORE_LABEL
 from vita_jax.data.tokenizer import Tokenizer
@@ -34,8 +36,6 @@ Objective = Literal["language_modeling", "text_pretraining", "cell_naming"]
 
 # The share of bad records is taken of at least this many, so that a few bad ones at the start do not stop a long run.
 BUDGET_RECORDS = 1000
-# Decoded examples waiting per thread. They hold whole pictures, so few.
-WAITING_PER_THREAD = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +86,17 @@ class RecordCounts:
         for field in dataclasses.fields(self):
             value = values[field.name]
             setattr(self, field.name, dict(value) if isinstance(value, Mapping) else value)
+
+
+def add_counts(parts: Iterable[RecordCounts]) -> RecordCounts:
+    """The sum; of the first messages, those of the first part that has one."""
+    whole = RecordCounts()
+    for part in parts:
+        whole.seen, whole.bad = whole.seen + part.seen, whole.bad + part.bad
+        for category, number in part.reasons.items():
+            whole.reasons[category] = whole.reasons.get(category, 0) + number
+            whole.first.setdefault(category, part.first[category])
+    return whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,14 +222,19 @@ class _GoodRecordsIterator(grain.DatasetIterator):
 class Loader(grain.DatasetIterator):
     """Yields batches; made by `make_loader`.
 
-    `get_state()` belongs to the last batch that was handed out, `set_state()` continues after it. `close()` ends the
-    threads. `counts` says how many records were read and how many of them were bad.
+    `get_state()` belongs to the last batch that was handed out, `set_state()` continues after it; the states of several
+    processes are joined by `lanes.merge_states`. `close()` ends threads and workers.
     """
 
-    def __init__(self, batches: grain.IterDataset, counts: RecordCounts) -> None:
+    def __init__(self, batches: grain.IterDataset, counts: Mapping[int, RecordCounts], lanes: Lanes) -> None:
         super().__init__(iter(batches))
-        self.counts = counts
+        self._counts, self._lanes = counts, lanes
         self._is_fresh = True
+
+    @property
+    def counts(self) -> RecordCounts:
+        """How many records of all own lanes were read, and how many of them were bad."""
+        return add_counts(self._counts.values())
 
     def __next__(self) -> dict[str, np.ndarray]:
         try:
@@ -236,11 +252,48 @@ class Loader(grain.DatasetIterator):
         return self._parent.get_state()
 
     def set_state(self, state: dict[str, Any]) -> None:
+        if LANES not in state:
+            raise UserError("the checkpoint is of a version whose data had no lanes; start the stage anew")
+        found = len(state[LANES])
+        if found != self._lanes.count:
+            raise UserError(
+                f"the data of the checkpoint went in {found} lanes, this run has {self._lanes.count}; "
+                f"go on with --config.data.lanes={found}"
+            )
         self._parent.set_state(state)
         self._is_fresh = False
 
 
-def _record_stream(
+def join_rows(
+    make_rows: Callable[[grain.MapDataset, RecordCounts], grain.IterDataset],
+    records: grain.MapDataset,
+    lanes: Lanes,
+    batch_size: int,
+    total: int,
+) -> tuple[grain.IterDataset, dict[int, RecordCounts]]:
+    """The rows of all own lanes in the order of batches, and the counts of each lane.
+
+    Args:
+      make_rows: the rows of one lane from its records.
+      records: the stream of all lanes.
+      batch_size: rows of a batch of this process.
+      total: records of an epoch.
+
+    Raises:
+      UserError: the lanes cannot share the batch, or the records.
+    """
+    rows_of_each = lanes.rows_of_each(batch_size)
+    if total < lanes.count:
+        raise UserError(f"{total} records cannot be shared by {lanes.count} lanes")
+    counts = {lane: RecordCounts() for lane in lanes.own}
+    rows = {
+        lane: make_rows(records[lane :: lanes.count] if lanes.count > 1 else records, counts[lane])
+        for lane in lanes.own
+    }
+    return Joined(rows, rows_of_each), counts
+
+
+def record_stream(
     sources: Sequence[SourceConfig], *, seed: int, shuffle: bool, num_epochs: int | None
 ) -> tuple[grain.MapDataset, int]:
     """The stream of (source number, bytes), and how many records one epoch has (the sum over sources)."""
@@ -273,12 +326,11 @@ def make_loader(
     row_clips: int = 0,
     clip_frames: int = 0,
     objective: Objective = "language_modeling",
-    num_threads: int = 1,
+    reading: Reading = ONE_THREAD,
     num_epochs: int | None = None,
     shuffle: bool = True,
     max_bad_fraction: float = 0.01,
-    shard_index: int = 0,
-    shard_count: int = 1,
+    lanes: Lanes = WHOLE,
     drop_remainder: bool = True,
     prefetch_batches: int = 2,
     packing_bins: int | None = None,
@@ -288,21 +340,22 @@ def make_loader(
     Args:
       sources: at least one; all weighted or none.
       context: how a record becomes an example.
-      batch_size: b, rows per batch of this shard.
+      batch_size: b, rows per batch of this process.
       row_length, row_tiles: s and t. Records that need more are bad records. row_tiles may be 0 for text.
       row_clips, clip_frames: a and f: sounds of a row, and frames of 10 ms of each. Records that need more are bad
         records. 0 clips: no sound.
       seed: of subset, shuffle and packing; not negative.
       objective: "language_modeling" or "text_pretraining", or "cell_naming" for `examples.cell_naming_example`.
-      num_threads: that decode and tokenise; 0 = none of their own. The result does not depend on it. More than one pays
-        for large pictures (decoding runs in parallel), not for small ones (Python's work does not).
+      reading: threads or worker processes that decode and tokenise. The result does not depend on it. More than one
+        thread pays for large pictures (decoding runs in parallel), not for small ones (Python's work does not): there
+        workers pay.
       num_epochs: None = forever.
       shuffle: False keeps the order of the files (rows still come out in a seeded order).
-      max_bad_fraction: of the records, at least BUDGET_RECORDS of them or one epoch.
-      shard_index, shard_count: this host's part of the records.
+      max_bad_fraction: of the records of a lane, at least BUDGET_RECORDS of them or one epoch.
+      lanes: this process's part of the records.
       drop_remainder: False fills an incomplete last batch with rows of padding.
       prefetch_batches: finished batches held ready by a background thread; 0 = none.
-      packing_bins: rows open at the same time, default max(batch_size, 8).
+      packing_bins: rows of a lane open at the same time, default 8 or, if more, its rows in a batch.
 
     Returns:
       A Loader of dicts: tokens, labels, positions, segment_ids, feature_index (b s) int32, tiles (b t S S 3) uint8;
@@ -316,34 +369,32 @@ def make_loader(
     _check_sound(context, row_clips, clip_frames)
     if objective not in get_args(Objective):
         raise UserError(f"objective {objective!r} is unknown; use one of {', '.join(get_args(Objective))}")
-    if not 0 <= shard_index < shard_count:
-        raise UserError(f"shard {shard_index} of {shard_count} does not exist; indices go from 0 to shard_count - 1")
-    records, total = _record_stream(sources, seed=seed, shuffle=shuffle, num_epochs=num_epochs)
-    if shard_count > 1:
-        if total < shard_count:
-            raise UserError(f"{total} records cannot be shared by {shard_count} hosts")
-        records = records[shard_index::shard_count]
+    records, total = record_stream(sources, seed=seed, shuffle=shuffle, num_epochs=num_epochs)
     limits = Limits(row_length, row_tiles, row_clips, clip_frames)
-    threads = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads * WAITING_PER_THREAD)
-    examples = records.map(_Build(tuple(sources), context, limits, objective)).to_iter_dataset(threads)
-    counts = RecordCounts()
-    examples = GoodRecords(examples, counts, max_bad_fraction, min(BUDGET_RECORDS, max(total // shard_count, 1)))
-    bins = packing_bins or max(batch_size, 8)
-    rows, finish = _packed(examples, context, limits, objective, bins, seed)
+    build = _Build(tuple(sources), context, limits, objective)
+    budget_records = min(BUDGET_RECORDS, max(total // lanes.count, 1))
+    bins = packing_bins or max(lanes.rows_of_each(batch_size), 8)
+
+    def rows_of(records: grain.MapDataset, counts: RecordCounts) -> grain.IterDataset:
+        examples = GoodRecords(Examples(records.map(build), reading), counts, max_bad_fraction, budget_records)
+        return _packed(examples, context, limits, objective, bins, seed)
+
+    rows, counts = join_rows(rows_of, records, lanes, batch_size, total)
     stack = functools.partial(packing.stack_rows, batch_size=batch_size)
-    batches = rows.batch(batch_size, drop_remainder=drop_remainder, batch_fn=stack).map(finish)
+    batches = rows.batch(batch_size, drop_remainder=drop_remainder, batch_fn=stack)
+    batches = batches.map(_finish(context, limits, objective))
     if prefetch_batches:
         batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch_batches)
-    return Loader(batches, counts)
+    return Loader(batches, counts, lanes)
 
 
 def _packed(
     examples: grain.IterDataset, context: ExampleContext, limits: Limits, objective: Objective, bins: int, seed: int
-) -> tuple[grain.IterDataset, Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]]:
-    """The examples in rows, and what makes a batch of stacked rows."""
+) -> grain.IterDataset:
+    """The examples in rows."""
     if objective == "cell_naming":
-        return packing.pack_cells(examples, row_tiles=limits.row_tiles, bins=bins, seed=seed), packing.unpack_cells
-    rows = packing.pack(
+        return packing.pack_cells(examples, row_tiles=limits.row_tiles, bins=bins, seed=seed)
+    return packing.pack(
         examples,
         row_length=limits.row_length,
         row_tiles=limits.row_tiles,
@@ -352,12 +403,19 @@ def _packed(
         bins=bins,
         seed=seed,
     )
-    finish = functools.partial(
+
+
+def _finish(
+    context: ExampleContext, limits: Limits, objective: Objective
+) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
+    """What makes a batch of stacked rows."""
+    if objective == "cell_naming":
+        return packing.unpack_cells
+    return functools.partial(
         packing.unpack_columns,
         features_per_slot=context.layout.features_per_slot,
         features_per_clip=context.audio.num_tokens(limits.clip_frames) if limits.row_clips else 0,
     )
-    return rows, finish
 
 
 def _check_numbers(

@@ -20,14 +20,15 @@ import grain
 import numpy as np
 
 from vita_jax.data.audio import MAX_SECONDS, AudioConfig, read_audio
+from vita_jax.data.lanes import ONE_THREAD, WHOLE, Examples, Lanes, Reading
 from vita_jax.data.loader import (
     BUDGET_RECORDS,
-    WAITING_PER_THREAD,
     BadRecord,
     GoodRecords,
     Loader,
     RecordCounts,
     SourceConfig,
+    join_rows,
 )
 from vita_jax.data.records import RecordError
 from vita_jax.data.tokenizer import Tokenizer
@@ -290,10 +291,12 @@ def make_pair_loader(
         return padded_pair(pair, shape, tokenizer)
 
     def sort(elements: grain.IterDataset) -> grain.IterDataset:
-        return sort_by_length(elements, options["batch_size"])
+        return sort_by_length(elements, lanes.rows_of_each(options["batch_size"]))
+
+    lanes = options.get("lanes", WHOLE)
 
     def cut(batch: Arrays) -> Arrays:
-        return cut_padding(batch, shape) if options.get("shard_count", 1) == 1 else batch
+        return cut_padding(batch, shape) if len(lanes.own) == lanes.count else batch
 
     return make_element_loader(sources, build, seed=seed, pack=sort, finish=cut, **options)
 
@@ -304,12 +307,11 @@ def make_element_loader(
     *,
     batch_size: int,
     seed: int,
-    num_threads: int = 1,
+    reading: Reading = ONE_THREAD,
     num_epochs: int | None = None,
     shuffle: bool = True,
     max_bad_fraction: float = 0.01,
-    shard_index: int = 0,
-    shard_count: int = 1,
+    lanes: Lanes = WHOLE,
     prefetch_batches: int = 2,
     pack: Callable[[grain.IterDataset], grain.IterDataset] | None = None,
     finish: Callable[[Arrays], Arrays] | None = None,
@@ -318,11 +320,11 @@ def make_element_loader(
 
     Args:
       build: one pair and its random numbers -> an element.
-      batch_size: b, of this shard.
-      num_threads: that read; 0 = none of their own. The result does not depend on it.
+      batch_size: b, of this process.
+      reading: threads or worker processes that read. The result does not depend on it.
       num_epochs: None = forever.
-      max_bad_fraction: of the records, at least `BUDGET_RECORDS` of them or one epoch.
-      shard_index, shard_count: this host's part of the pairs.
+      max_bad_fraction: of the records of a lane, at least `BUDGET_RECORDS` of them or one epoch.
+      lanes: this process's part of the pairs.
       prefetch_batches: finished batches held ready by a background thread; 0 = none.
       pack: joins good elements to the rows of batches, or orders them; None = each is a row.
       finish: what is still done to a batch.
@@ -330,14 +332,12 @@ def make_element_loader(
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be at least 1")
     pairs = PairSource(sources, seed)
-    if len(pairs) < shard_count:
-        raise UserError(f"{len(pairs)} pairs cannot be shared by {shard_count} hosts")
     # Independent numbers: Grain adds the epoch to the seed, so neighbouring seeds would share shuffles.
     order_seed, crop_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
     stream = grain.MapDataset.source(pairs)
     stream = stream.shuffle(seed=order_seed) if shuffle else stream
     stream = stream.repeat(num_epochs)
-    stream = stream[shard_index::shard_count] if shard_count > 1 else stream
+    budget_records = min(BUDGET_RECORDS, max(len(pairs) // lanes.count, 1))
 
     def element(pair: SpokenText, rng: np.random.Generator) -> Mapping[str, np.ndarray] | BadRecord:
         try:
@@ -345,14 +345,13 @@ def make_element_loader(
         except RecordError as error:
             return BadRecord(str(error), error.category)
 
-    threads = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads * WAITING_PER_THREAD)
-    elements = stream.random_map(element, seed=crop_seed).to_iter_dataset(threads)
-    counts = RecordCounts()
-    budget = min(BUDGET_RECORDS, max(len(pairs) // shard_count, 1))
-    rows = GoodRecords(elements, counts, max_bad_fraction, budget)
-    rows = rows if pack is None else pack(rows)
+    def rows_of(elements: grain.MapDataset, counts: RecordCounts) -> grain.IterDataset:
+        rows = GoodRecords(Examples(elements, reading), counts, max_bad_fraction, budget_records)
+        return rows if pack is None else pack(rows)
+
+    rows, counts = join_rows(rows_of, stream.random_map(element, seed=crop_seed), lanes, batch_size, len(pairs))
     batches = rows.batch(batch_size, drop_remainder=True)
     batches = batches if finish is None else batches.map(finish)
     if prefetch_batches:
         batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch_batches)
-    return Loader(batches, counts)
+    return Loader(batches, counts, lanes)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from vita_jax.data.audio import AudioConfig, AudioContext
 from vita_jax.data.examples import ExampleContext
 from vita_jax.data.images import ImageConfig
+from vita_jax.data.lanes import Reading
 from vita_jax.data.prompts import PromptOptions
 from vita_jax.data.splice import FeatureLayout
 from vita_jax.data.templates import SystemTexts, get_template
@@ -72,7 +73,11 @@ class DataConfig:
       asr: a user's own manifest of transcribed speech, see `vita_jax.data.speech_pairs`.
       speech: a user's own manifest of a voice and its texts.
       max_bad_fraction: share of records that may be unusable before the run stops.
-      num_threads: threads that read and decode.
+      num_threads: threads that read and decode, if there are no workers.
+      num_workers: processes that do instead, for each lane of this process; 0 = none. Either may change when a run goes
+        on.
+      lanes: streams of records of which a batch takes equal parts; None = one for each process. A run may go on with
+        another number of processes if it divides the lanes and their number stays.
       amounts: sizes of generated data, addressed by name: `--config.data.amounts.images.count=100`.
     """
 
@@ -84,7 +89,14 @@ class DataConfig:
     speech: str | None = None
     max_bad_fraction: float = 0.01
     num_threads: int = 2
+    num_workers: int = 0
+    lanes: int | None = None
     amounts: tuple[Amount, ...] = ()
+
+    @property
+    def reading(self) -> Reading:
+        """Who decodes."""
+        return Reading(self.num_threads, self.num_workers)
 
     def amount(self, name: str) -> int:
         """Count of the entry `name` of `amounts`. Raises `UserError` if there is none."""
@@ -159,7 +171,8 @@ class ExperimentConfig:
 
 # What may change between two starts of one run: where it lies and how it is stored, shown and laid out, not what it
 # computes.
-RESTARTABLE_FIELDS = ("run_dir", "checkpoint", "log", "mesh", "data.num_threads", "data.folder", "tokenizer.folder")
+_READERS = ("data.num_threads", "data.num_workers", "data.lanes")  # the loader refuses lanes that do not fit
+RESTARTABLE_FIELDS = (*_READERS, "run_dir", "checkpoint", "log", "mesh", "data.folder", "tokenizer.folder")
 
 # The recogniser's characters, in the data folder.
 CTC_VOCABULARY = "ctc_vocabulary.json"

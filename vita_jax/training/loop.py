@@ -24,9 +24,11 @@ from typing import Any, Protocol, TextIO
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from vita_jax import config as config_lib
+from vita_jax.data.lanes import lanes_of_process, merge_states
 from vita_jax.data.loader import Loader, RecordCounts, make_loader
 from vita_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vita_jax.errors import UserError
@@ -208,11 +210,21 @@ def record_batches(config: ExperimentConfig, stage: Stage, *, tokenizer: Tokeniz
         row_clips=stage.row_clips,
         clip_frames=stage.clip_frames,
         seed=config.seed + config.stages.index(stage),
-        num_threads=config.data.num_threads,
+        reading=config.data.reading,
         max_bad_fraction=config.data.max_bad_fraction,
-        shard_index=jax.process_index(),
-        shard_count=jax.process_count(),
+        lanes=lanes_of_process(config.data.lanes, jax.process_index(), jax.process_count()),
     )
+
+
+def gathered_state(batches: BatchIterator) -> dict[str, Any]:
+    """The state of the data of all processes together."""
+    state = batches.get_state()
+    if jax.process_count() == 1:
+        return state
+    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(text.size))
+    padded = multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - text.size)))
+    return merge_states([json.loads(bytes(row[:size])) for row, size in zip(padded, sizes, strict=True)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,7 +299,7 @@ def train_stage(
 
     def save(step: int) -> None:
         rng = [int(word) for word in np.asarray(state.rng)]
-        meta = snapshot_meta(config, stage, step, rng, batches.get_state(), seconds + reporter.elapsed())
+        meta = snapshot_meta(config, stage, step, rng, gathered_state(batches), seconds + reporter.elapsed())
         checkpoints.save(step, unflatten({**frozen, **state.trainable}), state.opt_state, meta)
 
     for step in range(first, stage.steps):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 
 from vita_jax.data.ctc_vocabulary import load_ctc_vocabulary
+from vita_jax.data.lanes import lanes_of_process
 from vita_jax.data.loader import Loader, SourceConfig
 from vita_jax.data.recognition import RecognitionShape, make_recognition_loader
 from vita_jax.data.speech_pairs import CropShape, PairShape, make_crop_loader, make_pair_loader
@@ -36,10 +37,9 @@ def speech_batches(
     options = {
         "batch_size": stage.batch_size // jax.process_count(),
         "seed": config.seed + config.stages.index(stage),
-        "num_threads": config.data.num_threads,
+        "reading": config.data.reading,
         "max_bad_fraction": config.data.max_bad_fraction,
-        "shard_index": jax.process_index(),
-        "shard_count": jax.process_count(),
+        "lanes": lanes_of_process(config.data.lanes, jax.process_index(), jax.process_count()),
     }
     if stage.objective == "ctc":
         vocabulary = load_ctc_vocabulary(data_folder(config) / CTC_VOCABULARY)

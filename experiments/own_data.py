@@ -221,6 +221,8 @@ def prepare(config: ExperimentConfig) -> ExperimentConfig:
         texts += [pair.text for pair in pairs]
         print(f"data: {len(pairs)} transcribed clips", flush=True)
     if data.speech is not None:
+        if any(pair.codes is not None for pair in read_manifest(data.speech)):
+            raise UserError(f"{data.speech} has codes, but the codec is trained anew here; give a manifest without")
         lines = [
             {"audio": pair.audio, "text": answer_aloud(pair.text, language_of(pair.text)), "written": pair.text}
             for pair in read_manifest(data.speech)

@@ -38,6 +38,7 @@ ALLOWED = {
 COMMANDS = {
     "data_pipelines.show",
     "data_pipelines.rows",
+    "data_pipelines.codes",
     "train",
     "evaluate",
     "chat",

@@ -41,17 +41,21 @@ BATCH_LENGTHS = 4
 # A stage may accept less, never more.
 LONGEST = AudioConfig(max_seconds=MAX_SECONDS)
 MANIFEST = "manifest.jsonl"
+CODEC_FILE = "codec.json"  # beside a manifest with codes: whose they are
 
 Arrays = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class SpokenText:
-    """One line of a manifest: `place` names it in messages."""
+    """One line of a manifest: `place` names it in messages; `codes` (t,) are the codec's tokens of it, or None
+    (`data_pipelines.codes`).
+    """
 
     place: str
     audio: Path
     text: str
+    codes: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +86,19 @@ class PairShape:
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
+def manifest_file(path: str | Path) -> Path:
+    """A manifest, given itself or by its folder."""
+    return Path(path) / MANIFEST if Path(path).is_dir() else Path(path)
+
+
 def read_manifest(path: str | Path) -> list[SpokenText]:
     """The lines of a manifest, or of the `manifest.jsonl` in a folder.
 
     Raises:
-      UserError: it cannot be read, is empty, or a line is not an object with `audio` and `text`; names the line.
+      UserError: it cannot be read, is empty, or a line is not an object with `audio` and `text` or has `codes` that are
+        no list of numbers from 0 on; names the line.
     """
-    path = Path(path)
-    path = path / MANIFEST if path.is_dir() else path
+    path = manifest_file(path)
     try:
         # Not `splitlines`: a text may hold one of the rarer separators.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -106,10 +115,19 @@ def read_manifest(path: str | Path) -> list[SpokenText]:
             audio = text = None
         if not isinstance(audio, str) or not isinstance(text, str):
             raise UserError(f'{path}, line {number}: expected a JSON object with "audio" and "text", both text')
-        pairs.append(SpokenText(f"{path}, line {number}", path.parent / audio, text))
+        place = f"{path}, line {number}"
+        pairs.append(SpokenText(place, path.parent / audio, text, _codes(entry.get("codes"), place)))
     if not pairs:
         raise UserError(f"speech manifest {path} is empty; there is nothing to train on")
     return pairs
+
+
+def _codes(values: Any, place: str) -> np.ndarray | None:
+    if values is None:
+        return None
+    if not isinstance(values, list) or not values or any(type(value) is not int or value < 0 for value in values):
+        raise UserError(f'{place}: "codes" must be a list of numbers from 0 on')
+    return np.asarray(values, np.min_scalar_type(max(values)))
 
 
 def read_wave(path: str | Path, sampling_rate: int) -> np.ndarray:
@@ -162,6 +180,10 @@ class PairSource:
             count = max(1, int(len(pairs) * source.ratio))
             order = np.random.default_rng([seed, number]).permutation(len(pairs))
             self._pairs += [pairs[i] for i in np.sort(order[:count])]
+        #: Whether every line has the codec's tokens.
+        self.coded = all(pair.codes is not None for pair in self._pairs)
+        if not self.coded and any(pair.codes is not None for pair in self._pairs):
+            raise UserError("some lines of the manifests have codes and others have none; use either")
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -192,6 +214,8 @@ def crops_of(pair: SpokenText, shape: CropShape, rng: np.random.Generator) -> Ar
 def padded_pair(pair: SpokenText, shape: PairShape, tokenizer: Tokenizer) -> Arrays:
     """`text_tokens` (s,) int32, `text_lengths` (), `waves` (n,) float32, `frames` (); a begun frame counts as one.
 
+    A pair with codes has `codes` (f,) int32 in place of the waves, and its sound is not read.
+
     Raises:
       RecordError: no or too much text, unreadable or too long audio.
     """
@@ -200,14 +224,18 @@ def padded_pair(pair: SpokenText, shape: PairShape, tokenizer: Tokenizer) -> Arr
         raise RecordError(pair.place, "text", "is empty", "no text")
     if len(ids) > shape.tokens:
         raise RecordError(pair.place, "text", f"has {len(ids)} tokens, more than {shape.tokens}", "too long")
-    samples = read_wave(pair.audio, shape.sampling_rate)
-    frames = -(-len(samples) // shape.hop)
+    samples = read_wave(pair.audio, shape.sampling_rate) if pair.codes is None else None
+    frames = len(pair.codes) if samples is None else -(-len(samples) // shape.hop)
     if frames > shape.frames:
         raise RecordError(pair.place, "audio", f"has {frames} codec frames, more than {shape.frames}", "too long")
+    if samples is None:
+        spoken = {"codes": np.pad(pair.codes.astype(np.int32), (0, shape.frames - frames))}
+    else:
+        spoken = {"waves": np.pad(samples, (0, shape.frames * shape.hop - len(samples)))}
     return {
         "text_tokens": np.pad(np.asarray(ids, np.int32), (0, shape.tokens - len(ids))),
         "text_lengths": np.int32(len(ids)),
-        "waves": np.pad(samples, (0, shape.frames * shape.hop - len(samples))),
+        **spoken,
         "frames": np.int32(frames),
     }
 
@@ -238,10 +266,11 @@ def sort_by_length(elements: grain.IterDataset, batch_size: int) -> grain.IterDa
 
 
 def cut_padding(batch: Arrays, shape: PairShape) -> Arrays:
-    """The batch with `waves` no longer than its longest needs, in steps of a quarter of the full length."""
+    """The batch with waves or codes no longer than its longest needs, in steps of a quarter of the full length."""
     step = -(-shape.frames // BATCH_LENGTHS)
     frames = min(shape.frames, -(-int(batch["frames"].max()) // step) * step)
-    return {**batch, "waves": batch["waves"][:, : frames * shape.hop]}
+    lengths = {"waves": frames * shape.hop, "codes": frames}
+    return batch | {name: batch[name][:, :length] for name, length in lengths.items() if name in batch}
 
 
 # ---- loaders --------------------------------------------------------------------------------------------------------
@@ -271,7 +300,8 @@ def make_crop_loader(sources: Sequence[SourceConfig], shape: CropShape, *, seed:
 def make_pair_loader(
     sources: Sequence[SourceConfig], shape: PairShape, tokenizer: Tokenizer, *, seed: int, **options: Any
 ) -> Loader:
-    """Batches for the speech decoders: `text_tokens` (b s), `text_lengths` (b,), `waves` (b n), `frames` (b,).
+    """Batches for the speech decoders: `text_tokens` (b s), `text_lengths` (b,), `waves` (b n), `frames` (b,); `codes`
+    (b f) in place of the waves where the manifests have them.
 
     The pairs of a batch are of similar length, and n only as long as they need. Where several hosts read, n is always
     the longest, because they must agree.

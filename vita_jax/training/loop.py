@@ -58,7 +58,7 @@ from vita_jax.training.experiment import (
 )
 from vita_jax.training.metrics import MetricsWriter, Reporter, format_duration
 from vita_jax.training.plan import StagePlan, initial_params, plan_stage
-from vita_jax.training.speech_batches import SPEECH_BATCHES, speech_batches
+from vita_jax.training.speech_batches import SPEECH_BATCHES, check_codes, speech_batches
 from vita_jax.training.stages import Stage, count_parameters, flatten, parameter_counts, stage_table, unflatten
 from vita_jax.training.step import FlatParams, TrainState, train_step
 
@@ -269,6 +269,8 @@ def starting_state(
         step, rng, seconds = np.int32(meta["step"]), np.asarray(meta["rng"], np.uint32), meta["seconds"]
         batches.set_state(meta["data_state"])
         run.stream.write(f"{plan.stage.title}: going on from step {latest} of {plan.stage.steps}\n")
+    if plan.stage.objective == "speech_decoder":
+        check_codes(run.config, plan.stage, {**frozen, **trainable})
     step, rng = put_replicated((step, rng), run.mesh)
     return TrainState(step, trainable, opt_state, rng), frozen, seconds
 

@@ -2,22 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 
 from vita_jax.data.ctc_vocabulary import load_ctc_vocabulary
 from vita_jax.data.lanes import lanes_of_process
 from vita_jax.data.loader import Loader, SourceConfig
 from vita_jax.data.recognition import RecognitionShape, make_recognition_loader
-from vita_jax.data.speech_pairs import CropShape, PairShape, make_crop_loader, make_pair_loader
+from vita_jax.data.records import read_json
+from vita_jax.data.speech_pairs import CODEC_FILE, CropShape, PairShape, make_crop_loader, make_pair_loader
 from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UserError
 from vita_jax.training.experiment import CTC_VOCABULARY, ExperimentConfig, data_folder
 from vita_jax.training.objectives.speech import SPEECH_OBJECTIVES
-from vita_jax.training.stages import Stage
+from vita_jax.training.stages import Stage, flatten, unflatten
+from vita_jax.training.step import FlatParams
 
 SPEECH_BATCHES = ("ctc", *SPEECH_OBJECTIVES)  # objectives that read manifests and not packed records
+
+
+def codec_fingerprint(params: Mapping[str, Any]) -> str:
+    """Of a codec's parameters: equal ones give equal tokens."""
+    digest = hashlib.sha256()
+    for name, value in sorted(flatten(params).items()):
+        digest.update(f"{name} {value.shape} {value.dtype}\n".encode())
+        digest.update(np.asarray(value).tobytes())
+    return digest.hexdigest()
+
+
+def check_codes(config: ExperimentConfig, stage: Stage, params: FlatParams) -> None:
+    """Raises UserError if a source of the stage has the tokens of another codec than the model's."""
+    own = None
+    for source in stage.sources:
+        file = data_folder(config) / source.path / CODEC_FILE
+        if not file.is_file():
+            continue
+        made_by = read_json(file, "codec").get("codec")
+        own = own or codec_fingerprint(unflatten(params)["codec"])
+        if made_by != own:
+            raise UserError(
+                f"stage {stage.name}: the codes of {source.path} are of another codec than the model's; make them anew "
+                "with data_pipelines.codes"
+            )
 
 
 def speech_batches(

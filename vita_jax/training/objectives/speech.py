@@ -230,7 +230,7 @@ def speech_decoder_loss(model: Vita, params: Params, batch: Batch, key: jax.Arra
       model: the composition.
       params: nested parameters.
       batch: `text_tokens` (b s) int32 ids of the language model, `text_lengths` (b,) int32; `waves` (b n) float32 of
-        the sentences spoken, n a multiple of the hop, `frames` (b,) int32 of each.
+        the sentences spoken, n a multiple of the hop, or their `codes` (b f) int32; `frames` (b,) int32 of each.
       key: not used.
 
     Returns:
@@ -240,10 +240,8 @@ def speech_decoder_loss(model: Vita, params: Params, batch: Batch, key: jax.Arra
     codec, config = codec_config(model), model.config.speech
     features = text_features(model, params["language"], batch["text_tokens"])
     rows = features.shape[1] // batch["text_tokens"].shape[1]
-    codes, _ = Codec(codec).apply(
-        {"params": jax.lax.stop_gradient(params["codec"])}, batch["waves"], batch["frames"], method=Codec.encode
-    )
-    speech = SpeechBatch(jax.lax.stop_gradient(features), batch["text_lengths"] * rows, codes[..., 0], batch["frames"])
+    codes = batch["codes"] if "codes" in batch else _codes_of(codec, params["codec"], batch)
+    speech = SpeechBatch(jax.lax.stop_gradient(features), batch["text_lengths"] * rows, codes, batch["frames"])
     decoder, variables = SpeechDecoder(config, dtype=model.dtype), {"params": params["speech"]}
     hidden = decoder.apply(variables, speech)[:, -codes.shape[1] - 1 :]
     logits = decoder.apply(variables, hidden, method=SpeechDecoder.logits)
@@ -256,6 +254,13 @@ def speech_decoder_loss(model: Vita, params: Params, batch: Batch, key: jax.Arra
         initial, number = initial_distribution_loss(guesses, speech.feature_lengths, speech.codes, speech.code_lengths)
         loss, metrics["initial"] = loss + INITIAL_WEIGHT * initial, (initial, number)
     return LossSums(loss, count, metrics)
+
+
+def _codes_of(config: CodecConfig, params: Params, batch: Batch) -> jax.Array:
+    """(b f) int32."""
+    variables = {"params": jax.lax.stop_gradient(params)}
+    codes, _ = Codec(config).apply(variables, batch["waves"], batch["frames"], method=Codec.encode)
+    return codes[..., 0]
 
 
 def _samples(batch: Mapping[str, np.ndarray]) -> int:
@@ -273,4 +278,6 @@ CODEC = Objective(
     extra_params=codec_extra_params,
     extra_names=(DISCRIMINATORS, CODEC_STATE),
 )
-SPEECH_DECODER = Objective(speech_decoder_loss, ("text_tokens", "text_lengths", "waves", "frames"), _speech_tokens)
+SPEECH_DECODER = Objective(
+    speech_decoder_loss, ("text_tokens", "text_lengths", "frames"), _speech_tokens, optional_keys=("waves", "codes")
+)

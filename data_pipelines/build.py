@@ -43,8 +43,11 @@ my.json is a list of records like
                                                     {"from": "gpt", "value": "A cat."}]}
 """
 SHOWN_REJECTS = 20
-LAYOUTS = ("manifest", "librispeech", "aishell")
-CHATS = ("vita", "messages", "sharegpt", "alpaca")
+CORPORA = ("manifest", "librispeech", "aishell")
+RECORD_LAYOUTS = ("vita", "messages", "sharegpt", "alpaca")
+# Options of `records` that belong to one kind of source, and what they are where they are not given.
+OF_FILES = {"root": None, "folders": None, "layout": "vita", "ignore_fields": ""}
+OF_TFDS = {"split": "train", "data_dir": None, "image": None, "audio": None, "question": "", "answer": ""}
 
 
 def make_parser() -> ArgumentParser:
@@ -70,7 +73,7 @@ def make_parser() -> ArgumentParser:
     build.set_defaults(run=build_folder)
 
     heard = add("recordings", "Check transcribed recordings, and write their manifest; they stay where they are.")
-    heard.add_argument("--layout", required=True, choices=LAYOUTS, help=", ".join(LAYOUTS))
+    heard.add_argument("--layout", required=True, choices=CORPORA, help=", ".join(CORPORA))
     heard.add_argument("--from", dest="source", required=True, metavar="PATH", help="the manifest, or the top folder")
     heard.add_argument("--root", metavar="FOLDER", help="where a manifest's paths start; default its own folder")
     heard.add_argument("--output", required=True, metavar="FOLDER", help="gets manifest.jsonl and rejects.jsonl")
@@ -93,18 +96,14 @@ def make_parser() -> ArgumentParser:
     for one in (build, check, speak):
         one.add_argument("--root", metavar="FOLDER", help="where media paths start; not needed for text")
         one.add_argument("--folders", metavar="FILE", help="JSON object {set: root folder} for records that name a set")
-        one.add_argument("--layout", choices=CHATS, default="vita", help=f"of the file: {', '.join(CHATS)}")
+        one.add_argument(
+            "--layout", choices=RECORD_LAYOUTS, default="vita", help=f"of the file: {', '.join(RECORD_LAYOUTS)}"
+        )
         one.add_argument("--ignore-fields", default="", metavar="A,B", help="fields outside of the format to skip")
     for one in (build, check, heard):
-        one.add_argument(
-            "--max-bad-fraction", type=float, default=0.01, metavar="X", help="rejects allowed (default 0.01)"
-        )
-        one.add_argument(
-            "--runner", default="DirectRunner", metavar="NAME", help="of Apache Beam (default DirectRunner)"
-        )
-        one.add_argument(
-            "--runner-option", action="append", default=[], metavar="KEY=VALUE", help="of the runner; may be repeated"
-        )
+        add_budget(one)
+    for one in (build, heard):
+        add_runner(one)
 
     show = add("stats", "Durations, tokens, tiles and scripts of built records, or of a manifest of recordings.")
     show.add_argument("folder", metavar="FOLDER", help="written by `records`, or with a manifest.jsonl")
@@ -115,6 +114,28 @@ def make_parser() -> ArgumentParser:
     show.add_argument("--page", metavar="FILE", help="an HTML page with plots")
     show.set_defaults(run=show_stats)
     return parser
+
+
+def add_budget(parser: argparse.ArgumentParser) -> None:
+    """--max-bad-fraction."""
+    parser.add_argument(
+        "--max-bad-fraction", type=float, default=0.01, metavar="X", help="rejects allowed (default 0.01)"
+    )
+
+
+def add_runner(parser: argparse.ArgumentParser) -> None:
+    """Who does the work, see `parts.Runner`."""
+    parser.add_argument("--runner", default="DirectRunner", metavar="NAME", help="of Beam (default DirectRunner)")
+    parser.add_argument(
+        "--runner-option", action="append", default=[], metavar="KEY=VALUE", help="of the runner; may be repeated"
+    )
+
+
+def runner_of(arguments: argparse.Namespace) -> Runner:
+    """What `add_runner` added."""
+    from data_pipelines.parts import Runner
+
+    return Runner(arguments.runner, tuple(arguments.runner_option))
 
 
 class Line:
@@ -151,27 +172,29 @@ def _source(arguments: argparse.Namespace) -> RecordsFile:
 def _tfds_source(arguments: argparse.Namespace) -> TfdsSource:
     from data_pipelines.tfds_source import TfdsSource
 
-    names = ("split", "data_dir", "image", "audio", "question", "answer")
-    return TfdsSource(arguments.tfds, **{name: getattr(arguments, name) for name in names})
+    return TfdsSource(arguments.tfds, **{name: getattr(arguments, name) for name in OF_TFDS})
 
 
-def _runner(arguments: argparse.Namespace) -> Runner:
-    from data_pipelines.parts import Runner
-
-    return Runner(arguments.runner, tuple(arguments.runner_option))
+def _refuse_others(arguments: argparse.Namespace) -> None:
+    """Raises UserError for an option of the kind of source that is not given."""
+    given, options = ("--json", OF_TFDS) if arguments.json else ("--tfds", OF_FILES)
+    for name, default in options.items():
+        if getattr(arguments, name) != default:
+            raise UserError(f"--{name.replace('_', '-')} says nothing beside {given}; leave it out")
 
 
 def build_folder(arguments: argparse.Namespace) -> int:
     """`records`."""
     from data_pipelines.records import REJECTS_NAME, build_records
 
+    _refuse_others(arguments)
     with Line() as line:
         manifest = build_records(
             _source(arguments) if arguments.json else _tfds_source(arguments),
             arguments.output,
             max_bad_fraction=arguments.max_bad_fraction,
             shards=arguments.shards,
-            runner=_runner(arguments),
+            runner=runner_of(arguments),
             progress=line.show,
             command=shlex.join(["python", "-m", "data_pipelines.build", *arguments.line]),
         )
@@ -188,7 +211,11 @@ def build_recordings(arguments: argparse.Namespace) -> int:
 
     lines = read_corpus(arguments.source, arguments.layout, arguments.root)
     with Line() as line:
-        options = {"max_bad_fraction": arguments.max_bad_fraction, "runner": _runner(arguments), "progress": line.show}
+        options = {
+            "max_bad_fraction": arguments.max_bad_fraction,
+            "runner": runner_of(arguments),
+            "progress": line.show,
+        }
         found = build_manifest(lines, arguments.output, **options)
     languages = ", ".join(f"{number} {language}" for language, number in found.languages.items())
     rejected = ", ".join(f"{reason}: {number}" for reason, number in found.rejects.items()) or "none"
@@ -238,7 +265,7 @@ def validate_file(arguments: argparse.Namespace) -> int:
     check_budget_bounds(arguments.max_bad_fraction)
 
     with Line() as line:
-        found = validate_records(_source(arguments), runner=_runner(arguments), progress=line.show)
+        found = validate_records(_source(arguments), progress=line.show)
     for reject in found.rejects[:SHOWN_REJECTS]:
         print(json.dumps(reject, ensure_ascii=False))
     if len(found.rejects) > SHOWN_REJECTS:

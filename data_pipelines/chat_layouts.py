@@ -65,7 +65,7 @@ def _alpaca(entry: dict[str, Any], where: str) -> list[dict[str, Any]]:
     return [_turn(turn, field, where, "from", "value") for field, turn in turns.items()]
 
 
-LAYOUTS: dict[str, Callable[[dict[str, Any], str], list[dict[str, Any]]]] = {
+CHAT_LAYOUTS: dict[str, Callable[[dict[str, Any], str], list[dict[str, Any]]]] = {
     "messages": _messages,
     "sharegpt": _sharegpt,
     "alpaca": _alpaca,
@@ -77,7 +77,7 @@ def public_record(entry: Any, layout: str, where: str) -> dict[str, Any]:
 
     Args:
       entry: the decoded JSON.
-      layout: one of `LAYOUTS`.
+      layout: one of `CHAT_LAYOUTS`.
       where: names the entry in messages.
 
     Raises:
@@ -86,4 +86,4 @@ def public_record(entry: Any, layout: str, where: str) -> dict[str, Any]:
     if not isinstance(entry, dict):
         raise RecordError(where, "", f"must be an object in the layout {layout!r}")
     identity = {"id": entry["id"]} if "id" in entry else {}
-    return {**identity, "conversations": LAYOUTS[layout](entry, where)}
+    return {**identity, "conversations": CHAT_LAYOUTS[layout](entry, where)}

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipelines.build import Line, add_budget, add_runner, runner_of
 from vita_jax.command_line import ArgumentParser, run_command
 from vita_jax.errors import UserError
 
@@ -44,11 +45,8 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="whose codec it is: a run, or kept weights")
     parser.add_argument("--from", dest="source", required=True, metavar="PATH", help="a manifest, or its folder")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="new, or an earlier one of this command")
-    parser.add_argument("--max-bad-fraction", type=float, default=0.01, metavar="X", help="rejects (default 0.01)")
-    parser.add_argument("--runner", default="DirectRunner", metavar="NAME", help="of Beam (default DirectRunner)")
-    parser.add_argument(
-        "--runner-option", action="append", default=[], metavar="KEY=VALUE", help="of the runner; may be repeated"
-    )
+    add_budget(parser)
+    add_runner(parser)
     return parser
 
 
@@ -93,15 +91,15 @@ class CodesBuilder:
 
         config, codes, _ = _codec(self.checkpoint)
         good, bad = [], []
-        for place, entry in read_part(part):
+        for _, entry in read_part(part):
             try:
                 samples = read_wave(entry["path"], config.sampling_rate)
                 found = codes(samples, -(-len(samples) // config.hop)).tolist()
                 audio = os.path.relpath(entry["path"], self.output)
                 good.append({**entry["line"], "audio": audio, "codes": found})
             except RecordError as error:
-                bad.append({"line": place + 1, "category": error.category, "reason": str(error)})
-            report.show(recordings=len(good) + len(bad), rejected=len(bad))
+                bad.append({"place": entry["place"], "category": error.category, "reason": str(error)})
+            report.show(done=len(good) + len(bad), rejected=len(bad))
         return {"good": good, "bad": bad}
 
 
@@ -128,9 +126,20 @@ def build_codes(
       Counts of "recordings", "codes" and "rejected".
 
     Raises:
-      UserError: no codec of one token per frame, no manifest, a refused output, too many rejects.
+      UserError: no codec of one token per frame, no manifest, a refused output, too many rejects (all of them are then
+        in OUTPUT.rejects.jsonl and `output` is as before).
     """
-    from data_pipelines.parts import LOCAL, deal_out, file_state, run_parts, work_folder
+    from data_pipelines.parts import (
+        LOCAL,
+        deal_out,
+        file_state,
+        forget,
+        forget_work,
+        replace_folder,
+        run_parts,
+        shown_counts,
+        work_folder,
+    )
     from data_pipelines.records import REJECTS_NAME, check_budget_bounds, within_budget
     from vita_jax.data.speech_pairs import CODEC_FILE, MANIFEST, manifest_file, read_manifest
 
@@ -138,44 +147,47 @@ def build_codes(
     output = Path(output).absolute()
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / CODEC_FILE).is_file())):
         raise UserError(f"output {output} holds something that was not made here; give a new folder")
-    pairs = read_manifest(source)
-    fingerprint = _codec(checkpoint)[2]
+    pairs, fingerprint = read_manifest(source), _codec(checkpoint)[2]
     lines = [json.loads(line) for line in manifest_file(source).read_text("utf-8-sig").split("\n") if line.strip()]
-    paths = [pair.audio.resolve() for pair in pairs]
-    entries = [{"path": str(path), "line": line} for path, line in zip(paths, lines, strict=True)]
+    entries = [
+        {"path": str(pair.audio.resolve()), "place": pair.place, "line": line}
+        for pair, line in zip(pairs, lines, strict=True)
+    ]
     output.parent.mkdir(parents=True, exist_ok=True)
-    inputs = json.dumps([fingerprint, entries, [file_state(path) for path in paths]])
+    inputs = json.dumps([fingerprint, entries, [file_state(pair.audio) for pair in pairs]])
     work = work_folder(output, hashlib.sha256(inputs.encode()).hexdigest())
     total = deal_out(entries, work, lambda place: place // PART_LINES)
-    shown = progress and (lambda n: progress(f"{n['recordings']} of {total} recordings, {n['rejected']} rejected"))
-    results = run_parts(work, CodesBuilder(checkpoint, str(output)), runner or LOCAL, shown)
+    builder, shown = CodesBuilder(checkpoint, str(output.resolve())), shown_counts("recordings", total, progress)
+    results = run_parts(work, builder, runner or LOCAL, shown)
     good, bad = ([line for result in results for line in result[kind]] for kind in ("good", "bad"))
+    new = work / "output"
+    new.mkdir(exist_ok=True)
+    files = {MANIFEST: good, REJECTS_NAME: bad, CODEC_FILE: [{"codec": fingerprint, "checkpoint": checkpoint}]}
+    for name, content in files.items():
+        (new / name).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in content), "utf-8")
+    beside = output.with_name(f"{output.name}.{REJECTS_NAME}")
     if not within_budget(len(bad), total, max_bad_fraction):
+        shutil.copyfile(new / REJECTS_NAME, beside)
+        forget(work, lambda result: bool(result["bad"]))  # what failed once may work when it is tried again
         raise UserError(
             f"{len(bad)} of {total} recordings cannot be read, max_bad_fraction is {max_bad_fraction:g}; "
-            f"the first: {bad[0]['reason']}"
+            f"all reasons are in {beside}; the first: {bad[0]['reason']}"
         )
-    output.mkdir(exist_ok=True)
-    files = {MANIFEST: good, REJECTS_NAME: bad, CODEC_FILE: [{"codec": fingerprint, "checkpoint": checkpoint}]}
-    for name, lines in files.items():
-        (work / name).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
-        (work / name).replace(output / name)
-    shutil.rmtree(work)
+    replace_folder(new, output)
+    forget_work(output)
+    beside.unlink(missing_ok=True)
     return {"recordings": len(good), "codes": sum(len(line["codes"]) for line in good), "rejected": len(bad)}
 
 
 def encode(arguments: argparse.Namespace) -> int:
     """Runs the command."""
-    from data_pipelines.build import Line
-    from data_pipelines.parts import Runner
-
     with Line() as line:
         counts: Mapping[str, int] = build_codes(
             arguments.checkpoint,
             arguments.source,
             arguments.output,
             max_bad_fraction=arguments.max_bad_fraction,
-            runner=Runner(arguments.runner, tuple(arguments.runner_option)),
+            runner=runner_of(arguments),
             progress=line.show,
         )
     print(f"{arguments.output}: " + ", ".join(f"{number} {name}" for name, number in counts.items()))
@@ -188,4 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # By its name, so that other processes find what they are sent.
+    from data_pipelines import codes
+
+    sys.exit(codes.main())

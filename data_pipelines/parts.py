@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -33,6 +34,8 @@ from vita_jax.errors import UserError
 
 ENTRIES, RESULT, FAILED, STATE = ".entries", ".result", ".failed", ".state"
 BUFFER_BYTES = 64 << 20  # of lines that are held while entries are dealt out
+# Beam's own DirectRunner would first look for a program on the network; this is the one it falls back to, in Python.
+EMBEDDED = {"DirectRunner": "apache_beam.runners.portability.fn_api_runner.FnApiRunner"}
 # Entries in memory at once, with their media.
 WINDOW = 64
 THREADS = max(2, os.cpu_count() or 1)
@@ -102,6 +105,30 @@ def work_folder(output: Path, digest: str) -> Path:
     return work
 
 
+def forget_work(output: Path) -> None:
+    """Removes the parts of an output that is complete."""
+    for old in output.parent.glob(f".{output.name}.parts-*"):
+        shutil.rmtree(old)
+
+
+def replace_folder(new: Path, output: Path) -> None:
+    """Puts `new` in the place of `output`; an older one disappears only once the new one is complete."""
+    if not output.exists():
+        new.rename(output)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
+    output.rename(old / "data")
+    new.rename(output)
+    shutil.rmtree(old)
+
+
+def shown_counts(what: str, total: int, progress: Progress | None) -> Callable[[Counter[str]], None] | None:
+    """What makes a line of the counts of `run_parts`: "done" and "rejected" of `total`."""
+    if progress is None:
+        return None
+    return lambda counts: progress(f"{counts['done']} of {total} {what}, {counts['rejected']} rejected")
+
+
 def file_state(path: Path) -> str:
     """Path, size and time of change as a line; a missing file counts as such."""
     try:
@@ -146,13 +173,18 @@ class Report:
 
     def __init__(self, file: Path) -> None:
         self._file, self._shown = file.with_suffix(STATE), 0.0
+        self._counts: dict[str, int] = {}
 
     def show(self, **counts: int) -> None:
         """What was counted so far."""
-        now = time.monotonic()
+        now, self._counts = time.monotonic(), counts
         if now - self._shown >= PROGRESS_SECONDS:
             self._shown = now
-            _write_whole(self._file, counts)
+            self.close()
+
+    def close(self) -> None:
+        """Writes what was counted last."""
+        _write_whole(self._file, self._counts)
 
 
 def _write_whole(file: Path, value: Any) -> None:
@@ -173,7 +205,9 @@ class _Work:
         if file.with_suffix(RESULT).is_file():
             return
         try:
-            result = self.function(file, Report(file))
+            report = Report(file)
+            result = self.function(file, report)
+            report.close()
             _write_whole(file.with_suffix(RESULT), result)
         except (UserError, OSError) as error:
             with contextlib.suppress(OSError):
@@ -218,6 +252,13 @@ def run_parts(
     return [json.loads(file.with_suffix(RESULT).read_text(encoding="utf-8")) for file in files]
 
 
+def forget(folder: Path, unwanted: Callable[[Any], bool]) -> None:
+    """Removes the results that are not wanted, so that their parts are done again."""
+    for file in folder.glob(f"part-*{RESULT}"):
+        if unwanted(json.loads(file.read_text(encoding="utf-8"))):
+            file.unlink()
+
+
 def _run_by_beam(files: list[str], work: _Work, runner: Runner) -> None:
     with _quiet():
         import apache_beam as beam  # here, since it takes seconds
@@ -236,7 +277,8 @@ def _pipeline(runner: Runner) -> Any:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            options = PipelineOptions([f"--{option.lstrip('-')}" for option in runner.options], runner=runner.name)
+            name = EMBEDDED.get(runner.name, runner.name)
+            options = PipelineOptions([f"--{option.lstrip('-')}" for option in runner.options], runner=name)
             known = options.get_all_options()
             pipeline = beam.Pipeline(options=options)
     except ValueError as error:

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from data_pipelines.parts import (
     Runner,
     deal_out,
     file_state,
+    forget,
     map_in_order,
     read_part,
     run_parts,
+    shown_counts,
     work_folder,
 )
 from data_pipelines.records import LONGEST_AUDIO, REJECTS_NAME, check_budget_bounds, within_budget
@@ -89,7 +91,9 @@ def build_manifest(
         work = work_folder(output, _digest(Path(new)))
         for file in Path(new).iterdir():
             file.replace(work / file.name)
-    results = run_parts(work, ManifestBuilder(str(output.resolve())), runner, _shown(total, progress))
+    results = run_parts(
+        work, ManifestBuilder(str(output.resolve())), runner, shown_counts("recordings", total, progress)
+    )
     found = _gathered(results)
     beside = output.with_name(f"{output.name}.{REJECTS_NAME}")
     for name in (REJECTS_NAME, MANIFEST):
@@ -99,6 +103,7 @@ def build_manifest(
     if not within_budget(total - found.count, total, max_bad_fraction):
         shutil.copyfile(work / REJECTS_NAME, beside)
         first = next(line for result in results for line in result[REJECTS_NAME])["reason"]
+        forget(work, lambda result: bool(result[REJECTS_NAME]))  # what failed once may work when it is tried again
         raise UserError(
             f"{total - found.count} of {total} recordings rejected, max_bad_fraction is {max_bad_fraction:g}; "
             f"all reasons are in {beside}; the first: {first}"
@@ -138,14 +143,6 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _shown(total: int, progress: Progress | None) -> Callable[[Counter[str]], None] | None:
-    if progress is None:
-        return None
-    return lambda counts: progress(
-        f"{counts['recordings']} of {total} recordings, {counts['seconds'] / 3600:.1f} h, {counts['rejected']} rejected"
-    )
-
-
 def _gathered(results: Sequence[dict[str, Any]]) -> Recordings:
     """The results of all parts as one."""
     good = [line for result in results for line in result[MANIFEST]]
@@ -168,11 +165,10 @@ class ManifestBuilder:
 
     def __call__(self, part: Path, report: Report) -> dict[str, list[dict[str, Any]]]:
         """Lines of the manifest, and of the rejects."""
-        good, bad, seconds = [], [], 0.0
+        good, bad = [], []
         for result in map_in_order(lambda item: self._line(item[1]), read_part(part)):
             (bad if "category" in result else good).append(result)
-            seconds += result.get("duration", 0)
-            report.show(recordings=len(good) + len(bad), rejected=len(bad), seconds=int(seconds))
+            report.show(done=len(good) + len(bad), rejected=len(bad))
         return {MANIFEST: good, REJECTS_NAME: bad}
 
     def _line(self, entry: dict[str, Any]) -> dict[str, Any]:

@@ -27,9 +27,13 @@ from data_pipelines.parts import (
     Report,
     Runner,
     deal_out,
+    forget,
+    forget_work,
     map_in_order,
     read_part,
+    replace_folder,
     run_parts,
+    shown_counts,
     work_folder,
 )
 from data_pipelines.sources import RecordsFile, file_sha256
@@ -123,7 +127,7 @@ class PartBuilder:
                 _count(counts, record)
                 if writer is not None:
                     writer.write(data)
-            report.show(records=counts["records"] + len(rejects), rejected=len(rejects))
+            report.show(done=counts["records"] + len(rejects), rejected=len(rejects))
         return {"counts": counts, "rejects": rejects, "shard": None if writer is None else writer.close()}
 
     def _result(self, checker: _MediaChecker) -> Callable[[tuple[int, Any]], tuple[Record, bytes] | dict[str, Any]]:
@@ -220,7 +224,7 @@ def _gathered(results: Iterable[dict[str, Any]]) -> Validation:
     return Validation(counts["records"] + len(rejects), dict(counts), tuple(rejects), tuple(shards))
 
 
-def validate_records(source: Source, *, runner: Runner = LOCAL, progress: Progress | None = None) -> Validation:
+def validate_records(source: Source, *, progress: Progress | None = None) -> Validation:
     """Checks a source and decodes all its media, as `build_records` does, and writes nothing.
 
     Raises:
@@ -229,14 +233,8 @@ def validate_records(source: Source, *, runner: Runner = LOCAL, progress: Progre
     source.check()
     with tempfile.TemporaryDirectory() as folder:
         total = deal_out(source.entries(), Path(folder), lambda place: place // CHECK_PART)
-        shown = _shown(source.name, total, progress)
-        return _gathered(run_parts(Path(folder), PartBuilder(source, None), runner, shown))
-
-
-def _shown(name: str, total: int, progress: Progress | None) -> Callable[[Counter[str]], None] | None:
-    if progress is None:
-        return None
-    return lambda counts: progress(f"{name}: {counts['records']} of {total} records, {counts['rejected']} rejected")
+        shown = shown_counts(f"records of {source.name}", total, progress)
+        return _gathered(run_parts(Path(folder), PartBuilder(source, None), LOCAL, shown))
 
 
 # ---- the whole folder -----------------------------------------------------------------------------------------------
@@ -304,17 +302,26 @@ def build_records(
         _check_budget(wanted.source, bad, bad + found.counts["records"], max_bad_fraction, output / REJECTS_NAME)
         if progress is not None:
             progress(f"{output} is up to date ({found.counts['records']} records)")
+        forget_work(output)
         return found
     digest = hashlib.sha256(json.dumps([RECORD_SCHEMA, *_inputs(wanted)]).encode()).hexdigest()
     work = work_folder(output, digest)
     new = work / "output"
     new.mkdir(exist_ok=True)
+    # What a killed build left: shards that were not finished, and results whose shards have gone.
+    for unfinished in new.glob("*.new"):
+        unfinished.unlink()
+    forget(work, lambda result: not _is_there(new, result["shard"]))
     total = deal_out(source.entries(), work, lambda place: place % shards)
     builder = PartBuilder(source, str(new), shards)
-    built = _gathered(run_parts(work, builder, runner, _shown(source.name, total, progress)))
-    manifest = _finish(new, wanted, built, output, max_bad_fraction)
-    _replace_folder(new, output)
-    shutil.rmtree(work)
+    built = _gathered(run_parts(work, builder, runner, shown_counts(f"records of {source.name}", total, progress)))
+    try:
+        manifest = _finish(new, wanted, built, output, max_bad_fraction)
+    except UserError:
+        forget(work, lambda result: bool(result["rejects"]))  # what failed once may work when it is tried again
+        raise
+    replace_folder(new, output)
+    forget_work(output)
     output.with_name(f"{output.name}.{REJECTS_NAME}").unlink(missing_ok=True)
     if progress is not None:
         progress(f"{source.name}: {total} records, {len(built.rejects)} rejected; wrote {output}")
@@ -364,6 +371,14 @@ def _up_to_date(output: Path, wanted: Manifest) -> Manifest | None:
     return found
 
 
+def _is_there(folder: Path, shard: Mapping[str, Any] | None) -> bool:
+    """Whether the file of a part is as its result says."""
+    if shard is None:
+        return True
+    path = folder / shard["name"]
+    return path.is_file() and path.stat().st_size == shard["bytes"]
+
+
 def _finish(folder: Path, wanted: Manifest, built: Validation, output: Path, max_bad_fraction: float) -> Manifest:
     """Writes rejects and manifest, or raises with the rejects beside `output`."""
     lines = "".join(json.dumps(reject) + "\n" for reject in built.rejects)
@@ -377,17 +392,6 @@ def _finish(folder: Path, wanted: Manifest, built: Validation, output: Path, max
     manifest = replace(wanted, counts=built.counts, rejects=built.categories, shards=built.shards)
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
-
-
-def _replace_folder(new: Path, output: Path) -> None:
-    """Puts `new` in the place of `output`; an older build disappears only once the new one is complete."""
-    if output.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
-        output.rename(old / "data")
-        new.rename(output)
-        shutil.rmtree(old)
-    else:
-        new.rename(output)
 
 
 def _check_budget(

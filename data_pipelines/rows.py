@@ -131,7 +131,8 @@ def plan(arguments: config_lib.ConfigArgs) -> int:
     tokenizer = load_tokenizer(tokenizer_folder(config))
     sizes, bad = measure(config, stage, tokenizer, count)
     limits = Limits(stage.row_length, stage.row_tiles, stage.row_clips, stage.clip_frames)
-    print("\n".join(report(stage.title, sizes, bad, limits, max(stage.batch_size, 8), target)))
+    bins = max(stage.batch_size // (config.data.lanes or 1), 8)  # as the loader's default
+    print("\n".join(report(stage.title, sizes, bad, limits, bins, target)))
     return 0
 
 
@@ -170,7 +171,8 @@ def measure(
         raise UserError(f"stage {stage.name} trains by {stage.objective!r}, not on packed rows; give another --stage")
     sources = [dataclasses.replace(source, path=str(data_folder(config) / source.path)) for source in stage.sources]
     context = example_context(config, tokenizer, stage)
-    records, total = record_stream(sources, seed=config.seed, shuffle=True, num_epochs=None)
+    seed = config.seed + config.stages.index(stage)
+    records, total = record_stream(sources, seed=seed, shuffle=True, num_epochs=None)
     sizes, bad = [], Counter[str]()
     for index in range(min(count, total)):
         number, data = records[index]
@@ -179,7 +181,11 @@ def measure(
         except RecordError as error:
             bad[error.category] += 1
             continue
-        sizes.append(Size(len(example["tokens"]), len(example["tiles"]), len(example.get("audio_lengths", ()))))
+        clips = example.get("audio_lengths", ())
+        if len(clips) and max(clips) > stage.clip_frames:
+            bad["sound too long"] += 1
+            continue
+        sizes.append(Size(len(example["tokens"]), len(example["tiles"]), len(clips)))
     return sizes, bad
 
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.chat_layouts import LAYOUTS, public_record
+from data_pipelines.chat_layouts import CHAT_LAYOUTS, public_record
 from data_pipelines.parts import file_state
 from vita_jax.data.records import CheckedRecord, RecordError, check_record, read_json_records
 from vita_jax.errors import UserError
 
 LINES_SUFFIXES = (".jsonl", ".ndjson")
-SOURCE_LAYOUTS = ("vita", *LAYOUTS)
+SOURCE_LAYOUTS = ("vita", *CHAT_LAYOUTS)
 
 
 def file_sha256(path: Path) -> str:
@@ -34,7 +34,7 @@ class RecordsFile:
       root: folder that media paths are relative to; None if `folders` covers everything, or for text.
       folders: {set: root} for records that name a set.
       ignore_fields: fields outside of the format to skip; other unknown fields reject their record.
-      layout: "vita" for the public format, or one of `chat_layouts.LAYOUTS`.
+      layout: "vita" for the public format, or one of `chat_layouts.CHAT_LAYOUTS`.
     """
 
     path: str | os.PathLike[str]
@@ -96,13 +96,16 @@ class RecordsFile:
 
     def checked(self, entry: dict[str, Any], place: int) -> CheckedRecord:
         """The record of an entry, its media not read yet. Raises RecordError."""
-        if "error" in entry:
-            raise RecordError(f"{self.name}: record {place}", "", entry["error"])
-        record = entry["record"]
-        if self.layout != "vita":
-            record = public_record(record, self.layout, f"{self.name}: record {place}")
         rules = {"folders": self.folders, "ignore_fields": self.ignore_fields}
-        return check_record(record, self.root, where=self.name, index=place, **rules)
+        return check_record(self.public(entry, place), self.root, where=self.name, index=place, **rules)
+
+    def public(self, entry: dict[str, Any], place: int) -> Any:
+        """What an entry says in the public format, not checked yet. Raises RecordError for what cannot be read."""
+        where = f"{self.name}: record {place}"
+        if "error" in entry:
+            raise RecordError(where, "", entry["error"])
+        record = entry["record"]
+        return record if self.layout == "vita" else public_record(record, self.layout, where)
 
     def state(self, entry: dict[str, Any], place: int) -> str:
         """Path, size and time of change of an entry's media, a line each; "" for a record that cannot be used."""

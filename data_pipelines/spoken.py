@@ -162,7 +162,7 @@ class _Plan:
             self.counts["unusable"] += 1
             self.first_error = self.first_error or error
             return found.get("record", found)
-        entry = found["record"]
+        entry = self._source.public(found, index)
         if entry.get("audio"):
             self.counts["already with audio"] += 1
             return entry | self._keys(checked, 0)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_pipelines.parts import file_state
 from vita_jax.data.records import PLACEHOLDERS, CheckedRecord, Media, Record, RecordError, check_record
 from vita_jax.errors import UserError
 
@@ -84,7 +85,7 @@ class TfdsSource:
         return {name: value for name, value in vars(self).items() if name != "data_dir"}
 
     def sha256(self) -> str:
-        """Of the data set's own description, which names version and checksums of its files."""
+        """Of the data set's own description, and of name, size and time of change of its files."""
         return _open(self.dataset, self.split, self.data_dir)[2]
 
     def entries(self) -> Iterator[int]:
@@ -162,7 +163,8 @@ def _open(dataset: str, split: str, data_dir: str | None) -> tuple[Any, Any, str
         pictures = (name for name, feature in features.items() if isinstance(feature, tfds.features.Image))
         skip = {name: tfds.decode.SkipDecoding() for name in pictures}
         source = builder.as_data_source(split=split, decoders=skip or None)
-        described = json.dumps(builder.info.as_json, sort_keys=True).encode()
+        files = "".join(map(file_state, sorted(Path(builder.data_dir).glob("*"))))
+        described = json.dumps([builder.info.as_json, files], sort_keys=True).encode("utf-8", "surrogateescape")
     except ModuleNotFoundError as error:
         raise UserError(f"data set {dataset}: {TENSORFLOW}") from error
     except Exception as error:  # tfds raises many kinds of its own
@@ -199,7 +201,8 @@ def _text(value: Any, feature: Any) -> str | None:
         except UnicodeDecodeError:
             return None
     if isinstance(value, int) and hasattr(feature, "int2str"):
-        return str(feature.int2str(value)) if feature.num_classes else str(value)
+        # tfds keeps -1 for what has no label.
+        return str(feature.int2str(value)) if 0 <= value < (feature.num_classes or 0) else None
     return value if isinstance(value, str) else None
 
 
@@ -214,13 +217,13 @@ def _png(pixels: np.ndarray, where: str) -> bytes:
 
 def _wav(samples: np.ndarray, sample_rate: int, where: str) -> bytes:
     """16-bit mono. Integers are 16-bit samples, whatever they are stored in; floats lie in [-1, 1]."""
+    scale = 1 if np.issubdtype(samples.dtype, np.integer) else 32767
     if samples.ndim == 2:
         samples = samples.mean(-1)
     if not np.all(np.isfinite(samples)):
         raise RecordError(where, "audio", "holds samples that are no numbers", "damaged media")
     if samples.ndim != 1:
         raise RecordError(where, "audio", f"has shape {samples.shape}; expected samples, or samples x channels")
-    scale = 1 if np.issubdtype(samples.dtype, np.integer) else 32767
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
         file.setnchannels(1)

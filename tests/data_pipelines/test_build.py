@@ -200,6 +200,18 @@ def test_command_says_what_is_wrong_in_one_line(tmp_path, capsys, content, messa
     assert os.listdir(tmp_path) == ["bad.json"]
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--json", "a.json", "--split", "test"], "--split says nothing beside --json"),
+        (["--tfds", "mnist", "--ignore-fields", "a"], "--ignore-fields says nothing beside --tfds"),
+    ],
+)
+def test_options_of_another_source_are_refused(tmp_path, capsys, line, message):
+    assert main(["records", *line, "--output", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_refused_places(good, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")

@@ -104,7 +104,7 @@ def test_what_cannot_be_encoded_is_named(model, voice, tmp_path, capsys):
     assert "1 of 5 recordings cannot be read" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert main([*line, "--max-bad-fraction", "0.2"]) == 0
     reject = json.loads((tmp_path / "out" / "rejects.jsonl").read_text())
-    assert reject["line"] == 4 and reject["category"] == "damaged media"
+    assert reject["place"].endswith("line 4") and reject["category"] == "damaged media"
     mixed = tmp_path / "out" / "manifest.jsonl"
     mixed.write_text(mixed.read_text() + json.dumps({"audio": "../0.wav", "text": "a"}) + "\n")
     with pytest.raises(UserError, match="some lines of the manifests have codes"):

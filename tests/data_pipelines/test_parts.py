@@ -24,13 +24,13 @@ from vita_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Sum:
-    """Adds a part's numbers up and notes that it ran; fails where a part holds `poison`."""
+    """Adds a part's numbers up and notes that it ran, and where; fails where a part holds `poison`."""
 
     notes: str
     poison: int | None = None
 
     def __call__(self, part: Path, report) -> int:
-        Path(self.notes, f"{part.stem}-{time.monotonic_ns()}").touch()
+        Path(self.notes, f"{part.stem}-{time.monotonic_ns()}-{os.getpid()}").touch()
         total = 0
         for _, number in read_part(part):
             if number == self.poison:
@@ -71,6 +71,7 @@ def test_several_processes_give_the_same(parts):
     folder, notes = parts
     several = Runner(options=("direct_running_mode=multi_processing", "direct_num_workers=2"))
     assert run_parts(folder, Sum(str(notes)), several) == [18, 12, 15]
+    assert str(os.getpid()) not in {note.name.split("-")[-1] for note in notes.iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -128,6 +129,20 @@ def test_json_lines_are_a_source_and_broken_lines_are_rejected(tmp_path):
         validate_records(RecordsFile(tmp_path / "none.jsonl"))
 
 
+def test_results_whose_shards_have_gone_are_made_again(tmp_path, monkeypatch):
+    file, output = write_json(tmp_path / "a.json", [{"conversations": talk("A?", "B.")}] * 6), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr("data_pipelines.records.replace_folder", lambda new, output: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build_records(RecordsFile(file), output, shards=3)
+    (work,) = tmp_path.glob(".out.parts-*")
+    sorted(work.glob("output/*.array_record"))[1].unlink()
+    (work / "output" / "records-00000-of-00003.77.new").touch()
+    manifest = build_records(RecordsFile(file), output, shards=3)
+    assert len(manifest.shards) == 3 and all((output / shard.name).is_file() for shard in manifest.shards)
+    assert not list(output.glob("*.new")) and sorted(os.listdir(tmp_path)) == ["a.json", "out"]
+
+
 def test_records_with_the_same_id_are_both_kept(tmp_path):
     entries = [{"id": "twin", "conversations": talk("Which?", answer)} for answer in ("This.", "That.")]
     manifest = build_records(RecordsFile(write_json(tmp_path / "a.json", entries)), tmp_path / "out")
@@ -135,7 +150,7 @@ def test_records_with_the_same_id_are_both_kept(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_build_that_is_killed_goes_on_where_it_was(tmp_path):
+def test_a_build_that_is_killed_is_completed_and_leaves_nothing(tmp_path):
     records = [{"id": i, "conversations": talk("How many?", f"{i} " * 2000)} for i in range(6000)]
     file, output = write_json(tmp_path / "a.json", records), tmp_path / "out"
     line = ["records", "--json", str(file), "--output", str(output), "--shards", "8"]
@@ -148,6 +163,9 @@ def test_a_build_that_is_killed_goes_on_where_it_was(tmp_path):
     process.wait()
     assert not output.exists()
     assert main(line) == 0
-    assert load_manifest(output).counts["records"] == 6000 and sorted(os.listdir(tmp_path)) == ["a.json", "out"]
+    manifest = load_manifest(output)
+    assert manifest.counts["records"] == 6000 and sorted(os.listdir(tmp_path)) == ["a.json", "out"]
+    names = {shard.name for shard in manifest.shards}
+    assert set(os.listdir(output)) == names | {"manifest.json", "rejects.jsonl"}
     other = build_records(RecordsFile(file), tmp_path / "other", shards=8)
     assert other.shards == load_manifest(output).shards

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from data_pipelines.build import LAYOUTS, main
+from data_pipelines.build import CORPORA, main
 from data_pipelines.recordings import build_manifest
 from data_pipelines.speech import manifests
 from data_pipelines.speech.manifests import read_corpus
@@ -99,4 +99,4 @@ def test_refused_places(libri, tmp_path, capsys):
 
 
 def test_the_commands_layouts_are_those_of_the_readers():
-    assert LAYOUTS == manifests.LAYOUTS
+    assert CORPORA == manifests.LAYOUTS

@@ -120,6 +120,14 @@ def test_folder_keys_of_a_table_stay_and_others_go(tmp_path):
         assert load_manifest(built).counts["audios"] == 1
 
 
+def test_published_chats_are_spoken(tmp_path):
+    entry = {"instruction": "What is one and one?", "output": "Two."}
+    source = RecordsFile(write_json(tmp_path / "a.json", [entry]), layout="alpaca")
+    assert speak_records(source, tmp_path / "out", SpeakOptions(fraction=1.0), processes=1)["spoken"] == 1
+    (record,) = json.loads((tmp_path / "out" / "records.json").read_text())
+    assert [turn["value"] for turn in record["conversations"]] == ["<audio>", "Two."]
+
+
 def test_stored_records_hold_the_sound(source, tmp_path):
     speak_records(source, tmp_path / "out", SpeakOptions(fraction=1.0), processes=1)
     folders = read_folders(tmp_path / "out" / "roots.json")

@@ -102,6 +102,21 @@ def test_sound_is_stored_with_its_rate(monkeypatch, scale):
         TfdsSource("any", question="What?", answer="speech").checked(0, 0)
 
 
+def test_labels_that_are_none_and_sound_of_two_channels(monkeypatch):
+    label = SimpleNamespace(num_classes=2, int2str=lambda value: ["cat", "dog"][value])
+    stereo = np.stack([100 * np.ones(800, np.int64), -300 * np.ones(800, np.int64)], 1)
+    elements = [{"label": np.int64(1), "speech": stereo}, {"label": np.int64(-1), "speech": stereo}]
+    features = {"label": label, "speech": SimpleNamespace(sample_rate=16000)}
+    monkeypatch.setattr(tfds_source, "_open", lambda *_: (elements, features, "0"))
+    source = TfdsSource("any", audio="speech", answer="label")
+    record = source.checked(0, 0).with_media()
+    assert record.conversations[1]["value"] == "dog"
+    heard = read_audio(record.media[0].data, AudioConfig(), name="speech")
+    np.testing.assert_allclose(heard, -100 / 32768, atol=1e-6)
+    with pytest.raises(RecordError, match="is no text in UTF-8, no class"):
+        source.checked(1, 1)
+
+
 def test_what_is_missing_is_named(prepared):
     good = {"image": "image", "question": "What?", "answer": "captions/text"}
     for change, message in (

@@ -2,9 +2,9 @@
 
 A manifest has one JSON object per line, {"id": ..., "audio": path, "text": ...}; paths start from its folder; the audio
 is in any format that `vita_jax.data.audio` decodes; 16-bit mono WAV at the rate that is wanted (the codec's, or 16 kHz
-for the recogniser) is read fastest. manifest(s) -> seeded subset -> shuffle (anew every epoch) -> repeat -> shard ->
-crops or padded pairs (threads) -> leave out bad records -> sort pairs by length -> batch -> prefetch. The state of a
-loader is a small dict, as in `loader`.
+for the recogniser) is read fastest. manifest(s) -> seeded subset -> shuffle (anew every epoch) -> repeat -> lanes ->
+crops or padded pairs (threads or workers) -> leave out bad records -> sort pairs by length -> join lanes -> batch ->
+prefetch. The state of a loader is a small dict, as in `loader`.
 """
 
 from __future__ import annotations
@@ -75,12 +75,14 @@ class PairShape:
       hop: samples per codec frame.
       frames: of the longest sentence; longer ones are bad records.
       tokens: of the longest text; longer ones are bad records.
+      num_codes: entries of the codebook; codes beyond it are bad records. None = any.
     """
 
     sampling_rate: int
     hop: int
     frames: int
     tokens: int
+    num_codes: int | None = None
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -229,6 +231,9 @@ def padded_pair(pair: SpokenText, shape: PairShape, tokenizer: Tokenizer) -> Arr
     if frames > shape.frames:
         raise RecordError(pair.place, "audio", f"has {frames} codec frames, more than {shape.frames}", "too long")
     if samples is None:
+        if shape.num_codes is not None and int(pair.codes.max()) >= shape.num_codes:
+            reason = f"hold {pair.codes.max()}, but the codebook has {shape.num_codes} entries"
+            raise RecordError(pair.place, "codes", reason, "foreign codes")
         spoken = {"codes": np.pad(pair.codes.astype(np.int32), (0, shape.frames - frames))}
     else:
         spoken = {"waves": np.pad(samples, (0, shape.frames * shape.hop - len(samples)))}
@@ -303,8 +308,8 @@ def make_pair_loader(
     """Batches for the speech decoders: `text_tokens` (b s), `text_lengths` (b,), `waves` (b n), `frames` (b,); `codes`
     (b f) in place of the waves where the manifests have them.
 
-    The pairs of a batch are of similar length, and n only as long as they need. Where several hosts read, n is always
-    the longest, because they must agree.
+    The pairs of a batch are of similar length, and n only as long as they need. Where several processes read, n is
+    always the longest, because they must agree.
 
     Args:
       sources, seed, options: as in `make_crop_loader`.

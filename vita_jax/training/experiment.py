@@ -272,6 +272,11 @@ def validate(config: ExperimentConfig, num_devices: int | None = None) -> None:
                 f"accumulation ({stage.accumulation}) x the {shards} devices the batch is divided over "
                 "(mesh data x fsdp x expert)"
             )
+        if config.data.lanes is not None and (config.data.lanes < 1 or stage.batch_size % config.data.lanes):
+            raise UserError(
+                f"stages.{stage.name}.batch_size={stage.batch_size} must be a multiple of "
+                f"data.lanes={config.data.lanes}"
+            )
         if stage.row_length % mesh["context"]:
             raise UserError(
                 f"stages.{stage.name}.row_length={stage.row_length} must be a multiple of "

@@ -68,7 +68,10 @@ REQUESTED = "requested_config.json"
 
 
 class BatchIterator(Protocol):
-    """Endless host batches whose position can be saved; `counts`: records read and unusable, None without records."""
+    """Endless host batches whose position can be saved; `counts`: records read and unusable, None without records.
+
+    Where several processes train, states are as those of `Loader`, so that they can be joined.
+    """
 
     counts: RecordCounts | None
 

@@ -8,13 +8,22 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from vita_jax.data.ctc_vocabulary import load_ctc_vocabulary
 from vita_jax.data.lanes import lanes_of_process
 from vita_jax.data.loader import Loader, SourceConfig
 from vita_jax.data.recognition import RecognitionShape, make_recognition_loader
 from vita_jax.data.records import read_json
-from vita_jax.data.speech_pairs import CODEC_FILE, CropShape, PairShape, make_crop_loader, make_pair_loader
+from vita_jax.data.speech_pairs import (
+    CODEC_FILE,
+    CropShape,
+    PairShape,
+    make_crop_loader,
+    make_pair_loader,
+    manifest_file,
+    read_manifest,
+)
 from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UserError
 from vita_jax.training.experiment import CTC_VOCABULARY, ExperimentConfig, data_folder
@@ -29,19 +38,24 @@ def codec_fingerprint(params: Mapping[str, Any]) -> str:
     """Of a codec's parameters: equal ones give equal tokens."""
     digest = hashlib.sha256()
     for name, value in sorted(flatten(params).items()):
+        if isinstance(value, jax.Array) and not value.is_fully_addressable:
+            value = multihost_utils.process_allgather(value, tiled=True)
         digest.update(f"{name} {value.shape} {value.dtype}\n".encode())
         digest.update(np.asarray(value).tobytes())
     return digest.hexdigest()
 
 
 def check_codes(config: ExperimentConfig, stage: Stage, params: FlatParams) -> None:
-    """Raises UserError if a source of the stage has the tokens of another codec than the model's."""
+    """Raises UserError if a source of the stage has tokens of which it is not known that they are those of the model's
+    codec.
+    """
     own = None
     for source in stage.sources:
-        file = data_folder(config) / source.path / CODEC_FILE
-        if not file.is_file():
+        manifest = manifest_file(data_folder(config) / source.path)
+        if read_manifest(manifest)[0].codes is None:
             continue
-        made_by = read_json(file, "codec").get("codec")
+        file = manifest.with_name(CODEC_FILE)
+        made_by = read_json(file, "codec").get("codec") if file.is_file() else None
         own = own or codec_fingerprint(unflatten(params)["codec"])
         if made_by != own:
             raise UserError(
@@ -79,5 +93,5 @@ def speech_batches(
         raise UserError(f"stages.{stage.name}: objective {stage.objective!r} needs a codec; set `model.codec`")
     if stage.objective == "codec":
         return make_crop_loader(sources, CropShape(codec.sampling_rate, stage.codec_frames * codec.hop), **options)
-    shape = PairShape(codec.sampling_rate, codec.hop, stage.codec_frames, stage.row_length)
+    shape = PairShape(codec.sampling_rate, codec.hop, stage.codec_frames, stage.row_length, codec.num_codes)
     return make_pair_loader(sources, shape, tokenizer, **options)

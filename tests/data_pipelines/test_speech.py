@@ -276,8 +276,9 @@ VISION = {"text": 2, "cells": 1, "captions": 1, "pictures": 1, "clips": 0} | {
 def test_speech_is_built_on_request_and_packed(tmp_path, monkeypatch):
     packed, spoken = [], {"records": [{"conversations": [{"from": "human", "value": "<image>\n<audio>\nWrite."}]}]}
 
-    def pack(records, root, output):
-        packed.append((records.parent.name, output.name))
+    def pack(source, output):
+        assert source.root == source.path.parent
+        packed.append((source.path.parent.name, output.name))
         return SimpleNamespace(counts={})
 
     def speak(folder, splits, counts, seed, progress):

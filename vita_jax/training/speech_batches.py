@@ -52,7 +52,8 @@ def check_codes(config: ExperimentConfig, stage: Stage, params: FlatParams) -> N
     own = None
     for source in stage.sources:
         manifest = manifest_file(data_folder(config) / source.path)
-        if read_manifest(manifest)[0].codes is None:
+        # Batches may come from elsewhere; the loader says what is missing.
+        if not manifest.is_file() or read_manifest(manifest)[0].codes is None:
             continue
         file = manifest.with_name(CODEC_FILE)
         made_by = read_json(file, "codec").get("codec") if file.is_file() else None

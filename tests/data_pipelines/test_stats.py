@@ -10,6 +10,7 @@ import pytest
 
 from data_pipelines.build import main
 from data_pipelines.records import build_records
+from data_pipelines.sources import RecordsFile
 from data_pipelines.stats import gather, script_of
 from tests.data.media import talk, write_json, write_png, write_wav
 from vita_jax.data.images import ImageConfig
@@ -30,7 +31,7 @@ def built(tmp_path):
         {"audio": ["short.wav", "long.wav"], "conversations": talk("<audio><audio>", "Hello you.")},
         {"conversations": talk("你好吗", "我很好", "1 + 1", "2")},
     ]
-    build_records(write_json(tmp_path / "a.json", entries), media, tmp_path / "out")
+    build_records(RecordsFile(write_json(tmp_path / "a.json", entries), media), tmp_path / "out")
     return tmp_path / "out"
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vita_jax.command_line import ArgumentParser, run_command
 from vita_jax.errors import UserError
@@ -81,13 +82,15 @@ def make_parser() -> ArgumentParser:
 
     speak = add("speak", "Speak a part of the written questions, and add sounds that are not for the model.")
     speak.add_argument("--json", required=True, metavar="FILE", help="list of records, UTF-8")
-    speak.add_argument("--output", required=True, metavar="FOLDER", help="new; gets records.json, roots.json, media")
+    speak.add_argument("--output", required=True, metavar="FOLDER", help="gets records.json, roots.json, media")
     speak.add_argument("--fraction", type=float, default=0.5, metavar="X", help="of the questions (default 0.5)")
     speak.add_argument("--negatives", type=float, default=0.0, metavar="X", help="sounds for each record (default 0)")
     speak.add_argument("--refusal", default="", metavar="TEXT", help="the answer to them")
     speak.add_argument("--statements", metavar="FILE", help="a line each: what people say in them, to others")
     speak.add_argument("--seed", type=int, default=0, metavar="N", help="of voices and choices (default 0)")
-    speak.add_argument("--processes", type=int, default=2, metavar="N", help="that speak at once (default 2)")
+    speak.add_argument(
+        "--synthesizer", metavar="MODULE:NAME", help="what makes a SpeechSynthesizer of yours; default espeak-ng"
+    )
     speak.set_defaults(run=speak_questions)
 
     check = add("validate", "Check a JSON file of conversations with its media, and write nothing.")
@@ -102,7 +105,7 @@ def make_parser() -> ArgumentParser:
         one.add_argument("--ignore-fields", default="", metavar="A,B", help="fields outside of the format to skip")
     for one in (build, check, heard):
         add_budget(one)
-    for one in (build, heard):
+    for one in (build, heard, speak):
         add_runner(one)
 
     show = add("stats", "Durations, tokens, tiles and scripts of built records, or of a manifest of recordings.")
@@ -185,7 +188,8 @@ def _refuse_others(arguments: argparse.Namespace) -> None:
 
 def build_folder(arguments: argparse.Namespace) -> int:
     """`records`."""
-    from data_pipelines.records import REJECTS_NAME, build_records
+    from data_pipelines.records import build_records
+    from data_pipelines.rejects import REJECTS_NAME
 
     _refuse_others(arguments)
     with Line() as line:
@@ -226,6 +230,7 @@ def build_recordings(arguments: argparse.Namespace) -> int:
 
 def speak_questions(arguments: argparse.Namespace) -> int:
     """`speak`."""
+    from data_pipelines.speech.synthesizer import Synthesizer
     from data_pipelines.spoken import SpeakOptions, speak_records
 
     options = SpeakOptions(
@@ -240,11 +245,23 @@ def speak_questions(arguments: argparse.Namespace) -> int:
             _source(arguments),
             arguments.output,
             options,
-            processes=arguments.processes,
+            synthesizer=_named(arguments.synthesizer) if arguments.synthesizer else Synthesizer,
+            runner=runner_of(arguments),
             progress=line.show,
         )
     print(f"{arguments.output}: {_counts(counts)}")
     return 0
+
+
+def _named(place: str) -> Any:
+    """What MODULE:NAME stands for."""
+    module, colon, name = place.partition(":")
+    if not module or not colon or not name:
+        raise UserError(f"--synthesizer {place!r} must be MODULE:NAME, as in my_voices:Speaker")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--synthesizer {place}: {error}") from error
 
 
 def _lines_of(path: str) -> tuple[str, ...]:
@@ -260,7 +277,8 @@ def _lines_of(path: str) -> tuple[str, ...]:
 
 def validate_file(arguments: argparse.Namespace) -> int:
     """`validate`; 2 if more records are rejected than a build would allow."""
-    from data_pipelines.records import check_budget_bounds, validate_records, within_budget
+    from data_pipelines.records import validate_records
+    from data_pipelines.rejects import check_budget_bounds, within_budget
 
     check_budget_bounds(arguments.max_bad_fraction)
 

@@ -140,13 +140,12 @@ def build_codes(
         shown_counts,
         work_folder,
     )
-    from data_pipelines.records import REJECTS_NAME, check_budget_bounds, within_budget
+    from data_pipelines.rejects import REJECTS_NAME, beside, check_budget, check_budget_bounds, check_output
     from vita_jax.data.speech_pairs import CODEC_FILE, MANIFEST, manifest_file, read_manifest
 
     check_budget_bounds(max_bad_fraction)
     output = Path(output).absolute()
-    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / CODEC_FILE).is_file())):
-        raise UserError(f"output {output} holds something that was not made here; give a new folder")
+    check_output(output, (CODEC_FILE,))
     pairs, fingerprint = read_manifest(source), _codec(checkpoint)[2]
     lines = [json.loads(line) for line in manifest_file(source).read_text("utf-8-sig").split("\n") if line.strip()]
     entries = [
@@ -165,17 +164,16 @@ def build_codes(
     files = {MANIFEST: good, REJECTS_NAME: bad, CODEC_FILE: [{"codec": fingerprint, "checkpoint": checkpoint}]}
     for name, content in files.items():
         (new / name).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in content), "utf-8")
-    beside = output.with_name(f"{output.name}.{REJECTS_NAME}")
-    if not within_budget(len(bad), total, max_bad_fraction):
-        shutil.copyfile(new / REJECTS_NAME, beside)
+    try:
+        first = bad[0]["reason"] if bad else ""
+        check_budget(str(source), "recordings", len(bad), total, max_bad_fraction, beside(output), first)
+    except UserError:
+        shutil.copyfile(new / REJECTS_NAME, beside(output))
         forget(work, lambda result: bool(result["bad"]))  # what failed once may work when it is tried again
-        raise UserError(
-            f"{len(bad)} of {total} recordings cannot be read, max_bad_fraction is {max_bad_fraction:g}; "
-            f"all reasons are in {beside}; the first: {bad[0]['reason']}"
-        )
+        raise
     replace_folder(new, output)
     forget_work(output)
-    beside.unlink(missing_ok=True)
+    beside(output).unlink(missing_ok=True)
     return {"recordings": len(good), "codes": sum(len(line["codes"]) for line in good), "rejected": len(bad)}
 
 

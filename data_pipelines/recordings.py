@@ -32,7 +32,8 @@ from data_pipelines.parts import (
     shown_counts,
     work_folder,
 )
-from data_pipelines.records import LONGEST_AUDIO, REJECTS_NAME, check_budget_bounds, within_budget
+from data_pipelines.records import LONGEST_AUDIO
+from data_pipelines.rejects import REJECTS_NAME, beside, check_budget, check_budget_bounds, check_output
 from data_pipelines.speech.manifests import Utterance
 from vita_jax.data.audio import read_audio
 from vita_jax.data.records import RecordError
@@ -82,7 +83,8 @@ def build_manifest(
         OUTPUT.rejects.jsonl and `output` is as before.
     """
     output = Path(output).absolute()
-    _check(output, max_bad_fraction)
+    check_budget_bounds(max_bad_fraction)
+    check_output(output, (MANIFEST, REJECTS_NAME))  # a manifest alone may be the user's own
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.new-", dir=output.parent) as new:
         total = deal_out(map(_to_json, lines), Path(new), lambda place: place // PART_LINES)
@@ -95,35 +97,24 @@ def build_manifest(
         work, ManifestBuilder(str(output.resolve())), runner, shown_counts("recordings", total, progress)
     )
     found = _gathered(results)
-    beside = output.with_name(f"{output.name}.{REJECTS_NAME}")
     for name in (REJECTS_NAME, MANIFEST):
         with (work / name).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=name == REJECTS_NAME) + "\n" for result in results
                             for line in result[name])  # fmt: skip
-    if not within_budget(total - found.count, total, max_bad_fraction):
-        shutil.copyfile(work / REJECTS_NAME, beside)
-        first = next(line for result in results for line in result[REJECTS_NAME])["reason"]
+    bad = [line["reason"] for result in results for line in result[REJECTS_NAME]]
+    try:
+        first = bad[0] if bad else ""
+        check_budget("the corpus", "recordings", len(bad), total, max_bad_fraction, beside(output), first)
+    except UserError:
+        shutil.copyfile(work / REJECTS_NAME, beside(output))
         forget(work, lambda result: bool(result[REJECTS_NAME]))  # what failed once may work when it is tried again
-        raise UserError(
-            f"{total - found.count} of {total} recordings rejected, max_bad_fraction is {max_bad_fraction:g}; "
-            f"all reasons are in {beside}; the first: {first}"
-        )
+        raise
     output.mkdir(exist_ok=True)
     for name in (REJECTS_NAME, MANIFEST):
         (work / name).replace(output / name)
     shutil.rmtree(work)
-    beside.unlink(missing_ok=True)
+    beside(output).unlink(missing_ok=True)
     return found
-
-
-def _check(output: Path, max_bad_fraction: float) -> None:
-    check_budget_bounds(max_bad_fraction)
-    if output.is_file():
-        raise UserError(f"output {output} is a file; give a folder")
-    # A manifest alone may be the user's own.
-    built = all((output / name).is_file() for name in (MANIFEST, REJECTS_NAME))
-    if output.is_dir() and any(output.iterdir()) and not built:
-        raise UserError(f"output folder {output} holds something that was not built here; give a new or empty folder")
 
 
 def _to_json(line: Utterance | RecordError) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from data_pipelines.parts import (
     shown_counts,
     work_folder,
 )
+from data_pipelines.rejects import REJECTS_NAME, beside, check_budget, check_budget_bounds, check_output
 from data_pipelines.sources import RecordsFile, file_sha256
 from data_pipelines.tfds_source import TfdsSource
 from vita_jax.data.audio import MAX_SECONDS, AudioConfig, read_audio
@@ -55,7 +56,6 @@ from vita_jax.data.video import choose_frames, probe_video, read_frames
 from vita_jax.errors import UserError
 
 Source = RecordsFile | TfdsSource
-REJECTS_NAME = "rejects.jsonl"
 # A run may accept less, never more.
 LONGEST_AUDIO = AudioConfig(max_seconds=MAX_SECONDS)
 MAX_SHARDS = 1000
@@ -240,17 +240,6 @@ def validate_records(source: Source, *, progress: Progress | None = None) -> Val
 # ---- the whole folder -----------------------------------------------------------------------------------------------
 
 
-def check_budget_bounds(max_bad_fraction: float) -> None:
-    """Raises UserError for a budget of rejects that is no share."""
-    if not 0 <= max_bad_fraction <= 1:
-        raise UserError(f"max_bad_fraction is {max_bad_fraction}; it must be between 0 and 1")
-
-
-def within_budget(bad: int, total: int, max_bad_fraction: float) -> bool:
-    """Whether so many rejects are allowed; never are all."""
-    return bad <= max_bad_fraction * total and bad < total
-
-
 def build_records(
     source: Source,
     output: str | os.PathLike[str],
@@ -299,7 +288,8 @@ def build_records(
     found = _up_to_date(output, wanted)
     if found is not None:
         bad = sum(found.rejects.values())
-        _check_budget(wanted.source, bad, bad + found.counts["records"], max_bad_fraction, output / REJECTS_NAME)
+        total = bad + found.counts["records"]
+        check_budget(wanted.source, "records", bad, total, max_bad_fraction, output / REJECTS_NAME)
         if progress is not None:
             progress(f"{output} is up to date ({found.counts['records']} records)")
         forget_work(output)
@@ -322,7 +312,7 @@ def build_records(
         raise
     replace_folder(new, output)
     forget_work(output)
-    output.with_name(f"{output.name}.{REJECTS_NAME}").unlink(missing_ok=True)
+    beside(output).unlink(missing_ok=True)
     if progress is not None:
         progress(f"{source.name}: {total} records, {len(built.rejects)} rejected; wrote {output}")
     return manifest
@@ -332,13 +322,7 @@ def _check_arguments(output: Path, max_bad_fraction: float, shards: int) -> None
     check_budget_bounds(max_bad_fraction)
     if not 1 <= shards <= MAX_SHARDS:
         raise UserError(f"shards is {shards}; it must be between 1 and {MAX_SHARDS}")
-    if output.exists():
-        if not output.is_dir():
-            raise UserError(f"output {output} is a file; give a folder")
-        if any(output.iterdir()) and not (output / MANIFEST_NAME).is_file():
-            raise UserError(
-                f"output folder {output} holds something that was not built here; give a new or empty folder"
-            )
+    check_output(output, (MANIFEST_NAME,))
 
 
 def _media_sha256(source: Source) -> str:
@@ -383,29 +367,18 @@ def _finish(folder: Path, wanted: Manifest, built: Validation, output: Path, max
     """Writes rejects and manifest, or raises with the rejects beside `output`."""
     lines = "".join(json.dumps(reject) + "\n" for reject in built.rejects)
     (folder / REJECTS_NAME).write_text(lines, encoding="utf-8")
-    beside = output.with_name(f"{output.name}.{REJECTS_NAME}")
+    reasons, first = beside(output), _described(built.rejects[0]) if built.rejects else ""
     try:
-        _check_budget(wanted.source, len(built.rejects), built.total, max_bad_fraction, beside, built.rejects)
+        check_budget(wanted.source, "records", len(built.rejects), built.total, max_bad_fraction, reasons, first)
     except UserError:
-        shutil.copyfile(folder / REJECTS_NAME, beside)
+        shutil.copyfile(folder / REJECTS_NAME, reasons)
         raise
     manifest = replace(wanted, counts=built.counts, rejects=built.categories, shards=built.shards)
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
 
-def _check_budget(
-    source: str, bad: int, total: int, max_bad_fraction: float, place: Path, rejects: Sequence[Mapping[str, Any]] = ()
-) -> None:
-    """Raises UserError if too many records, or all of them, were rejected."""
-    if within_budget(bad, total, max_bad_fraction):
-        return
-    example = ""
-    if rejects:
-        first = rejects[0]
-        field = f"{first['field']}: " if first["field"] else ""
-        example = f"; the first: {first['file']}: record {first['record']}: {field}{first['reason']}"
-    raise UserError(
-        f"{source}: {bad} of {total} records rejected ({bad / total:.1%}), max_bad_fraction is {max_bad_fraction:g}; "
-        f"all reasons are in {place}{example}"
-    )
+def _described(reject: Mapping[str, Any]) -> str:
+    """A reject with its place."""
+    field = f"{reject['field']}: " if reject["field"] else ""
+    return f"{reject['file']}: record {reject['record']}: {field}{reject['reason']}"

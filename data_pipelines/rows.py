@@ -12,7 +12,7 @@ import grain
 import numpy as np
 
 from vita_jax import config as config_lib
-from vita_jax.command_line import run_with_config
+from vita_jax.command_line import options_of, run_with_config, whole_number
 from vita_jax.data import packing
 from vita_jax.data.examples import Limits
 from vita_jax.errors import UserError
@@ -120,15 +120,11 @@ def least_budgets(sizes: Sequence[Size], limits: Limits, target: float, bins: in
 def plan(arguments: config_lib.ConfigArgs) -> int:
     """Measures and prints. Returns the exit status."""
     # Imported here so that --help and a mistyped flag answer at once.
-    from vita_jax.data.tokenizer import load_tokenizer
-    from vita_jax.training.experiment import tokenizer_folder
-    from vita_jax.training.experiment_file import open_experiment, prepare_data
+    from vita_jax.training.experiment_file import open_stage
 
-    stage_name, count, target = _options(arguments.rest)
-    module, config = open_experiment(arguments.file, arguments.overrides)
-    config = prepare_data(module, config)
-    stage = config.stage(stage_name) if stage_name else config.stages[0]
-    tokenizer = load_tokenizer(tokenizer_folder(config))
+    options = options_of(arguments.rest, DEFAULTS)
+    count, target = whole_number(options, "records", 1), _target(options["target"])
+    config, stage, tokenizer = open_stage(arguments.file, arguments.overrides, options["stage"])
     sizes, bad = measure(config, stage, tokenizer, count)
     limits = Limits(stage.row_length, stage.row_tiles, stage.row_clips, stage.clip_frames)
     bins = max(stage.batch_size // (config.data.lanes or 1), 8)  # as the loader's default
@@ -136,22 +132,14 @@ def plan(arguments: config_lib.ConfigArgs) -> int:
     return 0
 
 
-def _options(rest: Sequence[str]) -> tuple[str, int, float]:
-    options = dict(DEFAULTS)
-    for argument in rest:
-        flag, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or flag not in options or not equals or not value:
-            raise UserError(f"unknown or incomplete argument {argument!r}; see --help")
-        options[flag] = value
-    if not options["records"].isdecimal() or int(options["records"]) < 1:
-        raise UserError(f"--records={options['records']} must be a whole number of at least 1")
+def _target(text: str) -> float:
     try:
-        target = float(options["target"])
+        target = float(text)
     except ValueError:
         target = -1.0
     if not 0 < target <= 1:
-        raise UserError(f"--target={options['target']} must be a share above 0, at most 1")
-    return options["stage"], int(options["records"]), target
+        raise UserError(f"--target={text} must be a share above 0, at most 1")
+    return target
 
 
 def measure(

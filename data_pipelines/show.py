@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from vita_jax import config as config_lib
-from vita_jax.command_line import run_with_config
+from vita_jax.command_line import options_of, run_with_config, whole_number
 from vita_jax.errors import UserError
 
 HELP = """\
@@ -41,17 +41,12 @@ def show(arguments: config_lib.ConfigArgs) -> int:
     """Prints the batch and saves its picture. Returns the exit status."""
     # Imported here so that --help and a mistyped flag answer at once.
     from vita_jax.data.loader import format_batch
-    from vita_jax.data.tokenizer import load_tokenizer
-    from vita_jax.training.experiment import tokenizer_folder
-    from vita_jax.training.experiment_file import open_experiment, prepare_data
+    from vita_jax.training.experiment_file import open_stage
     from vita_jax.training.loop import record_batches
 
-    options = _options(arguments.rest)
-    rows, number = (_whole(options[name], name, least) for name, least in (("rows", 1), ("batch", 0)))
-    module, config = open_experiment(arguments.file, arguments.overrides)
-    config = prepare_data(module, config)
-    stage = config.stage(options["stage"]) if options["stage"] else config.stages[0]
-    tokenizer = load_tokenizer(tokenizer_folder(config))
+    options = options_of(arguments.rest, DEFAULTS)
+    rows, number = whole_number(options, "rows", 1), whole_number(options, "batch", 0)
+    config, stage, tokenizer = open_stage(arguments.file, arguments.overrides, options["stage"])
     batches = record_batches(config, stage, tokenizer=tokenizer)
     for _ in range(number):
         next(batches)
@@ -69,22 +64,6 @@ def show(arguments: config_lib.ConfigArgs) -> int:
         draw(cells, options["picture"])
         print(f"picture: {options['picture']}")
     return 0
-
-
-def _options(rest: Sequence[str]) -> dict[str, str]:
-    options = dict(DEFAULTS)
-    for argument in rest:
-        flag, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or flag not in options or not equals or not value:
-            raise UserError(f"unknown or incomplete argument {argument!r}; see --help")
-        options[flag] = value
-    return options
-
-
-def _whole(text: str, name: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise UserError(f"--{name}={text} must be a whole number of at least {least}")
-    return int(text)
 
 
 def _format_speech(batch: Mapping[str, np.ndarray], tokenizer: Any, rows: int) -> str:

@@ -10,23 +10,38 @@ arXiv 2501.01957, section 3.3, and the released `data_utils_video_audio_neg_patc
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
-from data_pipelines.parts import Progress
+from data_pipelines.parts import (
+    LOCAL,
+    Progress,
+    Report,
+    Runner,
+    deal_out,
+    forget_work,
+    read_part,
+    replace_folder,
+    run_parts,
+    shown_counts,
+    work_folder,
+)
+from data_pipelines.rejects import check_output
 from data_pipelines.sources import RecordsFile
-from data_pipelines.speech.clips import SPEECH, Clip, render_all
+from data_pipelines.speech.clips import SPEECH, Clip, render
 from data_pipelines.speech.noises import BABBLE_VOICES, SYNTHETIC_KINDS
+from data_pipelines.speech.synthesizer import SpeechSynthesizer, Synthesizer
 from data_pipelines.speech.voices import draw_delivery, training_voices
 from vita_jax.data.records import PLACEHOLDERS, CheckedRecord, RecordError
 from vita_jax.data.spoken_words import language_of
@@ -34,6 +49,7 @@ from vita_jax.errors import UserError
 
 RECORDS, ROOTS, MEDIA = "records.json", "roots.json", "media"
 FILES, SPOKEN = "files", "spoken"  # folder keys of what records without a set had, and of what is spoken
+PART_RECORDS = 200
 MOST_CHARACTERS = 300  # of what is spoken; longer questions are read, not asked
 MARKS = re.compile("|".join(map(re.escape, PLACEHOLDERS.values())))
 EDGES = re.compile(rf"^(?:\s|{MARKS.pattern})+|(?:\s|{MARKS.pattern})+$")
@@ -88,21 +104,49 @@ def _can_be_said(text: str) -> bool:
     return bool(SAYABLE.search(text)) and all(SAYABLE.match(letter) for letter in LETTER.findall(text))
 
 
+@dataclass(frozen=True)
+class SpeakBuilder:
+    """The work of one part: its records are rewritten, and what is spoken in them is recorded below `media`."""
+
+    source: RecordsFile
+    options: SpeakOptions
+    media: str
+    synthesizer: Callable[[], SpeechSynthesizer]
+
+    def __call__(self, part: Path, report: Report) -> dict[str, Any]:
+        """The records, their counts, and what is wrong with the first of those that cannot be used."""
+        plan, records, voice = _Plan(Path(self.media), self.options, self.source), [], None
+        for place, entry in read_part(part):
+            found = entry.get("found")
+            records.append(plan.negative(entry["negative"]) if found is None else plan.speak(found, place))
+            if plan.clips:
+                voice = voice or self.synthesizer()
+                with threadpool_limits(1):  # matrices are small, and other parts may be worked on beside
+                    for clip in plan.clips:
+                        render(clip, voice)
+                plan.clips.clear()
+            report.show(done=len(records), rejected=plan.counts["unusable"])
+        error = str(plan.first_error) if plan.first_error else None
+        return {"records": records, "counts": dict(plan.counts), "error": error}
+
+
 def speak_records(
     source: RecordsFile,
     output: str | os.PathLike[str],
     options: SpeakOptions,
     *,
-    processes: int = 2,
-    progress: Progress = lambda line: None,
+    synthesizer: Callable[[], SpeechSynthesizer] = Synthesizer,
+    runner: Runner = LOCAL,
+    progress: Progress | None = None,
 ) -> dict[str, int]:
     """Writes the folder described at the top of this file.
 
     Args:
       source: of the records.
-      output: a new folder.
+      output: folder to make; an earlier result in it is replaced, anything else is refused.
       options: what to speak.
-      processes: that speak at the same time; the result does not depend on it.
+      synthesizer: what makes the voice; called where a part is worked on.
+      runner: who does the work; the result does not depend on it.
       progress: called with a short line now and then.
 
     Returns:
@@ -111,47 +155,63 @@ def speak_records(
       they are, so that the build of the result names them.
 
     Raises:
-      UserError: unreadable records, none that can be used, a root that is no folder, an output that exists, folder keys
-        that are used here, no synthesiser.
+      UserError: unreadable records, none that can be used, a root that is no folder, a refused output, folder keys that
+        are used here, no synthesiser.
     """
     output = Path(output).absolute()
-    if output.exists():
-        raise UserError(f"output {output} exists; give a new folder")
+    check_output(output, (RECORDS, ROOTS))
     source.check()
     for key in (FILES, SPOKEN):
         if source.folders and key in source.folders:
             raise UserError(f"the folder table has a key {key!r}, which is used for the result; rename it")
-    entries = list(source.entries())
+    inputs = [source.sha256(), source.options(), str(source.root), dataclasses.astuple(options), _name_of(synthesizer)]
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.new-", dir=output.parent))
-    try:
-        (temporary / MEDIA).mkdir()
-        plan = _Plan(temporary, options, source)
-        records = [plan.speak(entry, index) for index, entry in enumerate(entries)]
-        if plan.counts["unusable"] == len(entries):
-            raise UserError(f"{source.path}: no record can be used; the first: {plan.first_error}")
-        records += [plan.negative(index) for index in range(round(options.negatives * len(entries)))]
-        if plan.clips:
-            render_all(plan.clips, progress, processes=processes)
-        table = {key: str(Path(place).resolve()) for key, place in (source.folders or {}).items()} | {SPOKEN: MEDIA}
-        if source.root is not None:
-            table[FILES] = str(Path(source.root).resolve())
-        for name, content in ((RECORDS, records), (ROOTS, table)):
-            (temporary / name).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return dict(plan.counts)
+    work = work_folder(output, hashlib.sha256(json.dumps(inputs, default=str).encode()).hexdigest())
+    new = work / "output"
+    (new / MEDIA).mkdir(parents=True, exist_ok=True)
+    total = deal_out(_entries(source, options), work, lambda place: place // PART_RECORDS)
+    builder = SpeakBuilder(source, options, str(new / MEDIA), synthesizer)
+    results = run_parts(work, builder, runner, shown_counts(f"records of {source.name}", total, progress))
+    counts = Counter[str](questions=0, spoken=0)
+    for result in results:
+        counts.update(result["counts"])
+    if counts["unusable"] + counts["negatives"] == total:
+        forget_work(output)
+        first = next((result["error"] for result in results if result["error"]), "there are none")
+        raise UserError(f"{source.path}: no record can be used; the first: {first}")
+    table = {key: str(Path(place).resolve()) for key, place in (source.folders or {}).items()} | {SPOKEN: MEDIA}
+    if source.root is not None:
+        table[FILES] = str(Path(source.root).resolve())
+    records = [record for result in results for record in result["records"]]
+    for name, content in ((RECORDS, records), (ROOTS, table)):
+        (new / name).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+    replace_folder(new, output)
+    forget_work(output)
+    return dict(counts)
+
+
+def _name_of(synthesizer: Callable[[], SpeechSynthesizer]) -> str:
+    """The same in every process, which the `repr` of a class or function need not be."""
+    return f"{synthesizer.__module__}:{getattr(synthesizer, '__qualname__', repr(synthesizer))}"
+
+
+def _entries(source: RecordsFile, options: SpeakOptions) -> Iterator[dict[str, Any]]:
+    """The records, then a number for each sound that is not for the model."""
+    number = 0
+    for found in source.entries():
+        number += 1
+        yield {"found": found}
+    for index in range(round(options.negatives * number)):
+        yield {"negative": index}
 
 
 class _Plan:
-    """The recordings to make, while the records are rewritten one by one."""
+    """The recordings to make below the folder `media`, while the records are rewritten one by one."""
 
-    def __init__(self, folder: Path, options: SpeakOptions, source: RecordsFile) -> None:
-        self._folder, self._options, self._source = folder, options, source
+    def __init__(self, media: Path, options: SpeakOptions, source: RecordsFile) -> None:
+        self._media, self._options, self._source = media, options, source
         self.clips: list[Clip] = []
-        self.counts = Counter[str](questions=0, spoken=0)
+        self.counts = Counter[str]()
         self.first_error: RecordError | None = None
 
     def speak(self, found: dict[str, Any], index: int) -> Any:
@@ -211,7 +271,7 @@ class _Plan:
         augmented = kind == SPEECH and bool(rng.random() < AUGMENTED_SHARE)
         background = str(rng.choice(SYNTHETIC_KINDS)) if augmented and rng.random() < 0.5 else None
         seconds = float(rng.uniform(*NEGATIVE_SECONDS))  # of babble and noises
-        path, seed = str(self._folder / MEDIA / f"{name}.wav"), (self._options.seed, *drawn, 2)
+        path, seed = str(self._media / f"{name}.wav"), (self._options.seed, *drawn, 2)
         self.clips.append(Clip(path, seed, kind, parts, seconds, augmented=augmented, background=background))
         return f"{name}.wav"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from vita_jax.config import ConfigArgs, parse_config_args
@@ -47,6 +47,32 @@ def run_with_config(command: Callable[[ConfigArgs], int], usage: str, argv: Sequ
         print(usage)
         return 0
     return exit_status(lambda: command(parse_config_args(argv)))
+
+
+def options_of(rest: Sequence[str], defaults: Mapping[str, str]) -> dict[str, str]:
+    """The options `--name=value` of a command that takes a configuration.
+
+    Args:
+      rest: arguments that are no fields of it.
+      defaults: all options and their values where they are not given.
+
+    Raises:
+      UserError: another option, or one without its value.
+    """
+    options = dict(defaults)
+    for argument in rest:
+        flag, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or flag not in options or not equals or not value:
+            raise UserError(f"unknown or incomplete argument {argument!r}; see --help")
+        options[flag] = value
+    return options
+
+
+def whole_number(options: Mapping[str, str], name: str, least: int) -> int:
+    """An option's value. Raises UserError if it is no whole number of at least `least`."""
+    if not options[name].isdecimal() or int(options[name]) < least:
+        raise UserError(f"--{name}={options[name]} must be a whole number of at least {least}")
+    return int(options[name])
 
 
 def run_command(

@@ -114,5 +114,5 @@ def test_what_cannot_be_encoded_is_named(model, voice, tmp_path, capsys):
         read_manifest(mixed)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match="was not made here"):
+    with pytest.raises(UserError, match="was not built here"):
         build_codes(str(kept), voice, tmp_path / "mine")

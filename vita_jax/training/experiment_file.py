@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from types import ModuleType
 
 from vita_jax import config as config_lib
+from vita_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vita_jax.errors import UserError
-from vita_jax.training.experiment import ExperimentConfig, validate
+from vita_jax.training.experiment import ExperimentConfig, tokenizer_folder, validate
 from vita_jax.training.loop import REQUESTED, claim_run_dir
+from vita_jax.training.stages import Stage
 
 
 def open_experiment(file: str | None, overrides: Mapping[str, str]) -> tuple[ModuleType, ExperimentConfig]:
@@ -43,3 +45,15 @@ def prepare_data(module: ModuleType, config: ExperimentConfig) -> ExperimentConf
     claim_run_dir(config, REQUESTED)
     prepared = prepare(config)
     return config if prepared is None else prepared
+
+
+def open_stage(file: str | None, overrides: Mapping[str, str], name: str) -> tuple[ExperimentConfig, Stage, Tokenizer]:
+    """A stage of an experiment, "" for the first, with data and tokenizer where they have to be.
+
+    Raises:
+      UserError: as `open_experiment` and `prepare_data`, or there is no such stage.
+    """
+    module, config = open_experiment(file, overrides)
+    config = prepare_data(module, config)
+    stage = config.stage(name) if name else config.stages[0]
+    return config, stage, load_tokenizer(tokenizer_folder(config))

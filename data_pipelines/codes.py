@@ -141,7 +141,7 @@ def build_codes(
         work_folder,
     )
     from data_pipelines.rejects import REJECTS_NAME, beside, check_budget, check_budget_bounds, check_output
-    from vita_jax.data.speech_pairs import CODEC_FILE, MANIFEST, manifest_file, read_manifest
+    from vita_jax.data.manifests import CODEC_FILE, MANIFEST, manifest_file, read_manifest
 
     check_budget_bounds(max_bad_fraction)
     output = Path(output).absolute()

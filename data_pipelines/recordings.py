@@ -36,8 +36,8 @@ from data_pipelines.records import LONGEST_AUDIO
 from data_pipelines.rejects import REJECTS_NAME, beside, check_budget, check_budget_bounds, check_output
 from data_pipelines.speech.manifests import Utterance
 from vita_jax.data.audio import read_audio
+from vita_jax.data.manifests import MANIFEST
 from vita_jax.data.records import RecordError
-from vita_jax.data.speech_pairs import MANIFEST
 from vita_jax.errors import UserError
 from vita_jax.ops.filter_bank import RELEASED
 

@@ -46,8 +46,8 @@ from data_pipelines.sources import RecordsFile
 from vita_jax.data.ctc_vocabulary import build_ctc_vocabulary, load_ctc_vocabulary, normalise_transcript
 from vita_jax.data.images import ImageConfig
 from vita_jax.data.loader import SourceConfig
+from vita_jax.data.manifests import MANIFEST, SpokenText, read_manifest
 from vita_jax.data.records import read_folders
-from vita_jax.data.speech_pairs import MANIFEST, SpokenText, read_manifest
 from vita_jax.data.spoken_words import answer_aloud, language_of
 from vita_jax.data.templates import SystemTexts
 from vita_jax.data.tokenizer import train_sentencepiece

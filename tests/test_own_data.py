@@ -19,7 +19,7 @@ from tests.training.voice import CODEC, SPEECH, training
 from vita_jax import chat
 from vita_jax.config import load_module
 from vita_jax.data.images import ImageConfig
-from vita_jax.data.speech_pairs import SpokenText, read_manifest
+from vita_jax.data.manifests import SpokenText, read_manifest
 from vita_jax.data.tokenizer import load_tokenizer
 from vita_jax.errors import UserError
 from vita_jax.inference.session import Session

@@ -12,6 +12,7 @@ import pytest
 from tests.data.media import tone, write_wav
 from vita_jax.data.lanes import Lanes, Reading
 from vita_jax.data.loader import SourceConfig
+from vita_jax.data.manifests import read_manifest
 from vita_jax.data.records import RecordError
 from vita_jax.data.speech_pairs import (
     CropShape,
@@ -19,7 +20,6 @@ from vita_jax.data.speech_pairs import (
     crop,
     make_crop_loader,
     make_pair_loader,
-    read_manifest,
     read_wave,
 )
 from vita_jax.errors import UserError

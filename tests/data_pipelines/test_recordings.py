@@ -12,7 +12,8 @@ from data_pipelines.recordings import build_manifest
 from data_pipelines.speech import manifests
 from data_pipelines.speech.manifests import read_corpus
 from tests.data.media import tone, write_wav
-from vita_jax.data.speech_pairs import read_manifest, read_wave
+from vita_jax.data.manifests import read_manifest
+from vita_jax.data.speech_pairs import read_wave
 from vita_jax.errors import UserError
 
 

@@ -15,7 +15,7 @@ from tests.training.tiny import TILE, experiment, model_config, stage
 from tests.training.voice import CODEC, SPEECH, training
 from vita_jax.data.ctc_vocabulary import build_ctc_vocabulary
 from vita_jax.data.loader import SourceConfig
-from vita_jax.data.speech_pairs import MANIFEST
+from vita_jax.data.manifests import MANIFEST
 from vita_jax.data.tokenizer import train_sentencepiece
 from vita_jax.models.audio.encoder import AudioEncoderConfig
 from vita_jax.models.audio.tower import AudioTowerConfig

@@ -1,16 +1,14 @@
 """Spoken sentences and their text, for training the voice: Grain, deterministic, resumable.
 
-A manifest has one JSON object per line, {"id": ..., "audio": path, "text": ...}; paths start from its folder; the audio
-is in any format that `vita_jax.data.audio` decodes; 16-bit mono WAV at the rate that is wanted (the codec's, or 16 kHz
-for the recogniser) is read fastest. manifest(s) -> seeded subset -> shuffle (anew every epoch) -> repeat -> lanes ->
-crops or padded pairs (threads or workers) -> leave out bad records -> sort pairs by length -> join lanes -> batch ->
-prefetch. The state of a loader is a small dict, as in `loader`.
+The audio of a manifest is in any format that `vita_jax.data.audio` decodes; 16-bit mono WAV at the rate that is wanted
+(the codec's, or 16 kHz for the recogniser) is read fastest. manifest(s) -> seeded subset -> shuffle (anew every epoch)
+-> repeat -> lanes -> crops or padded pairs (threads or workers) -> leave out bad records -> sort pairs by length ->
+join lanes -> batch -> prefetch. The state of a loader is a small dict, as in `loader`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import wave
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +28,7 @@ from vita_jax.data.loader import (
     SourceConfig,
     join_rows,
 )
+from vita_jax.data.manifests import Manifest, SpokenText, has_codes
 from vita_jax.data.records import RecordError
 from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UserError
@@ -40,22 +39,8 @@ SORTED_BATCHES = 8
 BATCH_LENGTHS = 4
 # A stage may accept less, never more.
 LONGEST = AudioConfig(max_seconds=MAX_SECONDS)
-MANIFEST = "manifest.jsonl"
-CODEC_FILE = "codec.json"  # beside a manifest with codes: whose they are
 
 Arrays = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class SpokenText:
-    """One line of a manifest: `place` names it in messages; `codes` (t,) are the codec's tokens of it, or None
-    (`data_pipelines.codes`).
-    """
-
-    place: str
-    audio: Path
-    text: str
-    codes: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,50 +71,6 @@ class PairShape:
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
-
-
-def manifest_file(path: str | Path) -> Path:
-    """A manifest, given itself or by its folder."""
-    return Path(path) / MANIFEST if Path(path).is_dir() else Path(path)
-
-
-def read_manifest(path: str | Path) -> list[SpokenText]:
-    """The lines of a manifest, or of the `manifest.jsonl` in a folder.
-
-    Raises:
-      UserError: it cannot be read, is empty, or a line is not an object with `audio` and `text` or has `codes` that are
-        no list of numbers from 0 on; names the line.
-    """
-    path = manifest_file(path)
-    try:
-        # Not `splitlines`: a text may hold one of the rarer separators.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"speech manifest {path} cannot be read: {error}") from None
-    pairs = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            audio, text = entry["audio"], entry["text"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            audio = text = None
-        if not isinstance(audio, str) or not isinstance(text, str):
-            raise UserError(f'{path}, line {number}: expected a JSON object with "audio" and "text", both text')
-        place = f"{path}, line {number}"
-        pairs.append(SpokenText(place, path.parent / audio, text, _codes(entry.get("codes"), place)))
-    if not pairs:
-        raise UserError(f"speech manifest {path} is empty; there is nothing to train on")
-    return pairs
-
-
-def _codes(values: Any, place: str) -> np.ndarray | None:
-    if values is None:
-        return None
-    if not isinstance(values, list) or not values or any(type(value) is not int or value < 0 for value in values):
-        raise UserError(f'{place}: "codes" must be a list of numbers from 0 on')
-    return np.asarray(values, np.min_scalar_type(max(values)))
 
 
 def read_wave(path: str | Path, sampling_rate: int) -> np.ndarray:
@@ -174,24 +115,38 @@ class PairSource:
     def __init__(self, sources: Sequence[SourceConfig], seed: int) -> None:
         if not sources:
             raise UserError("there must be at least one speech source")
-        self._pairs: list[SpokenText] = []
+        self._manifests: list[Manifest] = []
+        self._lines: list[np.ndarray] = []
         for number, source in enumerate(sources):
             if source.weight is not None:
                 raise UserError(f"source {source.path}: speech sources have no weight; leave it out, or use ratio")
-            pairs = read_manifest(source.path)
-            count = max(1, int(len(pairs) * source.ratio))
-            order = np.random.default_rng([seed, number]).permutation(len(pairs))
-            self._pairs += [pairs[i] for i in np.sort(order[:count])]
-        #: Whether every line has the codec's tokens.
-        self.coded = all(pair.codes is not None for pair in self._pairs)
-        if not self.coded and any(pair.codes is not None for pair in self._pairs):
-            raise UserError("some lines of the manifests have codes and others have none; use either")
+            manifest = Manifest(source.path)
+            count = max(1, int(len(manifest) * source.ratio))
+            order = np.random.default_rng([seed, number]).permutation(len(manifest))
+            self._manifests.append(manifest)
+            self._lines.append(np.sort(order[:count]))
+        self._ends = np.cumsum([len(lines) for lines in self._lines])
+        with_codes = {has_codes(manifest) for manifest in self._manifests}
+        if len(with_codes) > 1:
+            raise UserError("some of the manifests have codes and others have none; use either")
+        #: Whether the lines have the codec's tokens.
+        self.coded = with_codes.pop()
 
     def __len__(self) -> int:
-        return len(self._pairs)
+        return int(self._ends[-1])
 
-    def __getitem__(self, index: int) -> SpokenText:
-        return self._pairs[index]
+    def __getitem__(self, index: int) -> SpokenText | RecordError:
+        """A pair, or what is wrong with its line."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        lines = self._lines[number]
+        try:
+            pair = self._manifests[number][lines[index - int(self._ends[number])]]  # counted from the end
+            if (pair.codes is not None) != self.coded:
+                reason = "are missing, as they are not in the first" if self.coded else "are here, and not in the first"
+                return RecordError(pair.place, "codes", reason, "mixed codes")
+        except RecordError as error:
+            return error
+        return pair
 
     def __repr__(self) -> str:
         return f"PairSource({len(self)} pairs)"
@@ -374,8 +329,10 @@ def make_element_loader(
     stream = stream.repeat(num_epochs)
     budget_records = min(BUDGET_RECORDS, max(len(pairs) // lanes.count, 1))
 
-    def element(pair: SpokenText, rng: np.random.Generator) -> Mapping[str, np.ndarray] | BadRecord:
+    def element(pair: SpokenText | RecordError, rng: np.random.Generator) -> Mapping[str, np.ndarray] | BadRecord:
         try:
+            if isinstance(pair, RecordError):
+                raise pair
             return build(pair, rng)
         except RecordError as error:
             return BadRecord(str(error), error.category)

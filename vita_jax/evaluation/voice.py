@@ -17,7 +17,8 @@ import numpy as np
 
 from vita_jax.data.audio import read_audio
 from vita_jax.data.ctc_vocabulary import normalise_transcript
-from vita_jax.data.speech_pairs import MANIFEST, read_manifest, read_wave
+from vita_jax.data.manifests import MANIFEST, read_manifest
+from vita_jax.data.speech_pairs import read_wave
 from vita_jax.data.spoken_words import answer_aloud, language_of
 from vita_jax.errors import UserError
 from vita_jax.evaluation.benchmarks import Group

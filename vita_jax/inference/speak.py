@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vita_jax.data.speech_pairs import MANIFEST, read_manifest, read_wave
+from vita_jax.data.manifests import MANIFEST, read_manifest
+from vita_jax.data.speech_pairs import read_wave
 from vita_jax.data.spoken_words import LANGUAGES, answer_aloud, language_of
 from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UserError

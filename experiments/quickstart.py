@@ -30,13 +30,14 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from data_pipelines.codes import build_codes
 from data_pipelines.quickstart.build import build_quickstart
 from data_pipelines.quickstart.speech_sets import SMOKE as SMOKE_SPEECH
 from data_pipelines.quickstart.speech_sets import SpeechCounts
 from vita_jax.data.ctc_vocabulary import build_ctc_vocabulary
 from vita_jax.data.images import ImageConfig
 from vita_jax.data.loader import SourceConfig
-from vita_jax.data.speech_pairs import read_manifest
+from vita_jax.data.manifests import read_manifest
 from vita_jax.data.templates import SystemTexts
 from vita_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from vita_jax.evaluation.comparison import changes_since
@@ -73,6 +74,8 @@ NEGATIVES = SourceConfig("negatives", split_rounds=True)
 # Manifests of recordings, for the stages without a language model.
 RECORDINGS = SourceConfig("raw/asr")
 ASSISTANT = SourceConfig("raw/speech_out")
+# The same sentences as tokens of the codec, made once when it is trained.
+CODES = SourceConfig("raw/speech_codes")
 
 
 def captions(ratio: float) -> SourceConfig:
@@ -252,7 +255,7 @@ def vision_stages(size: Size) -> tuple[Stage, ...]:
 
 
 HEARING_MIX = mixture(
-    (SPOKEN, 0.38), (NEGATIVES, 0.13), (ASR, 0.09), (QUESTIONS, 0.24), (TEXT, 0.12), (captions(0.2), 0.04)
+    (SPOKEN, 0.32), (NEGATIVES, 0.1), (ASR, 0.11), (QUESTIONS, 0.32), (TEXT, 0.11), (captions(0.2), 0.04)
 )
 
 
@@ -263,7 +266,8 @@ def audio_stages(size: Size) -> tuple[Stage, ...]:
         Stage(
             "speech_encoder",
             "2.1a speech encoder",
-            ("^audio/encoder/", "^ctc_head/"),
+            # The adapter learns along to say words as the language model spells them; in the paper it waits for 2.1b.
+            ("^audio/encoder/", "^ctc_head/", "^audio/adapter/"),
             # The recogniser also knows the voice that it is to read back, from recordings.
             (RECORDINGS, dataclasses.replace(ASSISTANT, ratio=0.5)),
             steps=steps[0],
@@ -275,6 +279,7 @@ def audio_stages(size: Size) -> tuple[Stage, ...]:
             clip_frames=size.clip_frames,
             objective="ctc",
             warmup_ratio=0.1,
+            start_from="vision_sft",  # whose embedding table the adapter learns to say
         ),
         Stage(
             "speech_alignment",
@@ -283,11 +288,12 @@ def audio_stages(size: Size) -> tuple[Stage, ...]:
             (ASR,),
             steps=steps[1],
             learning_rate=rates[1],
-            # The adapter starts from nothing, the language model must not forget what it knows.
+            # The language model must not forget what it knows.
             learning_rate_scale=(("^language/", 0.5),),
             **vars(size.aligned),
             clip_frames=size.clip_frames,
-            start_from=("vision_sft", "speech_encoder"),
+            whole_clips=True,
+            start_from="speech_encoder",
         ),
         Stage(
             "audio_sft",
@@ -326,7 +332,7 @@ def voice_stages(size: Size) -> tuple[Stage, ...]:
             "speech_decoders",
             "3.2 speech decoders",
             ("^speech/",),
-            (ASSISTANT,),
+            (CODES,),
             steps=steps,
             learning_rate=rate,
             optimizer=size.optimizer("speech_decoders"),
@@ -343,7 +349,7 @@ def voice_stages(size: Size) -> tuple[Stage, ...]:
 def small_model(width: int = 192, num_layers: int = 4, tower_width: int = 96) -> VitaConfig:
     """The small model with its recogniser."""
     model = vita_small_with_voice(width, num_layers, tower_width, vocab_size=1280)
-    training = CtcTraining(flat_start_steps=1000, spec_augment=False, feature_noise=1.0)
+    training = CtcTraining(flat_start_steps=1000, spec_augment=False, feature_noise=1.0, token_weight=0.5)
     # A step against discriminators takes as long as four without, and in minutes the voice gains less by it.
     codec_training = dataclasses.replace(model.codec_training, discriminators=None)
     return dataclasses.replace(model, ctc_vocab_size=CTC_ROWS, ctc_training=training, codec_training=codec_training)
@@ -427,11 +433,14 @@ COMPARED_STAGE, COMPARED = "vision_sft", ("typed", "text")
 
 
 def after_stage(config: ExperimentConfig, stage: Stage, params: Any) -> None:
-    """Measures the model on a part of what was held out."""
+    """Measures the model on a part of what was held out; after 3.1 also makes the tokens that 3.2 learns from."""
     if stage.name == "tower":
         params = {**params, "language": load_params(checkpoint_folder(config.run_dir, "language")).params["language"]}
     tokenizer = load_tokenizer(tokenizer_folder(config))
     limit = None if stage.name in ASKED_IN_FULL else QUESTIONS_PER_KIND
+    if stage.name == "codec":
+        folder = data_folder(config)
+        build_codes(str(checkpoint_folder(config.run_dir, stage.name)), folder / ASSISTANT.path, folder / CODES.path)
     for benchmark, groups in zip(("quickstart", "speech"), EVALUATED.get(stage.name, ((), ())), strict=True):
         if groups:
             result = evaluate_params(config, params, tokenizer, benchmark=benchmark, groups=groups, limit=limit)

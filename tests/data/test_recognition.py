@@ -17,9 +17,10 @@ from vita_jax.data.ctc_vocabulary import (
 )
 from vita_jax.data.lanes import Reading
 from vita_jax.data.loader import SourceConfig
+from vita_jax.data.manifests import SpokenText
 from vita_jax.data.recognition import RecognitionShape, make_recognition_loader, recognition_element, recognition_row
 from vita_jax.data.records import RecordError
-from vita_jax.data.speech_pairs import SpokenText
+from vita_jax.data.tokenizer import train_sentencepiece
 from vita_jax.errors import UserError
 from vita_jax.ops.filter_bank import log_mel
 
@@ -159,6 +160,30 @@ def test_batches_leave_out_bad_clips_and_resume(tmp_path):
     got = next(again)
     assert all(np.array_equal(got[key], expected[key]) for key in expected)
     again.close()
+
+
+def test_rows_carry_the_tokens_of_the_language_model_where_they_are_wanted(tmp_path):
+    texts = ["ab", "ca", "b"] * 3
+    tokenizer = train_sentencepiece([*texts, "Ab, C!"], 330, None, at_most=True)
+    rows = []
+    for number, text in enumerate(texts):
+        write(tmp_path / f"{number}.wav", 0.24 + 0.002 * number)
+        rows.append({"audio": f"{number}.wav", "text": text.title() + "!"})
+    (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {"batch_size": 2, "reading": Reading(0), "max_bad_fraction": 0.0}
+    vocabulary = build_ctc_vocabulary(texts, 8)
+    stream = make_recognition_loader([SourceConfig(str(tmp_path))], SHAPE, vocabulary, tokenizer, seed=1, **options)
+    batch = next(stream)
+    stream.close()
+    joined = 0
+    for row in range(2):
+        # As they are written, with case and punctuation, while the head's units are those of the normalised text.
+        written = tokenizer.decode(batch["token_targets"][row, : batch["token_lengths"][row]].tolist())
+        said = vocabulary.decode(batch["targets"][row, : batch["target_lengths"][row]].tolist())
+        assert normalise_transcript(written.replace("!", " ")).replace(" ", "") == said.replace(" ", "")
+        assert not np.any(batch["token_targets"][row, batch["token_lengths"][row] :])
+        joined += written.count("!")
+    assert joined > 2  # more clips than rows
 
 
 def test_clips_too_short_for_the_encoder_are_refused():

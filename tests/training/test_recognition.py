@@ -11,20 +11,25 @@ import numpy as np
 import optax
 import pytest
 
+from tests.training.tiny import stage
 from vita_jax.data.ctc_vocabulary import build_ctc_vocabulary
 from vita_jax.errors import UserError
 from vita_jax.evaluation.scoring import character_errors, edit_distance, error_rate
 from vita_jax.inference.transcription import chunked, transcribe
 from vita_jax.models.audio.ctc_head import CtcTraining
 from vita_jax.models.audio.tower import audio_small
+from vita_jax.models.connectors.audio_adapters import AudioAdapter
 from vita_jax.models.vita import Vita, vita_small
+from vita_jax.ops.ctc import ctc_loss
 from vita_jax.ops.filter_bank import log_mel
+from vita_jax.training.loop import model_of_stage
 from vita_jax.training.objectives import OBJECTIVES, init_params
 from vita_jax.training.objectives.recognition import (
     FREQUENCY_MASK_BINS,
     FREQUENCY_MASKS,
     PATCH_BINS,
     PATCH_FRAMES,
+    SHARPNESS,
     TIME_MASK_FRAMES,
     TIME_MASKS,
     ctc_objective_loss,
@@ -200,3 +205,74 @@ def test_errors_add_up_over_clips():
     errors = [character_errors("How many?", "how many"), character_errors("一个", "一 共")]
     assert errors == [(0, 8), (1, 2)]
     assert error_rate(errors) == 0.1
+
+
+TOKENS = [[7, 9], [11], [5, 5, 60], [3] * 12]  # of WORDS; the last row is too short for them
+
+
+@pytest.fixture(scope="module")
+def heard(model):
+    """A model whose adapter learns along, its parameters, and a batch with tokens."""
+    training = CtcTraining(spec_augment=False, token_weight=0.5)
+    model = Vita(dataclasses.replace(model.config, ctc_training=training))
+    targets = np.zeros((len(WORDS), 12), np.int32)
+    for row, ids in zip(targets, TOKENS, strict=True):
+        row[: len(ids)] = ids
+    lengths = jnp.asarray([len(ids) for ids in TOKENS], jnp.int32)
+    batch = batch_of(WORDS) | {"token_targets": jnp.asarray(targets), "token_lengths": lengths}
+    return model, nn.unbox(init_params(model, OBJECTIVES["ctc"], jax.random.key(0))), batch
+
+
+def test_the_adapter_is_to_say_tokens_as_the_embedding_table_has_them(heard):
+    model, params, batch = heard
+    sums = ctc_objective_loss(model, params, batch, jax.random.key(0))
+    plain = Vita(dataclasses.replace(model.config, ctc_training=CtcTraining(spec_augment=False)))
+    without = ctc_objective_loss(plain, params, batch, jax.random.key(0))
+    # Every clip by itself, with the chunks that the batch had.
+    encoder_key = jax.random.split(jax.random.key(0), 3)[2]
+    hidden, valid = plain.apply(
+        {"params": params},
+        batch["features"],
+        batch["lengths"],
+        False,
+        rngs={"dropout": encoder_key},
+        method=lambda model, *args: model.audio.encoder(*args),
+    )
+    embeds, _ = AudioAdapter(model.config.audio.adapter).apply({"params": params["audio"]["adapter"]}, hidden, valid)
+    rows = np.concatenate([params["ctc_state"]["blank"], params["language"]["embed_tokens"]["embedding"]])
+    expected = 0.0
+    for row, ids in enumerate(TOKENS[:3]):
+        count = -(-int(valid[row].sum()) // 2)
+        logits = SHARPNESS * np.asarray(embeds[row, :count]) @ rows.T
+        labels = jnp.asarray([ids]) + 1
+        expected += float(ctc_loss(jnp.asarray(logits)[None], jnp.asarray([count]), labels, jnp.asarray([len(ids)]))[0])
+    loss, number = (float(x) for x in sums.metrics["token_ctc"])
+    assert number == 6
+    assert loss == pytest.approx(expected, rel=1e-4)
+    added = 0.5 * loss / number
+    assert float(sums.loss / sums.count) == pytest.approx(float(without.loss / without.count) + added, rel=1e-5)
+
+
+def test_what_learns_to_say_tokens(heard):
+    model, params, batch = heard
+
+    def loss(params):
+        return ctc_objective_loss(model, params, batch, jax.random.key(0)).metrics["token_ctc"][0]
+
+    gradient = jax.grad(loss)(params)
+    assert not np.any(gradient["language"]["embed_tokens"]["embedding"])
+    assert not np.any(gradient["ctc_head"]["ctc_lo"]["kernel"])
+    assert np.any(gradient["ctc_state"]["blank"])
+    assert np.any(gradient["audio"]["adapter"]["project"]["kernel"])
+    assert np.any(jax.tree.leaves(gradient["audio"]["encoder"])[-1])
+    with pytest.raises(UserError, match="token_weight"):
+        CtcTraining(token_weight=-0.5)
+
+
+def test_a_stage_can_hear_clips_as_a_whole(model):
+    whole, drawn = (stage("hearing", whole_clips=choice, clip_frames=80, row_clips=1) for choice in (True, False))
+    assert model.config.audio.encoder.dynamic_chunks
+    assert model_of_stage(model, drawn) is model
+    heard_whole = model_of_stage(model, whole).config
+    assert not heard_whole.audio.encoder.dynamic_chunks
+    assert dataclasses.replace(heard_whole, audio=model.config.audio) == model.config

@@ -278,12 +278,21 @@ def starting_state(
     return TrainState(step, trainable, opt_state, rng), frozen, seconds
 
 
+def model_of_stage(model: Vita, stage: Stage) -> Vita:
+    """The model as a stage runs it; its parameters are the same."""
+    audio = model.config.audio
+    if not stage.whole_clips or audio is None:
+        return model
+    encoder = dataclasses.replace(audio.encoder, dynamic_chunks=False)
+    return model.clone(config=dataclasses.replace(model.config, audio=dataclasses.replace(audio, encoder=encoder)))
+
+
 def compiled_step(run: Run, plan: StagePlan) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """`(state, frozen, batch) -> (state, metrics)`, donating the state and keeping its layout."""
     layout = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract_state(run.mesh))
     step = functools.partial(
         train_step,
-        loss_fn=functools.partial(plan.objective.loss, run.model),
+        loss_fn=functools.partial(plan.objective.loss, model_of_stage(run.model, plan.stage)),
         optimizer=plan.optimizer,
         schedule=plan.schedule,
         accumulation=plan.stage.accumulation,

@@ -13,17 +13,10 @@ from jax.experimental import multihost_utils
 from vita_jax.data.ctc_vocabulary import load_ctc_vocabulary
 from vita_jax.data.lanes import lanes_of_process
 from vita_jax.data.loader import Loader, SourceConfig
+from vita_jax.data.manifests import CODEC_FILE, Manifest, has_codes, manifest_file
 from vita_jax.data.recognition import RecognitionShape, make_recognition_loader
 from vita_jax.data.records import read_json
-from vita_jax.data.speech_pairs import (
-    CODEC_FILE,
-    CropShape,
-    PairShape,
-    make_crop_loader,
-    make_pair_loader,
-    manifest_file,
-    read_manifest,
-)
+from vita_jax.data.speech_pairs import CropShape, PairShape, make_crop_loader, make_pair_loader
 from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UserError
 from vita_jax.training.experiment import CTC_VOCABULARY, ExperimentConfig, data_folder
@@ -53,7 +46,7 @@ def check_codes(config: ExperimentConfig, stage: Stage, params: FlatParams) -> N
     for source in stage.sources:
         manifest = manifest_file(data_folder(config) / source.path)
         # Batches may come from elsewhere; the loader says what is missing.
-        if not manifest.is_file() or read_manifest(manifest)[0].codes is None:
+        if not manifest.is_file() or not has_codes(Manifest(manifest)):
             continue
         file = manifest.with_name(CODEC_FILE)
         made_by = read_json(file, "codec").get("codec") if file.is_file() else None
@@ -88,7 +81,8 @@ def speech_batches(
     }
     if stage.objective == "ctc":
         vocabulary = load_ctc_vocabulary(data_folder(config) / CTC_VOCABULARY)
-        return make_recognition_loader(sources, RecognitionShape(stage.clip_frames), vocabulary, **options)
+        shape, with_tokens = RecognitionShape(stage.clip_frames), config.model.ctc_training.token_weight > 0
+        return make_recognition_loader(sources, shape, vocabulary, tokenizer if with_tokens else None, **options)
     codec = config.model.codec
     if codec is None:
         raise UserError(f"stages.{stage.name}: objective {stage.objective!r} needs a codec; set `model.codec`")

@@ -36,6 +36,7 @@ class Stage:
       row_tiles: image tiles (or frames) of a packed row.
       row_clips, clip_frames: sounds of a packed row, and frames of 10 ms of each; 0 clips means no sound. The objective
         `ctc` has one clip in a row, of at most `clip_frames`.
+      whole_clips: the speech encoder hears clips as a whole, even if its config draws chunks in training.
       state_labels: whether the model's state head trains along.
       objective: a name of `vita_jax.training.objectives.OBJECTIVES`.
       warmup_ratio: share of the steps with a rising learning rate.
@@ -60,6 +61,7 @@ class Stage:
     objective: str = "language_modeling"
     row_clips: int = 0
     clip_frames: int = 0
+    whole_clips: bool = False
     state_labels: bool = False
     warmup_ratio: float = 0.03
     learning_rate_scale: tuple[tuple[str, float], ...] = ()

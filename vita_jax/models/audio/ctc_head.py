@@ -25,15 +25,20 @@ class CtcTraining:
       feature_noise: how far patches of the features are moved up and down, as a standard deviation of the logarithm of
         energy in the worst case; each row draws its own strength. Recordings that passed through something, a telephone
         or a codec, differ from clean ones in such patches.
+      token_weight: of a second CTC loss, behind the adapter: its tokens are to say the transcript in tokens of the
+        language model, of which the rows of that model's embedding table are the scores. Spoken words then come in near
+        where they lie when they are written. 0 = none.
     """
 
     flat_start_steps: int = 0
     spec_augment: bool = True
     feature_noise: float = 0.0
+    token_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.feature_noise < 0:
-            raise UserError(f"feature_noise {self.feature_noise} must be at least 0")
+        for name in ("feature_noise", "token_weight"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} {getattr(self, name)} must be at least 0")
 
 
 class CtcHead(nn.Module):

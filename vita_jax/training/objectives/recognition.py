@@ -8,6 +8,10 @@ Where in the sound a character lies is what CTC finds last. The first steps (`fl
 each clip's characters spread evenly over its frames, with a weight that falls to 0: the flat start of hidden Markov
 models, which shortens the search several times. Stretches of time and bands of frequency can be blanked out
 (SpecAugment, arXiv 1904.08779, without warping), and patches of the features moved up and down.
+
+The adapter can learn along (`token_weight`). In the paper it waits for stage 2.1b, where the language model's answers
+teach it what words sound like, but only as fast as that model learns where to look. A second CTC loss behind the
+adapter tells it directly: the rows of the embedding table, which stay as they are, are what it can say.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +28,7 @@ from einops import repeat
 from vita_jax.errors import UserError
 from vita_jax.models.audio.ctc_head import CtcHead
 from vita_jax.models.audio.encoder import AudioEncoder
+from vita_jax.models.connectors.audio_adapters import AudioAdapter
 from vita_jax.models.vita import Vita
 from vita_jax.ops.ctc import ctc_feasible, ctc_loss
 from vita_jax.ops.masks import padding_mask
@@ -35,8 +41,11 @@ FREQUENCY_MASKS, FREQUENCY_MASK_BINS = 2, 12
 PATCH_FRAMES, PATCH_BINS = 3, 6
 
 CTC_KEYS = ("features", "lengths", "targets", "target_lengths", "frame_targets")
-# Beside the parameters: the number of the step.
+TOKEN_KEYS = ("token_targets", "token_lengths")
+# Beside the parameters: the number of the step, and the row of the blank in front of the embedding table.
 CTC_STATE = "ctc_state"
+# Of the products of the adapter's tokens with the table: the larger, the smaller the tokens that tell words apart.
+SHARPNESS = 3.0
 
 
 def spec_augment(features: jax.Array, lengths: jax.Array, key: jax.Array) -> jax.Array:
@@ -106,22 +115,61 @@ def recognition_logits(
     Raises:
       UserError: the model has no audio tower or no CTC head.
     """
+    hidden, valid = _encoded(model, params, features, lengths, key)
+    return _head(model, params, hidden), jnp.sum(valid, axis=1, dtype=jnp.int32)
+
+
+def _encoded(
+    model: Vita, params: Params, features: jax.Array, lengths: jax.Array, key: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """The speech encoder's frames (b s d), and which are real (b s)."""
     if model.config.audio is None or not model.config.ctc_vocab_size:
         raise UserError("recognition needs a speech encoder with a CTC head; set the model's audio and ctc_vocab_size")
-    hidden, valid = AudioEncoder(model.config.audio.encoder, dtype=model.dtype).apply(
+    return AudioEncoder(model.config.audio.encoder, dtype=model.dtype).apply(
         {"params": params["audio"]["encoder"]},
         features,
         lengths,
         deterministic=key is None,
         rngs=None if key is None else {"dropout": key},
     )
-    logits = CtcHead(model.config.ctc_vocab_size, dtype=model.dtype).apply({"params": params["ctc_head"]}, hidden)
-    return logits, jnp.sum(valid, axis=1, dtype=jnp.int32)
+
+
+def _head(model: Vita, params: Params, hidden: jax.Array) -> jax.Array:
+    return CtcHead(model.config.ctc_vocab_size, dtype=model.dtype).apply({"params": params["ctc_head"]}, hidden)
+
+
+def token_ctc(
+    model: Vita, params: Params, hidden: jax.Array, valid: jax.Array, targets: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """CTC of the adapter's tokens against the embedding table of the language model.
+
+    Args:
+      params: nested, with those of `ctc_extra_params`.
+      hidden, valid: (b s d), (b s) of the encoder.
+      targets, lengths: (b u), (b,) int32 tokens of what is said.
+
+    Returns:
+      Summed loss and number of tokens, without rows that are too short for their tokens.
+    """
+    adapter = AudioAdapter(model.config.audio.adapter, dtype=model.dtype)
+    tokens, heard = adapter.apply({"params": params["audio"]["adapter"]}, hidden, valid)
+    table = jax.lax.stop_gradient(params["language"]["embed_tokens"]["embedding"])
+    rows = jnp.concatenate([params[CTC_STATE]["blank"], table]).astype(tokens.dtype)
+    logits = SHARPNESS * jnp.einsum("bpd,vd->bpv", tokens, rows)
+    frames, labels = jnp.sum(heard, axis=1, dtype=jnp.int32), targets + 1  # row 0 is the blank's
+    feasible = ctc_feasible(frames, labels, lengths)
+    count = jnp.sum(jnp.where(feasible, lengths, 0), dtype=jnp.float32)
+    return jnp.sum(ctc_loss(logits, frames, labels, lengths)), count
 
 
 def ctc_extra_params(model: Vita, key: jax.Array) -> dict[str, Any]:
-    """The number of the step, which the flat start counts."""
-    return {CTC_STATE: {"step": jnp.zeros(())}}
+    """The number of the step, which the flat start counts, and with `token_weight` the row of the blank."""
+    state = {"step": jnp.zeros(())}
+    if model.config.ctc_training.token_weight:
+        language = model.config.language
+        init = nn.with_logical_partitioning(nn.initializers.normal(language.initializer_range), (None, "embed"))
+        state["blank"] = init(key, (1, language.hidden_size), jnp.float32)
+    return {CTC_STATE: state}
 
 
 def ctc_objective_loss(model: Vita, params: Params, batch: Batch, key: jax.Array) -> LossSums:
@@ -131,12 +179,12 @@ def ctc_objective_loss(model: Vita, params: Params, batch: Batch, key: jax.Array
       model: the composition; only its speech encoder and CTC head run.
       params: nested parameters with those of `ctc_extra_params`.
       batch: `features` (b f m), `lengths` (b), `targets` (b u), `target_lengths` (b), `frame_targets` (b s); int32 but
-        for the features.
+        for the features; with `token_weight` also `token_targets` (b u) and `token_lengths` (b).
       key: of dropout, chunks, blanked stripes and moved patches.
 
     Returns:
       Sums over characters. Metrics: `ctc`, the CTC loss per character; `infeasible`, share of the rows whose transcript
-      is longer than what the encoder hears; they are left out.
+      is longer than what the encoder hears; they are left out; `token_ctc`, the loss of the adapter per token.
     """
     training = model.config.ctc_training
     augment_key, noise_key, encoder_key = jax.random.split(key, 3)
@@ -145,15 +193,21 @@ def ctc_objective_loss(model: Vita, params: Params, batch: Batch, key: jax.Array
         features = spec_augment(features, batch["lengths"], augment_key)
     if training.feature_noise:
         features = move_patches(features, training.feature_noise, noise_key)
-    logits, frames = recognition_logits(model, params, features, batch["lengths"], encoder_key)
+    hidden, valid = _encoded(model, params, features, batch["lengths"], encoder_key)
+    logits, frames = _head(model, params, hidden), jnp.sum(valid, axis=1, dtype=jnp.int32)
     feasible = ctc_feasible(frames, batch["targets"], batch["target_lengths"])
     ctc = jnp.sum(ctc_loss(logits, frames, batch["targets"], batch["target_lengths"]))
     characters = jnp.sum(jnp.where(feasible, batch["target_lengths"], 0), dtype=jnp.float32)
     metrics = {"ctc": (ctc, characters), "infeasible": (len(frames) - jnp.sum(feasible), jnp.float32(len(frames)))}
     total, step = ctc, params[CTC_STATE]["step"]
+    if training.token_weight:
+        spoken, tokens = token_ctc(model, params, hidden, valid, *(batch[name] for name in TOKEN_KEYS))
+        # Weighed per unit of either kind.
+        total += training.token_weight * spoken * characters / jnp.maximum(tokens, 1.0)
+        metrics["token_ctc"] = (spoken, tokens)
     if training.flat_start_steps:
         weight = jnp.maximum(1.0 - step / training.flat_start_steps, 0.0)
-        total = (1.0 - weight) * ctc + weight * characters * _flat_loss(logits, batch["frame_targets"])
+        total = (1.0 - weight) * total + weight * characters * _flat_loss(logits, batch["frame_targets"])
     return LossSums(total, characters, metrics, {f"{CTC_STATE}/step": step + 1})
 
 
@@ -170,4 +224,11 @@ def _encoder_frames(batch: Mapping[str, np.ndarray]) -> int:
     return int(np.sum(batch["lengths"])) // 4
 
 
-CTC = Objective(ctc_objective_loss, CTC_KEYS, _encoder_frames, extra_params=ctc_extra_params, extra_names=(CTC_STATE,))
+CTC = Objective(
+    ctc_objective_loss,
+    CTC_KEYS,
+    _encoder_frames,
+    optional_keys=TOKEN_KEYS,
+    extra_params=ctc_extra_params,
+    extra_names=(CTC_STATE,),
+)

@@ -7,7 +7,7 @@ import importlib
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vita_jax.command_line import ArgumentParser, run_command
@@ -32,6 +32,7 @@ examples:
       --question "Which digit is this?" --output runs/digits
   python -m data_pipelines.build records --json chats.jsonl --layout messages --output runs/chats
   python -m data_pipelines.build recordings --layout librispeech --from LibriSpeech/train-clean-100 --output runs/clean
+  python -m data_pipelines.build recordings --tfds librispeech --split train_clean100 --output runs/clean
   python -m data_pipelines.build recordings --layout manifest --from list.jsonl --root sounds --output runs/mine
   python -m data_pipelines.build speak --json my.json --root my_media --fraction 0.5 --output spoken
   python -m data_pipelines.build records --json spoken/records.json --folders spoken/roots.json --output runs/my_data
@@ -48,7 +49,10 @@ CORPORA = ("manifest", "librispeech", "aishell")
 RECORD_LAYOUTS = ("vita", "messages", "sharegpt", "alpaca")
 # Options of `records` that belong to one kind of source, and what they are where they are not given.
 OF_FILES = {"root": None, "folders": None, "layout": "vita", "ignore_fields": ""}
-OF_TFDS = {"split": "train", "data_dir": None, "image": None, "audio": None, "question": "", "answer": ""}
+OF_SPOKEN_TFDS = {"split": "train", "data_dir": None, "audio": None, "answer": ""}
+OF_TFDS = {**OF_SPOKEN_TFDS, "image": None, "question": ""}
+# The same for `recordings`.
+OF_LISTS = {"root": None, "layout": None}
 
 
 def make_parser() -> ArgumentParser:
@@ -63,19 +67,17 @@ def make_parser() -> ArgumentParser:
     given = build.add_mutually_exclusive_group(required=True)
     given.add_argument("--json", metavar="FILE", help="records, UTF-8: a list, or .jsonl, one a line")
     given.add_argument("--tfds", metavar="NAME", help="of TensorFlow Datasets: a name, or a prepared folder")
-    build.add_argument("--split", default="train", help="of a tfds data set (default train)")
-    build.add_argument("--data-dir", metavar="FOLDER", help="where tfds data sets lie")
     build.add_argument("--image", metavar="FEATURE", help="of a tfds data set: the picture")
-    build.add_argument("--audio", metavar="FEATURE", help="of a tfds data set: the sound")
     build.add_argument("--question", default="", metavar="TEXT", help="asked of every element of a tfds data set")
-    build.add_argument("--answer", default="", metavar="FEATURE", help="of a tfds data set: what answers")
     build.add_argument("--output", required=True, metavar="FOLDER", help="made, or replaced if it is an earlier build")
     build.add_argument("--shards", type=int, default=1, metavar="N", help="number of files (default 1)")
     build.set_defaults(run=build_folder)
 
-    heard = add("recordings", "Check transcribed recordings, and write their manifest; they stay where they are.")
-    heard.add_argument("--layout", required=True, choices=CORPORA, help=", ".join(CORPORA))
-    heard.add_argument("--from", dest="source", required=True, metavar="PATH", help="the manifest, or the top folder")
+    heard = add("recordings", "Check transcribed recordings, and write their manifest; files stay where they are.")
+    given = heard.add_mutually_exclusive_group(required=True)
+    given.add_argument("--from", dest="source", metavar="PATH", help="the manifest, or the top folder")
+    given.add_argument("--tfds", metavar="NAME", help="of TensorFlow Datasets: a name, or a prepared folder")
+    heard.add_argument("--layout", choices=CORPORA, help=f"of what is there: {', '.join(CORPORA)}")
     heard.add_argument("--root", metavar="FOLDER", help="where a manifest's paths start; default its own folder")
     heard.add_argument("--output", required=True, metavar="FOLDER", help="gets manifest.jsonl and rejects.jsonl")
     heard.set_defaults(run=build_recordings)
@@ -103,6 +105,11 @@ def make_parser() -> ArgumentParser:
             "--layout", choices=RECORD_LAYOUTS, default="vita", help=f"of the file: {', '.join(RECORD_LAYOUTS)}"
         )
         one.add_argument("--ignore-fields", default="", metavar="A,B", help="fields outside of the format to skip")
+    for one in (build, heard):
+        one.add_argument("--split", default="train", help="of a tfds data set (default train)")
+        one.add_argument("--data-dir", metavar="FOLDER", help="where tfds data sets lie")
+        one.add_argument("--audio", metavar="FEATURE", help="of a tfds data set: the sound")
+        one.add_argument("--answer", default="", metavar="FEATURE", help="of a tfds data set: what answers, or is said")
     for one in (build, check, heard):
         add_budget(one)
     for one in (build, heard, speak):
@@ -178,9 +185,8 @@ def _tfds_source(arguments: argparse.Namespace) -> TfdsSource:
     return TfdsSource(arguments.tfds, **{name: getattr(arguments, name) for name in OF_TFDS})
 
 
-def _refuse_others(arguments: argparse.Namespace) -> None:
+def _refuse(arguments: argparse.Namespace, options: Mapping[str, str | None], given: str) -> None:
     """Raises UserError for an option of the kind of source that is not given."""
-    given, options = ("--json", OF_TFDS) if arguments.json else ("--tfds", OF_FILES)
     for name, default in options.items():
         if getattr(arguments, name) != default:
             raise UserError(f"--{name.replace('_', '-')} says nothing beside {given}; leave it out")
@@ -191,7 +197,7 @@ def build_folder(arguments: argparse.Namespace) -> int:
     from data_pipelines.records import build_records
     from data_pipelines.rejects import REJECTS_NAME
 
-    _refuse_others(arguments)
+    _refuse(arguments, *((OF_TFDS, "--json") if arguments.json else (OF_FILES, "--tfds")))
     with Line() as line:
         manifest = build_records(
             _source(arguments) if arguments.json else _tfds_source(arguments),
@@ -211,21 +217,37 @@ def build_folder(arguments: argparse.Namespace) -> int:
 def build_recordings(arguments: argparse.Namespace) -> int:
     """`recordings`."""
     from data_pipelines.recordings import build_manifest
-    from data_pipelines.speech.manifests import read_corpus
 
-    lines = read_corpus(arguments.source, arguments.layout, arguments.root)
+    corpus = _corpus(arguments)
     with Line() as line:
         options = {
             "max_bad_fraction": arguments.max_bad_fraction,
             "runner": runner_of(arguments),
             "progress": line.show,
         }
-        found = build_manifest(lines, arguments.output, **options)
+        found = build_manifest(corpus, arguments.output, **options)
     languages = ", ".join(f"{number} {language}" for language, number in found.languages.items())
     rejected = ", ".join(f"{reason}: {number}" for reason, number in found.rejects.items()) or "none"
     hours = f"{found.seconds / 3600:.2f} h"
     print(f"{arguments.output}: {found.count} recordings, {hours} ({languages}); rejected {rejected}")
     return 0
+
+
+def _corpus(arguments: argparse.Namespace) -> Iterable[Any] | TfdsSource:
+    """Where the recordings are."""
+    if arguments.tfds is not None:
+        from data_pipelines.tfds_source import TfdsSource
+
+        _refuse(arguments, OF_LISTS, "--tfds")
+        # What is asked says nothing to a recogniser, but a data set that is not known has to have it.
+        fields = {name: getattr(arguments, name) for name in OF_SPOKEN_TFDS}
+        return TfdsSource(arguments.tfds, **fields, question="Write down what you hear.")
+    _refuse(arguments, OF_SPOKEN_TFDS, "--from")
+    if arguments.layout is None:
+        raise UserError(f"--from needs --layout: one of {', '.join(CORPORA)}")
+    from data_pipelines.speech.manifests import read_corpus
+
+    return read_corpus(arguments.source, arguments.layout, arguments.root)
 
 
 def speak_questions(arguments: argparse.Namespace) -> int:

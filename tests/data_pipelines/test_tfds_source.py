@@ -21,7 +21,9 @@ from data_pipelines.tfds_source import TfdsSource
 from tests.data.media import tone, write_png
 from vita_jax.data.audio import AudioConfig, read_audio
 from vita_jax.data.images import open_image
+from vita_jax.data.manifests import read_manifest
 from vita_jax.data.records import RecordError, decode_record, load_manifest
+from vita_jax.data.speech_pairs import read_wave
 from vita_jax.errors import UserError
 
 CAPTIONS = [["a red square", "red"], ["a blue one"], []]
@@ -132,3 +134,30 @@ def test_what_is_missing_is_named(prepared):
     with pytest.raises(UserError, match="say what is asked"):
         TfdsSource("mnist", image="image", answer="label")
     assert TfdsSource("coco_captions/2014:1.1.0").answer == "captions/text"
+
+
+def test_sound_of_a_data_set_becomes_a_manifest(monkeypatch, tmp_path, capsys):
+    elements = [
+        {"speech": (tone(0.2 + 0.1 * n) * 32767).astype(np.int64), "text": f"TEXT {n}".encode()} for n in range(3)
+    ]
+    elements.append({"speech": np.zeros(0, np.int64), "text": b"NOTHING"})
+    features = {"speech": SimpleNamespace(sample_rate=16000), "text": SimpleNamespace()}
+    monkeypatch.setattr(tfds_source, "_open", lambda *_: (elements, features, "0"))
+    line = ["recordings", "--tfds", "librispeech", "--output", str(tmp_path / "out")]
+    assert main(line) == 2
+    assert "1 of 4 recordings rejected" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main([*line, "--max-bad-fraction", "0.3"]) == 0
+    assert "3 recordings" in capsys.readouterr().out
+    pairs = read_manifest(tmp_path / "out")
+    assert [pair.text for pair in pairs] == ["TEXT 0", "TEXT 1", "TEXT 2"]
+    np.testing.assert_allclose(read_wave(pairs[2].audio, 16_000), tone(0.4), atol=1e-4)
+    reject = json.loads((tmp_path / "out" / "rejects.jsonl").read_text())
+    assert reject["category"] == "damaged media" and "record 3" in reject["reason"]
+    for more, message in (
+        (["--tfds", "librispeech", "--layout", "manifest"], "--layout says nothing beside --tfds"),
+        (["--from", "x", "--layout", "manifest", "--split", "test"], "--split says nothing beside --from"),
+        (["--from", "x"], "--from needs --layout"),
+        (["--tfds", "mine", "--answer", "text"], "say which feature is the sound"),
+    ):
+        assert main(["recordings", *more, "--output", str(tmp_path / "other")]) == 2
+        assert message in capsys.readouterr().err

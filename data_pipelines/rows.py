@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ examples:
       --stage=vision_sft --records=500
 """
 DEFAULTS = {"stage": "", "records": "2000", "target": "0.95"}
-SEARCHED = 4  # times what the largest record needs: no row is given more tiles or sounds
+SEARCHED = 4  # times what the largest record needs, or what the stage has: no row is given more tiles or sounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +109,8 @@ def least_budgets(sizes: Sequence[Size], limits: Limits, target: float, bins: in
     fit = [s for s in sizes if s.positions <= limits.row_length]
     tiles, clips = (max((getattr(s, name) for s in fit), default=0) for name in ("tiles", "clips"))
     most = max(tiles, clips, 1)
-    for step in range((SEARCHED - 1) * most + 1):
+    highest = max(SEARCHED, limits.row_tiles / max(tiles, 1), limits.row_clips / max(clips, 1))
+    for step in range(math.ceil((highest - 1) * most) + 1):
         factor = 1 + step / most
         tried = dataclasses.replace(limits, row_tiles=round(tiles * factor), row_clips=round(clips * factor))
         found = fill_of(sizes, tried, bins)

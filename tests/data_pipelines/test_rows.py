@@ -72,3 +72,10 @@ def test_wrong_arguments_are_named(capsys):
         assert main(["--config=experiments/quickstart.py", argument]) == 2
         assert message in capsys.readouterr().err
     assert main(["--help"]) == 0 and "examples:" in capsys.readouterr().out
+
+
+def test_a_stage_with_more_than_it_needs_is_told_what_would_do():
+    limits = Limits(600, 100)  # many times what the largest record needs
+    said = "\n".join(report("stage", [Size(30, 4, 0)] * 200, Counter(), limits, 8, 0.95))
+    assert "rows of 600 positions, 100 tiles: 100.0% of the positions used" in said
+    assert "the least that fills 95%: 600 positions, 80 tiles" in said

@@ -13,7 +13,7 @@ with its trainable parts and data fractions:
     1.1  the adapter, on 20 % of the captions
     1.2  tower, adapter and language model, on all captions
     1.3  all three, on all questions and 20 % of the captions
-    2.1a the speech encoder, on transcripts by CTC
+    2.1a the speech encoder, on transcripts by CTC; the speech adapter along with it
     2.1b speech adapter and language model, on speech and its transcripts
     2.2  the same and the input head: questions, half of them spoken, some captions, and sounds that are no questions
     3.1  the codec, on the assistant's voices
@@ -106,6 +106,8 @@ class Size:
       plan: steps and peak learning rate of every stage.
       muon: the stages that train by Muon, all others by AdamW.
       seen, cells, spoken, aligned: batches of stages 0 to 1.3, of the tower's own, of 2.2, and of 2.1b.
+      adapter_early: whether the speech adapter learns along in 2.1a to say words as the language model spells them. In
+        the paper it waits for 2.1b, which is then longer; scores of a full vocabulary at every token take much memory.
       clips: rows of a batch for the speech encoder, of `clip_frames` frames of 10 ms.
       crops, crop_frames: of a batch for the codec.
       replies, reply_tokens, reply_frames: of a batch for the speech decoders: text tokens and codec frames.
@@ -119,6 +121,7 @@ class Size:
     cells: Rows
     spoken: Rows
     aligned: Rows
+    adapter_early: bool
     clips: int
     clip_frames: int
     crops: int
@@ -156,6 +159,7 @@ SMALL = Size(
     cells=Rows(12, 304, row_tiles=8),
     spoken=Rows(2, 304, row_tiles=12, row_clips=4),
     aligned=Rows(1, 304, row_clips=6),
+    adapter_early=True,
     clips=2,
     clip_frames=416,
     crops=4,
@@ -194,6 +198,7 @@ FULL = dataclasses.replace(
     cells=Rows(256, 6144, row_tiles=8),
     spoken=Rows(128, 6144, row_tiles=26, row_clips=32),
     aligned=Rows(128, 6144, row_clips=48),
+    adapter_early=False,
     clips=64,
     clip_frames=3000,
     crops=64,
@@ -266,8 +271,7 @@ def audio_stages(size: Size) -> tuple[Stage, ...]:
         Stage(
             "speech_encoder",
             "2.1a speech encoder",
-            # The adapter learns along to say words as the language model spells them; in the paper it waits for 2.1b.
-            ("^audio/encoder/", "^ctc_head/", "^audio/adapter/"),
+            ("^audio/encoder/", "^ctc_head/", *(("^audio/adapter/",) if size.adapter_early else ())),
             # The recogniser also knows the voice that it is to read back, from recordings.
             (RECORDINGS, dataclasses.replace(ASSISTANT, ratio=0.5)),
             steps=steps[0],
@@ -279,7 +283,7 @@ def audio_stages(size: Size) -> tuple[Stage, ...]:
             clip_frames=size.clip_frames,
             objective="ctc",
             warmup_ratio=0.1,
-            start_from="vision_sft",  # whose embedding table the adapter learns to say
+            start_from="vision_sft" if size.adapter_early else None,  # whose embedding table the adapter learns to say
         ),
         Stage(
             "speech_alignment",
@@ -293,7 +297,7 @@ def audio_stages(size: Size) -> tuple[Stage, ...]:
             **vars(size.aligned),
             clip_frames=size.clip_frames,
             whole_clips=True,
-            start_from="speech_encoder",
+            start_from="speech_encoder" if size.adapter_early else ("vision_sft", "speech_encoder"),
         ),
         Stage(
             "audio_sft",

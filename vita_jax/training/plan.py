@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from vita_jax.parallel.mesh import replicated
 from vita_jax.parallel.rules import param_shardings, unbox
 from vita_jax.training.checkpoint import checkpoint_folder, load_params
 from vita_jax.training.experiment import ExperimentConfig, peak_learning_rate
-from vita_jax.training.objectives import OBJECTIVES, Objective, init_params
+from vita_jax.training.objectives import OBJECTIVES, Objective, init_extra, init_model, init_params
 from vita_jax.training.optimizer import learning_rate_multipliers, make_optimizer, muon_matrices, warmup_cosine
 from vita_jax.training.stages import Stage, flatten, starts_of, trainable_paths, trained_so_far, unflatten
 from vita_jax.training.step import FlatParams, TrainState, init_state
 
 # Purposes of the random keys drawn from the seed of the run; stages count on from the last.
 PARAMETERS, FIRST_STAGE = 0, 1
+DRAWN_AS_A_WHOLE = 1 << 26  # parameters: models up to 256 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,14 +155,24 @@ def initial_params(config: ExperimentConfig, model: Vita, plan: StagePlan) -> Fl
     """
     given = contributions(config, plan)
     missing = [path for path in plan.shapes if path not in given]
+    extra = {path for path in missing if path.split("/")[0] in plan.objective.extra_names}
+    key = jax.random.fold_in(jax.random.key(config.seed), PARAMETERS)
 
-    def draw(key: jax.Array) -> FlatParams:
-        drawn = flatten(unbox(init_params(model, plan.objective, key)))
-        return {path: drawn[path] for path in missing}
+    def draw(init: Callable[[jax.Array], Any], paths: Sequence[str]) -> FlatParams:
+        def chosen(key: jax.Array) -> FlatParams:
+            drawn = flatten(unbox(init(key)))
+            return {path: drawn[path] for path in paths}
 
-    if missing:
-        key = jax.random.fold_in(jax.random.key(config.seed), PARAMETERS)
-        given |= jax.jit(draw, out_shardings={path: plan.shardings[path] for path in missing})(key)
+        return jax.jit(chosen, out_shardings={path: plan.shardings[path] for path in paths})(key)
+
+    if extra:
+        given |= draw(lambda key: init_extra(model, plan.objective, key), sorted(extra))
+    if len(missing) > len(extra):
+        whole = [path for path in plan.shapes if path.split("/")[0] not in plan.objective.extra_names]
+        # Compiling takes longer than drawing a small model; a program that draws all of it serves all stages.
+        small = sum(math.prod(plan.shapes[path].shape) for path in whole) <= DRAWN_AS_A_WHOLE
+        drawn = draw(lambda key: init_model(model, key), whole if small else [p for p in missing if p not in extra])
+        given |= {path: drawn[path] for path in missing if path not in extra}
     return {path: given[path] for path in plan.shapes}
 
 

@@ -23,6 +23,8 @@ __all__ = [
     "OBJECTIVES",
     "LossSums",
     "Objective",
+    "init_extra",
+    "init_model",
     "init_params",
     "language_modeling_loss",
     "model_inputs",
@@ -44,9 +46,17 @@ def init_params(model: Vita, objective: Objective, key: jax.Array) -> dict[str, 
 
     The model's do not depend on the objective, so stages that start from scratch start from the same model.
     """
+    return {**init_model(model, key), **init_extra(model, objective, key)}
+
+
+def init_model(model: Vita, key: jax.Array) -> dict[str, Any]:
+    """Those of the model."""
     size = model.config.vision.image_size
     row = jnp.zeros((1, 2), jnp.int32)
     inputs = VitaInputs(row, row, row, row - 1, jnp.zeros((1, 1, size, size, 3), jnp.uint8))
-    model_key, extra_key = jax.random.split(key)
-    params = model.init(model_key, inputs)["params"]
-    return {**params, **objective.extra_params(model, extra_key)}
+    return model.init(jax.random.split(key)[0], inputs)["params"]
+
+
+def init_extra(model: Vita, objective: Objective, key: jax.Array) -> dict[str, Any]:
+    """Those of the objective."""
+    return objective.extra_params(model, jax.random.split(key)[1])

@@ -18,9 +18,9 @@ from data_pipelines.records import LONGEST_AUDIO
 from vita_jax.data.audio import read_audio
 from vita_jax.data.images import ImageConfig, open_image, tile_count
 from vita_jax.data.loader import RecordSource, SourceConfig
+from vita_jax.data.manifests import MANIFEST as SPEECH_MANIFEST
 from vita_jax.data.manifests import read_manifest
 from vita_jax.data.records import MANIFEST_NAME, PLACEHOLDERS, Media, Record, decode_record
-from vita_jax.data.speech_pairs import MANIFEST as SPEECH_MANIFEST
 from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.data.video import choose_frames, probe_video
 from vita_jax.errors import UserError

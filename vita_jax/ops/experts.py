@@ -10,12 +10,17 @@ Axes: n tokens, e experts, k experts per token, d model width, f hidden width, r
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from vita_jax.errors import UserError
+
+# "ragged": sorted by expert and multiplied group by group; between devices the exchange that suits them. "dense": every
+# expert on every token. The others are "ragged" with the exchange named; see `vita_jax.ops.expert_parallel`.
+IMPLEMENTATIONS = ("ragged", "dense", "ragged_all_to_all", "padded_all_to_all")
 
 
 class Routing(NamedTuple):
@@ -57,15 +62,37 @@ def route(logits: jax.Array, experts_per_token: int) -> Routing:
     return Routing(experts.astype(jnp.int32), weights / jnp.sum(weights, axis=-1, keepdims=True))
 
 
+class Assignments(NamedTuple):
+    """The n k assignments of tokens to experts, sorted by expert; assignment a is slot a % k of token a // k.
+
+    Attributes:
+      order: (n k) int32, the assignment at each place of the sorted list.
+      place: (n k) int32, the place of each assignment: the inverse of `order`.
+      sizes: (e) int32, how many assignments each expert has.
+    """
+
+    order: jax.Array
+    place: jax.Array
+    sizes: jax.Array
+
+
+def sort_assignments(experts: jax.Array, num_experts: int) -> Assignments:
+    """Sorts `Routing.experts` (n k); assignments of one expert stay in the order of their tokens."""
+    assignments = experts.reshape(-1)
+    order = jnp.argsort(assignments, stable=True)
+    sizes = jnp.sum(assignments[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+    return Assignments(order.astype(jnp.int32), jnp.argsort(order).astype(jnp.int32), sizes)
+
+
 def apply_experts(x: jax.Array, routing: Routing, experts: Experts, *, implementation: str = "ragged") -> jax.Array:
-    """Sum of what each token's experts make of it.
+    """Sum of what each token's experts make of it, all on one device or partitioned automatically.
 
     Args:
       x: (n d).
       routing: of the n tokens.
       experts: parameters in the dtype of `x`.
-      implementation: a name of `IMPLEMENTATIONS`. "ragged" sorts tokens by expert and multiplies group by group;
-        "dense" runs every expert on every token, e / k times the work, and is there to check the others against.
+      implementation: a name of `IMPLEMENTATIONS`. "dense" does e / k times the work and is there to check the others
+        against; those are all the same here, where there is nothing to exchange.
 
     Returns:
       (n d) in the dtype of `x`.
@@ -74,7 +101,11 @@ def apply_experts(x: jax.Array, routing: Routing, experts: Experts, *, implement
       UserError: unknown `implementation`.
     """
     check_implementation(implementation)
-    return IMPLEMENTATIONS[implementation](x, routing, experts)
+    if implementation == "dense":
+        return _dense(x, routing, experts)
+    assignments = sort_assignments(routing.experts, experts.gate.kernel.shape[0])
+    rows = take_rows(x, assignments.order, assignments.place, routing.experts.shape[1])
+    return weighted_sum(grouped_feed_forward(rows, assignments.sizes, experts), assignments, routing.weights)
 
 
 def check_implementation(implementation: str) -> None:
@@ -98,15 +129,44 @@ def _dense(x: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
     return jnp.einsum("end,en->nd", out, weights)
 
 
-def _ragged(x: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
-    n, k = routing.experts.shape
-    assignments = routing.experts.reshape(-1)
-    order = jnp.argsort(assignments, stable=True)
-    sizes = jnp.bincount(assignments, length=experts.gate.kernel.shape[0]).astype(jnp.int32)
-    out = grouped_feed_forward(x[order // k], sizes, experts)
-    # Gathering by the inverse permutation puts each token's k results side by side again.
-    out = out[jnp.argsort(order)].reshape(n, k, -1)
-    return jnp.einsum("nkd,nk->nd", out, routing.weights.astype(x.dtype))
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def take_rows(x: jax.Array, order: jax.Array, place: jax.Array, copies: int = 1) -> jax.Array:
+    """`x[order // copies]`: the rows of x, each `copies` times, in another order.
+
+    Args:
+      x: (n d).
+      order: (n copies) int32, a permutation.
+      place: (n copies) int32, its inverse. With it the gradient is read as well, where jax would add rows up one by
+        one in memory.
+      copies: how often each row is taken.
+
+    Returns:
+      (n copies, d).
+    """
+    return x[order // copies]
+
+
+def _take_forward(
+    x: jax.Array, order: jax.Array, place: jax.Array, copies: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return take_rows(x, order, place, copies), (order, place)
+
+
+def _take_backward(
+    copies: int, permutation: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, None, None]:
+    order, place = permutation
+    rows = take_rows(gradient, place, order)
+    return jnp.sum(rows.reshape(-1, copies, *rows.shape[1:]), axis=1), None, None
+
+
+take_rows.defvjp(_take_forward, _take_backward)
+
+
+def weighted_sum(rows: jax.Array, assignments: Assignments, weights: jax.Array) -> jax.Array:
+    """Each token's k results times their weights, summed. rows (n k, d) sorted by expert, weights (n k) -> (n d)."""
+    rows = take_rows(rows, assignments.place, assignments.order).reshape(*weights.shape, -1)
+    return jnp.einsum("nkd,nk->nd", rows, weights.astype(rows.dtype))
 
 
 def grouped_feed_forward(rows: jax.Array, sizes: jax.Array, experts: Experts) -> jax.Array:
@@ -114,24 +174,24 @@ def grouped_feed_forward(rows: jax.Array, sizes: jax.Array, experts: Experts) ->
 
     Args:
       rows: (m d), first the rows of expert 0, then those of expert 1, and so on.
-      sizes: (e) int32, rows of each expert; they sum to at most m, and what is behind them may be undefined.
+      sizes: (e) int32, rows of each expert; they sum to at most m. What is behind them changes nothing.
       experts: parameters in the dtype of `rows`.
 
     Returns:
-      (m d) in the dtype of `rows`.
+      (m d) in the dtype of `rows`; zero behind the last expert's rows. Gradients to these rows are undefined.
     """
+    used = (jnp.arange(rows.shape[0]) < jnp.sum(sizes))[:, None]
+
+    def product(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+        # Kernels leave rows behind the last group undefined, in the products as in the gradients. Selecting after every
+        # product keeps both out of the gradient of the next kernel, where even 0 times such a row may be no number.
+        return jnp.where(used, jax.lax.ragged_dot(inputs, kernel, sizes), 0)
 
     def linear(inputs: jax.Array, layer: ExpertLinear) -> jax.Array:
-        y = jax.lax.ragged_dot(inputs, layer.kernel, sizes)
-        if layer.down is not None:
-            y = y + jax.lax.ragged_dot(jax.lax.ragged_dot(inputs, layer.down, sizes), layer.up, sizes)
-        return y
+        y = product(inputs, layer.kernel)
+        return y if layer.down is None else y + product(product(inputs, layer.down), layer.up)
 
     return linear(jax.nn.silu(linear(rows, experts.gate)) * linear(rows, experts.up), experts.down)
-
-
-# All take (x, routing, experts) and return (n d).
-IMPLEMENTATIONS = {"ragged": _ragged, "dense": _dense}
 
 
 class Balance(NamedTuple):
@@ -166,3 +226,15 @@ def balance(logits: jax.Array, experts_per_token: int, mask: jax.Array | None = 
     used = jnp.einsum("...ke,...->e", chosen, counted) / total  # sum of f over slots
     mean = jnp.einsum("...e,...->e", probabilities, counted) / total
     return Balance(num_experts * jnp.sum(used * mean), used / experts_per_token)
+
+
+def dropped_share(dropped: jax.Array, experts_per_token: int, mask: jax.Array | None = None) -> jax.Array:
+    """Share of all assignments that were dropped, () float32.
+
+    Args:
+      dropped: (...) int32, how many of a token's k assignments were; (l b s) for a stack of layers.
+      experts_per_token: k.
+      mask: see `balance`.
+    """
+    counted = jnp.broadcast_to(True if mask is None else mask != 0, dropped.shape)
+    return jnp.sum(dropped, where=counted) / (experts_per_token * jnp.maximum(jnp.sum(counted), 1))

@@ -58,7 +58,10 @@ class DecoderConfig:
       num_experts: e; 0 = one dense feed-forward.
       experts_per_token: how many experts each token goes to.
       router_aux_loss_coef: weight of the load-balancing loss in training; 0 leaves it out, as the released models did.
-      expert_implementation: see `vita_jax.ops.experts.apply_experts`.
+      expert_implementation: see `vita_jax.ops.experts.apply_experts`, and for experts that are divided among devices
+        `vita_jax.ops.expert_parallel.apply_sharded_experts`.
+      expert_buffer_factor: at least 1; bounds what a device can receive from others to this many times its even share,
+        and drops what does not fit. None drops nothing and reserves memory for the worst case.
     """
 
     vocab_size: int
@@ -78,6 +81,7 @@ class DecoderConfig:
     experts_per_token: int = 2
     router_aux_loss_coef: float = 0.0
     expert_implementation: str = "ragged"
+    expert_buffer_factor: float | None = None
 
     @property
     def kernel_init(self) -> Initializer | None:
@@ -105,6 +109,11 @@ class DecoderConfig:
                 f"router_aux_loss_coef {self.router_aux_loss_coef} needs experts; set num_experts, or the weight to 0"
             )
         check_implementation(self.expert_implementation)
+        if self.expert_buffer_factor is not None and self.expert_buffer_factor < 1:
+            raise UserError(
+                f"expert_buffer_factor {self.expert_buffer_factor} must be at least 1, which is room for experts that "
+                "are used evenly; None drops nothing"
+            )
 
 
 def qwen2_7b() -> DecoderConfig:
@@ -235,6 +244,7 @@ class Block(nn.Module):
                 experts_per_token=c.experts_per_token,
                 intermediate_size=c.intermediate_size,
                 implementation=c.expert_implementation,
+                buffer_factor=c.expert_buffer_factor,
                 kernel_init=c.kernel_init,
                 dtype=self.dtype,
             )

@@ -1,4 +1,8 @@
-"""The mixture-of-experts feed-forward of Mixtral as a Linen shell; the maths is in `vita_jax.ops.experts`."""
+"""The mixture-of-experts feed-forward of Mixtral as a Linen shell.
+
+The maths is in `vita_jax.ops.experts`, and for several devices in `vita_jax.ops.expert_parallel`. Which of the two runs
+depends on the mesh and the rule table that are current when the model is traced.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 from vita_jax.nn.layers import Dense, Initializer, low_rank_factors, torch_linear_uniform
+from vita_jax.ops.expert_parallel import ExpertAxes, apply_sharded_experts
 from vita_jax.ops.experts import ExpertLinear, Experts, apply_experts, route
 
-# Collection that receives the router's logits when a caller makes it mutable: what the load-balancing loss needs.
+# Collection that receives what the router did when a caller makes it mutable: its logits, which the load-balancing loss
+# needs, and where buffers are bounded how many assignments of each token were dropped.
 ROUTER = "router"
+LOGITS, DROPPED = "logits", "dropped"
 
 
 class ExpertDense(nn.Module):
@@ -49,7 +57,8 @@ class SparseMoE(nn.Module):
     Attributes:
       num_experts, experts_per_token: e, k.
       intermediate_size: f of each expert.
-      implementation: see `apply_experts`.
+      implementation: see `apply_experts` and `apply_sharded_experts`.
+      buffer_factor: see `apply_sharded_experts`.
       kernel_init: None draws as `torch.nn.Linear` does.
       dtype: compute dtype of the experts; the router works in float32.
     """
@@ -58,6 +67,7 @@ class SparseMoE(nn.Module):
     experts_per_token: int
     intermediate_size: int
     implementation: str = "ragged"
+    buffer_factor: float | None = None
     kernel_init: Initializer | None = None
     dtype: jnp.dtype = jnp.float32
 
@@ -70,8 +80,6 @@ class SparseMoE(nn.Module):
             logits = Dense(
                 (self.num_experts,), ("embed", None), use_bias=False, kernel_init=self.kernel_init, name="router"
             )(x)
-        if not self.is_initializing():  # what `init` returns are parameters only
-            self.sow(ROUTER, "logits", logits, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
         def linear(inputs: int, features: int, axes: tuple[str, str], name: str) -> ExpertLinear:
             return ExpertDense(self.num_experts, inputs, features, axes, self.kernel_init, self.dtype, name=name)()
@@ -81,16 +89,65 @@ class SparseMoE(nn.Module):
             up=linear(d, f, ("embed", "mlp"), "up_proj"),
             down=linear(f, d, ("mlp", "embed"), "down_proj"),
         )
-        routing = route(logits.reshape(-1, self.num_experts), self.experts_per_token)
-        tokens = x.reshape(-1, d).astype(self.dtype)
-        out = apply_experts(tokens, routing, experts, implementation=self.implementation).reshape(x.shape)
+        out, dropped = self._apply_experts(x.astype(self.dtype), logits, experts)
+        self._keep(LOGITS, logits)
+        if self.buffer_factor is not None:
+            self._keep(DROPPED, dropped)
         # Kept only when the caller makes `intermediates` mutable.
         self.sow("intermediates", "input", x)
         self.sow("intermediates", "output", out)
         return out
 
+    def _apply_experts(self, x: jax.Array, logits: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array]:
+        """x (b s d), logits (b s e) -> (b s d), and how many assignments of each token were dropped (b s) int32."""
+        mesh = jax.sharding.get_abstract_mesh()
+        axes = expert_axes(mesh)
+        # What `init` runs the model on is one short row, which no mesh could divide.
+        if axes == ExpertAxes() or self.implementation == "dense" or self.is_initializing():
+            routing = route(logits.reshape(-1, self.num_experts), self.experts_per_token)
+            out = apply_experts(x.reshape(-1, x.shape[-1]), routing, experts, implementation=self.implementation)
+            return out.reshape(x.shape), jnp.zeros(x.shape[:-1], jnp.int32)
+        return apply_sharded_experts(
+            x,
+            logits,
+            experts,
+            mesh,
+            axes,
+            experts_per_token=self.experts_per_token,
+            implementation=self.implementation,
+            buffer_factor=self.buffer_factor,
+        )
+
+    def _keep(self, name: str, value: jax.Array) -> None:
+        """Puts a value in the collection ROUTER. What `init` returns are parameters only."""
+        if not self.is_initializing():
+            self.sow(ROUTER, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+
+def expert_axes(mesh: AbstractMesh) -> ExpertAxes:
+    """The mesh axes larger than 1 over which the current rule table cuts tokens and experts; none without a mesh."""
+
+    def axes_of(name: str) -> tuple[str, ...]:
+        (axes,) = nn.logical_to_mesh_axes((name,))
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        return tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
+
+    batch, length = axes_of("batch"), axes_of("length")
+    # Kernels cut over devices that have the same tokens are made whole before the layer, which is then the same on all.
+    embed = tuple(axis for axis in axes_of("embed") if axis in batch + length)
+    return ExpertAxes(batch, length, experts=axes_of("experts"), embed=embed, mlp=axes_of("mlp"))
+
 
 def router_logits(variables: Mapping[str, Any]) -> jax.Array:
     """The logits (l b s e) of all layers from what `apply(..., mutable=[ROUTER])` returned beside its result."""
-    (logits,) = jax.tree.leaves(variables[ROUTER])
-    return logits
+    return _kept(variables, LOGITS)
+
+
+def dropped_assignments(variables: Mapping[str, Any]) -> jax.Array | None:
+    """Likewise how many assignments of each token were dropped, (l b s) int32; None if buffers are not bounded."""
+    return _kept(variables, DROPPED)
+
+
+def _kept(variables: Mapping[str, Any], name: str) -> jax.Array | None:
+    leaves = jax.tree_util.tree_leaves_with_path(variables[ROUTER])
+    return next((leaf for path, leaf in leaves if path[-1].key == name), None)

@@ -9,16 +9,17 @@ stands in for the public pre-training of the language model.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vita_jax.errors import UserError
-from vita_jax.models.language.experts import ROUTER, router_logits
+from vita_jax.models.language.experts import ROUTER, dropped_assignments, router_logits
 from vita_jax.models.state_head import FIRST_STATE_LABEL, state_loss
 from vita_jax.models.vita import Vita, VitaInputs
-from vita_jax.ops.experts import Balance, balance
+from vita_jax.ops.experts import Balance, balance, dropped_share
 from vita_jax.ops.losses import IGNORE_LABEL, next_token_scores, position_scores, shift_labels
 from vita_jax.training.objectives.base import Batch, LossSums, Objective, Params
 
@@ -29,6 +30,15 @@ LEAST_CHUNKS = 4
 # Weight of a token that is no answer in `text_pretraining`. Prompts are mostly random here, but predicting them makes
 # words of one kind alike, after which looking them up is learnt several times faster.
 PROMPT_WEIGHT = 0.08
+
+
+class ExpertUse(NamedTuple):
+    """How experts were used in a batch: evenly or not, and the share of assignments that found no room, () float32, or
+    None where there is room for all.
+    """
+
+    balance: Balance
+    dropped: jax.Array | None
 
 
 def model_inputs(batch: Batch) -> VitaInputs:
@@ -97,28 +107,33 @@ def text_pretraining_loss(model: Vita, params: Params, batch: Batch, key: jax.Ar
     return _with_balance(model, sums, used)
 
 
-def _hidden_states(model: Vita, params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Balance | None]:
-    """Hidden states (b s d); and how evenly experts are used by what is not padding, if there are experts."""
+def _hidden_states(model: Vita, params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, ExpertUse | None]:
+    """Hidden states (b s d); and how experts are used by what is not padding, if there are experts."""
     inputs, rngs, language = model_inputs(batch), {"dropout": key}, model.config.language
     if not language.num_experts:
         return model.apply({"params": params}, inputs, deterministic=False, rngs=rngs), None
     hidden, kept = model.apply({"params": params}, inputs, deterministic=False, rngs=rngs, mutable=[ROUTER])
-    return hidden, balance(router_logits(kept), language.experts_per_token, batch["segment_ids"])
+    number, mask, dropped = language.experts_per_token, batch["segment_ids"], dropped_assignments(kept)
+    share = None if dropped is None else dropped_share(dropped, number, mask)
+    return hidden, ExpertUse(balance(router_logits(kept), number, mask), share)
 
 
-def _with_balance(model: Vita, sums: LossSums, used: Balance | None) -> LossSums:
+def _with_balance(model: Vita, sums: LossSums, used: ExpertUse | None) -> LossSums:
     """Adds the load-balancing loss with the config's weight, and metrics of a mixture of experts.
 
-    The metrics are `router_balance`, the loss without its weight, and for every expert `expert_load_<number>`, its
-    share of all assignments. Both are means over a batch, so they count by the batch's answers like the loss itself.
+    The metrics are `router_balance`, the loss without its weight; for every expert `expert_load_<number>`, its share of
+    all assignments; and where buffers are bounded `dropped`, the share of all assignments that found no room. All are
+    means over a batch, so they count by the batch's answers like the loss itself.
     """
     if used is None:
         return sums
-    loads = {f"expert_load_{i}": load for i, load in enumerate(used.load)}
-    metrics = {"router_balance": used.loss, **loads}
+    loads = {f"expert_load_{i}": load for i, load in enumerate(used.balance.load)}
+    metrics = {"router_balance": used.balance.loss, **loads}
+    if used.dropped is not None:
+        metrics["dropped"] = used.dropped
     weighted = {name: (value * sums.count, sums.count) for name, value in metrics.items()}
     weight = model.config.language.router_aux_loss_coef
-    loss = sums.loss + weight * used.loss * sums.count if weight else sums.loss
+    loss = sums.loss + weight * used.balance.loss * sums.count if weight else sums.loss
     return LossSums(loss, sums.count, {**sums.metrics, **weighted})
 
 

@@ -22,7 +22,7 @@ from vita_jax.models.connectors.audio_adapters import AudioAdapter
 from vita_jax.models.vita import Vita, vita_small
 from vita_jax.ops.ctc import ctc_loss
 from vita_jax.ops.filter_bank import log_mel
-from vita_jax.training.loop import model_of_stage
+from vita_jax.training.plan import model_of_stage
 from vita_jax.training.objectives import OBJECTIVES, init_params
 from vita_jax.training.objectives.recognition import (
     FREQUENCY_MASK_BINS,

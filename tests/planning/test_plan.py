@@ -20,7 +20,7 @@ from vita_jax.planning.batches import abstract_batch
 from vita_jax.planning.compiled import _refused, compile_stage, plan_for
 from vita_jax.planning.estimate import component_parameters, state_bytes, step_time
 from vita_jax.planning.report import format_result, format_table, mesh_text
-from vita_jax.planning.search import candidates, estimate_stage, factorisations, plan_on, search
+from vita_jax.planning.search import estimate_stage, factorisations, meshes, plan_on, search
 from vita_jax.planning.topology import open_topology, parse_topology
 from vita_jax.training.experiment import validate
 
@@ -53,14 +53,14 @@ def open_gpus(name: str):
 
 @pytest.mark.parametrize("file", FILES)
 def test_state_by_formula_is_what_parameters_and_moments_take(file):
-    """All of a stage's state, cut over the slice, is that of one device times their number (but for what is whole)."""
+    """12 bytes for one that trains and 4 for any other, cut over `fsdp`, experts over `expert` as well."""
     name = next(iter(slices_of(file)))
     config = load_config_file(file, {"slice": name})
-    topology = open_gpus(name)
-    result = estimate_stage(config, config.stages[0], topology)
-    number = sum(total for total, _ in result.parameters.values())
-    trained = sum(part for _, part in result.parameters.values())
-    least = 4 * (number + 2 * trained) / topology.num_devices
+    result = estimate_stage(config, config.stages[0], open_gpus(name))
+    least = 0.0
+    for component, (number, trained) in result.parameters.items():
+        parts = config.mesh.fsdp * (config.mesh.expert if component == "language experts" else 1)
+        least += 4 * (number + 2 * trained) / parts
     assert least <= result.state.total <= 1.06 * least + 64 * 2**20  # biases and norms are whole on every device
 
 
@@ -124,8 +124,8 @@ def test_gpus_are_planned_by_formula_and_advice_says_what_helps():
     assert fits.fits and fits.step is None
     text = format_result(fits)
     assert "peak, by formula" in text and "together" in text
-    small = dataclasses.replace(config, mesh=MeshConfig(fsdp=4))
-    does_not = plan_on(small, small.stages[0], open_topology("h100:4"))
+    small = dataclasses.replace(config, mesh=MeshConfig(fsdp=1))
+    does_not = plan_on(small, small.stages[0], open_topology("h100:1"))
     assert not does_not.fits
     assert "It does not fit" in format_result(does_not)
     assert "does not fit" in format_table([fits, does_not]).splitlines()[-1]
@@ -145,7 +145,9 @@ def test_factorisations_are_all_there():
 
 def test_experts_are_only_cut_where_there_are_some():
     dense = load_config_file("experiments/vita_1_5/stage_1_3.py", {})
-    assert all(c.mesh.expert == 1 for c in candidates(dense, dense.stages[0], open_topology("h100:4")))
+    assert all(mesh.expert == 1 for mesh in meshes(dense, open_topology("h100:8")))
+    sparse = load_config_file("experiments/vita_1_0/stage_3.py", {})
+    assert {mesh.expert for mesh in meshes(sparse, open_topology("h100:8"))} == {1, 2, 4, 8}
     assert mesh_text(dense, 32) == "fsdp 32"
 
 

@@ -19,20 +19,35 @@ from vita_jax.planning.estimate import (
 from vita_jax.planning.report import Result
 from vita_jax.planning.topology import Topology
 from vita_jax.training.experiment import ExperimentConfig, validate
-from vita_jax.training.flops import stage_flops
+from vita_jax.training.flops import StageFlops, stage_flops
+from vita_jax.training.plan import StagePlan
 from vita_jax.training.stages import Stage
 
 # What a formula misses may be so much; the compiler has the last word.
 DOUBT = 1.25
+MOST_PARTS = 8  # of the axes data, tensor and context: beyond it links become the limit
+MICRO_BATCHES = (1, 2, 4, 8, 16)
 
 
-def estimate_stage(config: ExperimentConfig, stage: Stage, topology: Topology) -> Result:
+def estimate_stage(
+    config: ExperimentConfig,
+    stage: Stage,
+    topology: Topology,
+    plan: StagePlan | None = None,
+    flops: StageFlops | None = None,
+) -> Result:
     """Everything by formula, without a compiler.
+
+    Args:
+      config, stage, topology: what is asked.
+      plan, flops: of the stage, if they are known; they do not depend on remat and micro-batches.
 
     Raises:
       UserError: the mesh does not fit the machine, or a parameter does not fit the mesh.
     """
-    _, plan = plan_for(config, stage, abstract_mesh(config.mesh, topology.num_devices))
+    if plan is None:
+        _, plan = plan_for(config, stage, abstract_mesh(config.mesh, topology.num_devices))
+    flops = flops or stage_flops(config, stage)
     state = state_bytes(plan)
     return Result(
         config=config,
@@ -42,8 +57,8 @@ def estimate_stage(config: ExperimentConfig, stage: Stage, topology: Topology) -
         state=state,
         peak_bytes=state.total + formula_temporaries(config, stage, plan),
         step=None,
-        flops=stage_flops(config, stage),
-        time=step_time(config, stage, plan, topology.chip, formula_bytes_sent(config, stage, plan)),
+        flops=flops,
+        time=step_time(config, stage, plan, topology.chip, formula_bytes_sent(config, stage, plan), flops),
     )
 
 
@@ -80,31 +95,42 @@ def factorisations(number: int, parts: int) -> Iterator[tuple[int, ...]]:
             yield (first, *rest)
 
 
-def candidates(config: ExperimentConfig, stage: Stage, topology: Topology) -> Iterator[ExperimentConfig]:
-    """Configurations that differ in mesh, remat and accumulation and that are valid for the machine."""
+def meshes(config: ExperimentConfig, topology: Topology) -> Iterator[MeshConfig]:
+    """Meshes of all devices that are worth a thought."""
     experts = config.model.language.num_experts
-    index = config.stages.index(stage)
     for data, fsdp, expert, tensor, context in factorisations(topology.num_devices, 5):
-        if (expert > 1 and (not experts or experts % expert)) or tensor > 8 or context > 8 or data > 8:
+        if max(data, tensor, context) <= MOST_PARTS and (expert == 1 or (experts and experts % expert == 0)):
+            yield MeshConfig(data, fsdp, expert, tensor, context)
+
+
+def variants(config: ExperimentConfig, stage: Stage, topology: Topology) -> Iterator[ExperimentConfig]:
+    """The configuration with every remat policy and number of micro-batches that are valid for its mesh."""
+    index = config.stages.index(stage)
+    for remat in REMAT_POLICIES:
+        language = dataclasses.replace(config.model.language, remat=remat)
+        model = dataclasses.replace(config.model, language=language)
+        for parts in MICRO_BATCHES:
+            changed = dataclasses.replace(stage, accumulation=parts)
+            stages = (*config.stages[:index], changed, *config.stages[index + 1 :])
+            variant = dataclasses.replace(config, model=model, stages=stages)
+            try:
+                validate(variant, topology.num_devices)
+            except UserError:
+                continue
+            yield variant
+
+
+def estimates(config: ExperimentConfig, stage: Stage, topology: Topology) -> Iterator[Result]:
+    """By formula, all that a search could compile."""
+    flops = stage_flops(config, stage)
+    for mesh in meshes(config, topology):
+        on_mesh = dataclasses.replace(config, mesh=mesh)
+        try:
+            _, plan = plan_for(on_mesh, stage, abstract_mesh(mesh, topology.num_devices))
+        except UserError:  # a dimension that the mesh does not divide
             continue
-        for remat in REMAT_POLICIES:
-            for parts in (1, 2, 4, 8, 16):
-                language = dataclasses.replace(config.model.language, remat=remat)
-                changed = dataclasses.replace(
-                    config,
-                    model=dataclasses.replace(config.model, language=language),
-                    mesh=MeshConfig(data, fsdp, expert, tensor, context),
-                    stages=(
-                        *config.stages[:index],
-                        dataclasses.replace(stage, accumulation=parts),
-                        *config.stages[index + 1 :],
-                    ),
-                )
-                try:
-                    validate(changed, topology.num_devices)
-                except UserError:
-                    continue
-                yield changed
+        for variant in variants(on_mesh, stage, topology):
+            yield estimate_stage(variant, variant.stage(stage.name), topology, plan, flops)
 
 
 def search(
@@ -122,12 +148,7 @@ def search(
     Returns:
       Those that fit, fastest first; if none does, all that were tried, smallest first.
     """
-    estimated = []
-    for changed in candidates(config, stage, topology):
-        try:
-            estimated.append(estimate_stage(changed, changed.stage(stage.name), topology))
-        except UserError:  # a dimension that the mesh does not divide
-            continue
+    estimated = list(estimates(config, stage, topology))
     if not estimated:
         raise UserError(f"no mesh of {topology.num_devices} devices divides stages.{stage.name}; change its batch_size")
     room = topology.chip.device_hbm_bytes * DOUBT

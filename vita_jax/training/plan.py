@@ -83,6 +83,12 @@ def _abstract(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
+@functools.lru_cache(maxsize=8)
+def parameter_shapes(model: Vita, objective: Objective) -> Any:
+    """All parameters of a model and an objective as abstract arrays in Linen's boxes. Tracing takes seconds."""
+    return jax.eval_shape(lambda key: init_params(model, objective, key), jax.random.key(0))
+
+
 def plan_stage(config: ExperimentConfig, model: Vita, stage: Stage, mesh: Mesh) -> StagePlan:
     """Resolves layout, trainable parameters, optimiser and schedule of a stage.
 
@@ -90,7 +96,7 @@ def plan_stage(config: ExperimentConfig, model: Vita, stage: Stage, mesh: Mesh) 
       UserError: a pattern matches nothing, a parameter does not fit the mesh, or two starts trained the same parameter.
     """
     objective = OBJECTIVES[stage.objective]
-    boxed = jax.eval_shape(lambda key: init_params(model, objective, key), jax.random.key(0))
+    boxed = parameter_shapes(model, objective)
     shapes = flatten(unbox(boxed))
     chosen = set(trainable_paths(stage, list(shapes)))
     # What an objective adds has no value but in being trained.

@@ -39,17 +39,19 @@ backend_config={"known_trip_count":{"n":"3"}}
 }
 
 %condition (p.3: (s32[], bf16[8,4])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(28)
   %p.3 = (s32[], bf16[8,4]{1,0}) parameter(0)
-  ROOT %lt.1 = pred[] constant(true)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%p.3), index=0
+  ROOT %lt.1 = pred[]{:T(512)} compare(%i.1, %constant.1), direction=LT
 }
 
 ENTRY %main (a: f32[16], b: (s32[], bf16[8,4])) -> f32[16] {
   %a = f32[16]{0} parameter(0)
   %b = (s32[], bf16[8,4]{1,0}) parameter(1)
-  %layers = (s32[], bf16[8,4]{1,0}) while(%b), condition=%condition, body=%body, \
-backend_config={"known_trip_count":{"n":"28"}}
+  %layers = (s32[], bf16[8,4]{1,0}) while(%b), condition=%condition, body=%body
   %scattered = f32[4]{0} reduce-scatter(%a), channel_id=4, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
-  ROOT %all = f32[16]{0} all-reduce(%a), channel_id=2, replica_groups={}, to_apply=%add
+  ROOT %all = f32[16]{0} all-reduce(%a), channel_id=2, replica_groups=mesh['data'=4,'fsdp'=2] {'data','fsdp'}, \
+to_apply=%add
 }
 """
 

@@ -118,6 +118,16 @@ def test_compilers_that_refuse_are_quoted():
     assert refused.largest == ("4.00G f32[1,28,6656,6656]{3,2,1,0} jit(train_step)/scores",)
 
 
+def test_compilers_that_refuse_without_a_list_are_quoted_as_well():
+    refused = _refused(
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (232.64G) exceeds available HBM (15.75G). HLO module: jit_train_step.",
+        1.0,
+    )
+    assert refused.refusal == "HLO temporaries (232.64G) exceeds available HBM (15.75G)"
+    assert refused.peak_bytes == pytest.approx(232.64 * 2**30) and refused.largest == ()
+
+
 def test_gpus_are_planned_by_formula_and_advice_says_what_helps():
     config = load_config_file("experiments/vita_1_5/stage_1_3.py", {"slice": "v5p:4x4x2"})
     fits = plan_on(config, config.stages[0], open_topology("h100:32"))

@@ -1,7 +1,8 @@
 """Which collectives a compiled program runs, how often, and what they move: read from its HLO text.
 
 A scan over layers is one `while` whose body stands in the text once, so every instruction is counted as often as the
-loops around it turn (`known_trip_count`). Bytes are what one device sends, n the devices of a group:
+loops around it turn: what the compiler notes (`known_trip_count`), or the constant that the loop's counter is compared
+with, which for a scan is the same. Bytes are what one device sends, n the devices of a group:
 
     all-gather           (n - 1) / n of its result
     reduce-scatter       (n - 1) / n of its operand
@@ -57,6 +58,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _GROUPS_LISTED = re.compile(r"replica_groups=\{\{([0-9,]*)\}")
 _GROUPS_COUNTED = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
+_GROUPS_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,15 +158,27 @@ def _multiplicities(computations: dict[str, _Computation]) -> dict[str, int]:
     def visit(name: str, factor: int) -> None:
         times[name] += factor
         for instruction in computations[name].instructions:
-            trips = _TRIPS.search(instruction.rest) if instruction.op == "while" else None
+            trips = _trip_count(instruction, computations) if instruction.op == "while" else 1
             for called in _called(instruction.rest):
                 if called in computations:
-                    visit(called, factor * (int(trips[1]) if trips else 1))
+                    visit(called, factor * trips)
 
     for name, computation in computations.items():
         if computation.entry:
             visit(name, 1)
     return times
+
+
+def _trip_count(loop: _Instruction, computations: dict[str, _Computation]) -> int:
+    """How often a loop turns; 1 where the text does not say."""
+    if noted := _TRIPS.search(loop.rest):
+        return int(noted[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+    instructions = computations[condition[1]].instructions if condition and condition[1] in computations else []
+    if not any(one.op == "compare" and "direction=LT" in one.rest for one in instructions):
+        return 1
+    limits = [one.rest.split(")")[0] for one in instructions if one.op == "constant" and one.type.startswith("s32[]")]
+    return int(limits[0]) if len(limits) == 1 and limits[0].isdecimal() else 1
 
 
 def _called(rest: str) -> Iterator[str]:
@@ -202,6 +216,9 @@ def _collective(
 def _group_size(rest: str, num_devices: int) -> int:
     if match := _GROUPS_COUNTED.search(rest):
         return int(match[2])
+    if match := _GROUPS_NAMED.search(rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", match[2]))
     if match := _GROUPS_LISTED.search(rest):
         return match[1].count(",") + 1
     return num_devices

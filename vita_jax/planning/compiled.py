@@ -87,13 +87,15 @@ def compile_stage(config: ExperimentConfig, stage: Stage, mesh: Mesh) -> Compile
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+# What is said without a list of allocations, when the temporaries alone are too much.
+_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)")
 _PART = re.compile(r"^\s*(arguments|program)\s+([\d.]+)([KMGT]?)B?", re.MULTILINE)
 _ALLOCATION = re.compile(r"^\s*\d+\. Size: (\S+)(.*?)(?=^\s*\d+\. Size:|\Z)", re.MULTILINE | re.DOTALL)
 
 
 def _refused(message: str, seconds: float) -> CompiledStep:
     """What a message of the compiler about too little memory says."""
-    used = _USED.search(message)
+    used = _USED.search(message) or _TEMPORARIES.search(message)
     peak = float(used[1]) * _UNITS[used[2]] if used else float("inf")
     parts = {name: float(size) * _UNITS[unit] for name, size, unit in _PART.findall(message)}
     largest = []

@@ -169,10 +169,11 @@ class ExperimentConfig:
         raise UserError(f"no stage {name!r}; {_nearest(name, [stage.name for stage in self.stages])}")
 
 
-# What may change between two starts of one run: where it lies and how it is stored, shown and laid out, not what it
-# computes.
+# What may change between two starts of one run: where it lies and how it is stored, shown, laid out and carried out,
+# not what it computes.
 _READERS = ("data.num_threads", "data.num_workers", "data.lanes")  # the loader refuses lanes that do not fit
-RESTARTABLE_FIELDS = (*_READERS, "run_dir", "checkpoint", "log", "mesh", "data.folder", "tokenizer.folder")
+_COMPUTED = ("mesh", "model.language.attention", "model.language.remat")  # the same numbers but for rounding
+RESTARTABLE_FIELDS = (*_READERS, *_COMPUTED, "run_dir", "checkpoint", "log", "data.folder", "tokenizer.folder")
 
 # The recogniser's characters, in the data folder.
 CTC_VOCABULARY = "ctc_vocabulary.json"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
@@ -69,7 +72,7 @@ def compile_stage(config: ExperimentConfig, stage: Stage, mesh: Mesh) -> Compile
     with use_mesh(mesh):
         lowered = compiled_step(model, plan, mesh).lower(state, frozen, batch)
         try:
-            compiled = lowered.compile()
+            compiled, text = _compile(lowered, mesh)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -80,9 +83,32 @@ def compile_stage(config: ExperimentConfig, stage: Stage, mesh: Mesh) -> Compile
         argument_bytes=arguments,
         temporary_bytes=memory.temp_size_in_bytes,
         peak_bytes=arguments + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
-        collectives=collectives(compiled.as_text(), mesh.size),
+        collectives=collectives(text, mesh.size),
         seconds=time.monotonic() - started,
     )
+
+
+def _compile(lowered: jax.stages.Lowered, mesh: Mesh) -> tuple[jax.stages.Compiled, str]:
+    """The program and its HLO text."""
+    if mesh.devices.flat[0].platform != "tpu":
+        compiled = lowered.compile()
+        return compiled, compiled.as_text()
+    # `as_text` fails for programs with asynchronous collectives of several operands, so the compiler writes it itself.
+    with tempfile.TemporaryDirectory() as folder, _no_compilation_cache():
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        (file,) = Path(folder).glob("*after_optimizations.txt")
+        return compiled, file.read_text(encoding="utf-8", errors="replace")
+
+
+@contextlib.contextmanager
+def _no_compilation_cache() -> Iterator[None]:
+    """What is compiled for absent devices cannot be read back from the cache."""
+    used = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", used)
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -36,6 +36,7 @@ examples:
   python -m data_pipelines.build recordings --layout manifest --from list.jsonl --root sounds --output runs/mine
   python -m data_pipelines.build speak --json my.json --root my_media --fraction 0.5 --output spoken
   python -m data_pipelines.build records --json spoken/records.json --folders spoken/roots.json --output runs/my_data
+  python -m data_pipelines.build join --json my.json --root my_media --tokenizer tokenizer --output joined.json
   python -m data_pipelines.build validate my.json --root my_media
   python -m data_pipelines.build stats runs/my_data --tokenizer runs/quickstart/tokenizer --page stats.html
   python -m data_pipelines.build stats runs/quickstart/data/raw/asr
@@ -95,22 +96,31 @@ def make_parser() -> ArgumentParser:
     )
     speak.set_defaults(run=speak_questions)
 
+    join = add("join", "Join short conversations to long ones, as the original packed its data.")
+    join.add_argument("--json", required=True, metavar="FILE", help="records, UTF-8: a list, or .jsonl, one a line")
+    join.add_argument("--output", required=True, metavar="FILE", help="the joined records; media stay where they are")
+    join.add_argument("--tokenizer", required=True, metavar="FOLDER", help="counts tokens")
+    join.add_argument("--max-tokens", type=int, default=6000, metavar="N", help="of a joined record (default 6000)")
+    join.add_argument("--seed", type=int, default=0, metavar="N", help="of the order (default 0)")
+    join.set_defaults(run=join_records_file, layout="vita")
+
     check = add("validate", "Check a JSON file of conversations with its media, and write nothing.")
     check.add_argument("json", metavar="FILE", help="records, UTF-8: a list, or .jsonl, one a line")
     check.set_defaults(run=validate_file)
-    for one in (build, check, speak):
+    for one in (build, check, speak, join):
         one.add_argument("--root", metavar="FOLDER", help="where media paths start; not needed for text")
         one.add_argument("--folders", metavar="FILE", help="JSON object {set: root folder} for records that name a set")
+        one.add_argument("--ignore-fields", default="", metavar="A,B", help="fields outside of the format to skip")
+    for one in (build, check, speak):
         one.add_argument(
             "--layout", choices=RECORD_LAYOUTS, default="vita", help=f"of the file: {', '.join(RECORD_LAYOUTS)}"
         )
-        one.add_argument("--ignore-fields", default="", metavar="A,B", help="fields outside of the format to skip")
     for one in (build, heard):
         one.add_argument("--split", default="train", help="of a tfds data set (default train)")
         one.add_argument("--data-dir", metavar="FOLDER", help="where tfds data sets lie")
         one.add_argument("--audio", metavar="FEATURE", help="of a tfds data set: the sound")
         one.add_argument("--answer", default="", metavar="FEATURE", help="of a tfds data set: what answers, or is said")
-    for one in (build, check, heard):
+    for one in (build, check, heard, join):
         add_budget(one)
     for one in (build, heard, speak):
         add_runner(one)
@@ -295,6 +305,25 @@ def _lines_of(path: str) -> tuple[str, ...]:
     if not lines:
         raise UserError(f"--statements {path} has no lines")
     return lines
+
+
+def join_records_file(arguments: argparse.Namespace) -> int:
+    """`join`."""
+    from data_pipelines.joined import join_file
+    from vita_jax.data.tokenizer import load_tokenizer
+
+    with Line() as line:
+        counts = join_file(
+            _source(arguments),
+            arguments.output,
+            load_tokenizer(arguments.tokenizer),
+            max_tokens=arguments.max_tokens,
+            seed=arguments.seed,
+            max_bad_fraction=arguments.max_bad_fraction,
+            progress=line.show,
+        )
+    print(f"{arguments.output}: {_counts(counts)}")
+    return 0
 
 
 def validate_file(arguments: argparse.Namespace) -> int:

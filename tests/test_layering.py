@@ -30,6 +30,7 @@ ALLOWED = {
     "vita_jax.data": FUNCTIONS,  # features of a waveform are a plain function
     "vita_jax.inference": SERVICES | {"vita_jax.training"},  # `session` opens a training run
     "vita_jax.training": SERVICES,
+    "vita_jax.planning": SERVICES | {"vita_jax.training"},  # compiles its step
     "vita_jax.exchange": SERVICES | {"vita_jax.training"},  # writes and reads its checkpoints
     "vita_jax.evaluation": SERVICES | {"vita_jax.inference", "vita_jax.training"},
     "data_pipelines": FUNCTIONS | {"vita_jax.data", "vita_jax.command_line"},

@@ -468,12 +468,18 @@ def parse_config_args(argv: Sequence[str]) -> ConfigArgs:
 
 
 def load_module(path: str | Path) -> types.ModuleType:
-    """Imports an experiment file by its path. Raises `UserError` if it is missing or is not a Python file."""
+    """Imports an experiment file by its path. Raises `UserError` if it is missing or is not a Python file.
+
+    A file below a folder `experiments` can import its neighbours as `experiments.NAME`, from wherever it is run.
+    """
     path = Path(path)
     if not path.is_file() or path.suffix != ".py":
         raise UserError(
             f"--config={path}: no such Python file; give an experiment, for example experiments/quickstart.py"
         )
+    for folder in path.resolve().parents:
+        if folder.name == "experiments" and str(folder.parent) not in sys.path:
+            sys.path.append(str(folder.parent))
     name = f"vita_jax_experiment_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)

@@ -34,7 +34,7 @@ def test_specs_follow_the_table_and_leave_out_axes_of_size_one():
     ("names", "shape", "message"),
     [
         (("mlp", "vocab"), (4, 4), "parameter a/b .*'mlp' and 'vocab' both fall on mesh axis 'tensor'"),
-        (("embed", "mlp"), (3, 4), "parameter a/b: dimension 'embed' of size 3 cannot be cut in 2 parts"),
+        (("embed", "mlp"), (3, 1 << 20), "parameter a/b: dimension 'embed' of size 3 cannot be cut in 2 parts"),
         (("embed", "width"), (4, 4), "logical axis 'width' is not in the rule table"),
         (("embed",), (4, 4), "shape"),
     ],
@@ -42,6 +42,10 @@ def test_specs_follow_the_table_and_leave_out_axes_of_size_one():
 def test_layout_errors_name_the_parameter(names, shape, message):
     with pytest.raises(UserError, match=message):
         partition_spec(names, shape, mesh_of(fsdp=2, tensor=2), "a/b")
+
+
+def test_small_parameters_may_stay_whole():
+    assert partition_spec(("embed", "mlp"), (3, 4), mesh_of(fsdp=2, tensor=2), "a") == PartitionSpec(None, "tensor")
 
 
 def test_every_parameter_of_the_model_has_a_layout():

@@ -22,7 +22,6 @@ from vita_jax.models.connectors.audio_adapters import AudioAdapter
 from vita_jax.models.vita import Vita, vita_small
 from vita_jax.ops.ctc import ctc_loss
 from vita_jax.ops.filter_bank import log_mel
-from vita_jax.training.loop import model_of_stage
 from vita_jax.training.objectives import OBJECTIVES, init_params
 from vita_jax.training.objectives.recognition import (
     FREQUENCY_MASK_BINS,
@@ -37,6 +36,7 @@ from vita_jax.training.objectives.recognition import (
     recognition_logits,
     spec_augment,
 )
+from vita_jax.training.plan import model_of_stage
 
 VOCABULARY = build_ctc_vocabulary(["abcd"], size=6)
 WORDS = ("ab", "cd", "dca", "b")

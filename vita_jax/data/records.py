@@ -4,7 +4,8 @@ Public format, a JSON list of objects (`vita/util/data_utils_video_audio_neg_pat
   conversations: [{"from": "human" | "gpt", "value": text}, ...], human first, taking turns, ending with gpt
   image, video, audio: a path or list of paths, one for every "<image>" / "<video>" / "<audio>" in the human turns, in
     order of appearance
-  set: optional folder key (or one key per path), looked up in a table of roots; id: optional, for messages
+  set: optional folder key (or one key per path), looked up in a table of roots; id: optional, for messages (a list of
+    them where samples were joined to one)
   inserted_id: index of the answer to sound that is not meant for the model; end_tag: false for an answer that was
     interrupted; beside pictures only in records with audio
 Stored form: msgpack of the same fields with the media files' bytes inside, so a record needs nothing else to be used.
@@ -314,8 +315,10 @@ def check_record(
     if not isinstance(entry, dict):
         raise RecordError(where, "", f"is a {_json_type(entry)}; expected an object with 'conversations'")
     identity = entry.get("id", index)
-    if type(identity) not in (str, int):
-        raise RecordError(where, "id", f"is a {_json_type(identity)}; expected text or a number")
+    joined = identity if isinstance(identity, list) and identity else [identity]  # of samples joined to one record
+    if any(type(one) not in (str, int) for one in joined):
+        raise RecordError(where, "id", f"is a {_json_type(identity)}; expected text, a number, or a list of them")
+    identity = "+".join(map(str, joined)) if isinstance(identity, list) else identity
     check = _Checker(f"{where} (id {identity!r})")
     check.text(str(identity), "id")
     check.known_fields(entry, ignore_fields)

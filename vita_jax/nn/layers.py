@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vita_jax.ops.embedding import lookup
+
 Initializer = Callable[..., jax.Array]
 
 
@@ -117,7 +119,9 @@ class Embed(nn.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """tokens: (b s) int32, each in [0, v) -> (b s d)."""
-        return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        table_axes = nn.logical_to_mesh_axes(("vocab", "embed"))
+        token_axes = nn.logical_to_mesh_axes(("batch", "length"))
+        return lookup(self.embedding, tokens, self.dtype, table_axes=table_axes, token_axes=token_axes)
 
 
 class LayerNorm(nn.Module):

@@ -19,6 +19,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vita_jax.errors import UserError
 from vita_jax.parallel.mesh import BATCH_AXES
 
+# Parameters with at most so many numbers (4 MiB) need not be cut: biases, norms, the narrow layers of a codec.
+SMALL_PARAMETER = 1 << 20
+
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 LOGICAL_RULES: Rules = {
@@ -47,7 +50,7 @@ def partition_spec(
     path: str,
     rules: Rules = LOGICAL_RULES,
 ) -> PartitionSpec:
-    """The mesh axes of one parameter.
+    """The mesh axes of one parameter. A dimension that the mesh does not divide stays whole if the parameter is small.
 
     Args:
       names: logical name of each dimension (None: never cut).
@@ -57,7 +60,8 @@ def partition_spec(
       rules: logical name -> mesh axis or axes.
 
     Raises:
-      UserError: a logical name is not in the table; two dimensions fall on one mesh axis; a dimension is not divisible.
+      UserError: a logical name is not in the table; two dimensions fall on one mesh axis; a dimension of a parameter
+        that is not small is not divisible.
     """
     if len(names) != len(shape):
         raise UserError(f"parameter {path} has shape {shape} but logical axes {names}")
@@ -76,7 +80,9 @@ def partition_spec(
                 )
             taken[axis] = str(name)
         shards = int(np.prod([mesh.shape[axis] for axis in axes]))
-        if size % shards:
+        if size % shards and np.prod(shape) <= SMALL_PARAMETER:
+            axes = ()
+        elif size % shards:
             raise UserError(
                 f"parameter {path}: dimension {name!r} of size {size} cannot be cut in {shards} parts "
                 f"(mesh axis {', '.join(axes)}); choose a size of --config.mesh.{axes[0]} that divides it"

@@ -169,10 +169,11 @@ class ExperimentConfig:
         raise UserError(f"no stage {name!r}; {_nearest(name, [stage.name for stage in self.stages])}")
 
 
-# What may change between two starts of one run: where it lies and how it is stored, shown and laid out, not what it
-# computes.
+# What may change between two starts of one run: where it lies and how it is stored, shown, laid out and carried out,
+# not what it computes.
 _READERS = ("data.num_threads", "data.num_workers", "data.lanes")  # the loader refuses lanes that do not fit
-RESTARTABLE_FIELDS = (*_READERS, "run_dir", "checkpoint", "log", "mesh", "data.folder", "tokenizer.folder")
+_COMPUTED = ("mesh", "model.language.attention", "model.language.remat")  # the same numbers but for rounding
+RESTARTABLE_FIELDS = (*_READERS, *_COMPUTED, "run_dir", "checkpoint", "log", "data.folder", "tokenizer.folder")
 
 # The recogniser's characters, in the data folder.
 CTC_VOCABULARY = "ctc_vocabulary.json"
@@ -243,12 +244,13 @@ def validate(config: ExperimentConfig, num_devices: int | None = None) -> None:
 
     Args:
       config: the run.
-      num_devices: devices of the mesh; default all of this machine's.
+      num_devices: devices of a machine that the run is only planned for, so that folders it starts from may be
+        missing; None: this machine's.
 
     Raises:
       UserError: names the field, its value and what would fit.
     """
-    num_devices = jax.device_count() if num_devices is None else num_devices
+    planned, num_devices = num_devices is not None, num_devices or jax.device_count()
     _validate_parts(config)
     if not config.stages:
         raise UserError("stages: there must be at least one")
@@ -264,7 +266,8 @@ def validate(config: ExperimentConfig, num_devices: int | None = None) -> None:
         _validate_numbers(stage)
         _validate_sound(config, stage)
         _validate_codebooks(config, stage)
-        _validate_starts(stage, names[:index])
+        if not planned:
+            _validate_starts(stage, names[:index])
         rows = stage.batch_size // stage.accumulation
         if stage.batch_size % stage.accumulation or rows % shards:
             raise UserError(

@@ -13,12 +13,15 @@ from vita_jax.training.loop import REQUESTED, claim_run_dir
 from vita_jax.training.stages import Stage
 
 
-def open_experiment(file: str | None, overrides: Mapping[str, str]) -> tuple[ModuleType, ExperimentConfig]:
+def open_experiment(
+    file: str | None, overrides: Mapping[str, str], num_devices: int | None = None
+) -> tuple[ModuleType, ExperimentConfig]:
     """The module of an experiment's file and its configuration, checked.
 
     Args:
       file: what `--config=` says; None = nothing.
       overrides: fields and their values as written.
+      num_devices: of a machine it is only planned for; None: it will run on this one.
 
     Raises:
       UserError: no file, one without such a `get_config`, or values that do not fit.
@@ -29,7 +32,7 @@ def open_experiment(file: str | None, overrides: Mapping[str, str]) -> tuple[Mod
     config = config_lib.config_from_module(module, overrides)
     if not isinstance(config, ExperimentConfig):
         raise UserError(f"{file}: get_config must return an ExperimentConfig, not {type(config).__name__}")
-    validate(config)
+    validate(config, num_devices)
     return module, config
 
 

@@ -33,7 +33,7 @@ from vita_jax.data.loader import Loader, RecordCounts, make_loader
 from vita_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vita_jax.errors import UserError
 from vita_jax.models.vita import Vita
-from vita_jax.parallel.mesh import make_mesh, put_batch, put_replicated, replicated
+from vita_jax.parallel.mesh import make_mesh, put_batch, put_replicated
 from vita_jax.parallel.process import prepare_process
 from vita_jax.parallel.rules import use_mesh
 from vita_jax.training.checkpoint import (
@@ -57,10 +57,10 @@ from vita_jax.training.experiment import (
     validate,
 )
 from vita_jax.training.metrics import MetricsWriter, Reporter, format_duration
-from vita_jax.training.plan import StagePlan, initial_params, plan_stage
+from vita_jax.training.plan import StagePlan, compiled_step, initial_params, plan_stage
 from vita_jax.training.speech_batches import SPEECH_BATCHES, check_codes, speech_batches
 from vita_jax.training.stages import Stage, count_parameters, flatten, parameter_counts, stage_table, unflatten
-from vita_jax.training.step import FlatParams, TrainState, train_step
+from vita_jax.training.step import FlatParams, TrainState
 
 HOOK_DONE = "after_stage.done"
 # The configuration as it was before the experiment's `prepare` had a chance to complete it.
@@ -278,35 +278,13 @@ def starting_state(
     return TrainState(step, trainable, opt_state, rng), frozen, seconds
 
 
-def model_of_stage(model: Vita, stage: Stage) -> Vita:
-    """The model as a stage runs it; its parameters are the same."""
-    audio = model.config.audio
-    if not stage.whole_clips or audio is None:
-        return model
-    encoder = dataclasses.replace(audio.encoder, dynamic_chunks=False)
-    return model.clone(config=dataclasses.replace(model.config, audio=dataclasses.replace(audio, encoder=encoder)))
-
-
-def compiled_step(run: Run, plan: StagePlan) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """`(state, frozen, batch) -> (state, metrics)`, donating the state and keeping its layout."""
-    layout = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract_state(run.mesh))
-    step = functools.partial(
-        train_step,
-        loss_fn=functools.partial(plan.objective.loss, model_of_stage(run.model, plan.stage)),
-        optimizer=plan.optimizer,
-        schedule=plan.schedule,
-        accumulation=plan.stage.accumulation,
-    )
-    return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated(run.mesh)))
-
-
 def train_stage(
     run: Run, plan: StagePlan, checkpoints: StageCheckpoints, latest: int | None, batches: BatchIterator
 ) -> None:
     """Trains from the checkpoint `latest` (None: from the start) to the last step, and saves that."""
     config, stage = run.config, plan.stage
     state, frozen, seconds = starting_state(run, plan, checkpoints, latest, batches)
-    step_fn = compiled_step(run, plan)
+    step_fn = compiled_step(run.model, plan, run.mesh)
     first = saved = latest or 0
     run.metrics.rewind(stage.name, first)
     reporter = Reporter(run.metrics, run.stream, stage, config.log.every_steps, first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from vita_jax.training.experiment import ExperimentConfig, peak_learning_rate
 from vita_jax.training.objectives import OBJECTIVES, Objective, init_extra, init_model, init_params
 from vita_jax.training.optimizer import learning_rate_multipliers, make_optimizer, muon_matrices, warmup_cosine
 from vita_jax.training.stages import Stage, flatten, starts_of, trainable_paths, trained_so_far, unflatten
-from vita_jax.training.step import FlatParams, TrainState, init_state
+from vita_jax.training.step import FlatParams, Metrics, TrainState, init_state, train_step
 
 # Purposes of the random keys drawn from the seed of the run; stages count on from the last.
 PARAMETERS, FIRST_STAGE = 0, 1
@@ -82,6 +83,12 @@ def _abstract(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
+@functools.lru_cache(maxsize=8)
+def parameter_shapes(model: Vita, objective: Objective) -> Any:
+    """All parameters of a model and an objective as abstract arrays in Linen's boxes. Tracing takes seconds."""
+    return jax.eval_shape(lambda key: init_params(model, objective, key), jax.random.key(0))
+
+
 def plan_stage(config: ExperimentConfig, model: Vita, stage: Stage, mesh: Mesh) -> StagePlan:
     """Resolves layout, trainable parameters, optimiser and schedule of a stage.
 
@@ -89,7 +96,7 @@ def plan_stage(config: ExperimentConfig, model: Vita, stage: Stage, mesh: Mesh) 
       UserError: a pattern matches nothing, a parameter does not fit the mesh, or two starts trained the same parameter.
     """
     objective = OBJECTIVES[stage.objective]
-    boxed = jax.eval_shape(lambda key: init_params(model, objective, key), jax.random.key(0))
+    boxed = parameter_shapes(model, objective)
     shapes = flatten(unbox(boxed))
     chosen = set(trainable_paths(stage, list(shapes)))
     # What an objective adds has no value but in being trained.
@@ -114,6 +121,28 @@ def plan_stage(config: ExperimentConfig, model: Vita, stage: Stage, mesh: Mesh) 
         schedule=lambda step: warmup_cosine(step, stage.steps, stage.warmup_ratio, rate),
         rng=jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), purpose)),
     )
+
+
+def model_of_stage(model: Vita, stage: Stage) -> Vita:
+    """The model as a stage runs it; its parameters are the same."""
+    audio = model.config.audio
+    if not stage.whole_clips or audio is None:
+        return model
+    encoder = dataclasses.replace(audio.encoder, dynamic_chunks=False)
+    return model.clone(config=dataclasses.replace(model.config, audio=dataclasses.replace(audio, encoder=encoder)))
+
+
+def compiled_step(model: Vita, plan: StagePlan, mesh: Mesh) -> Callable[..., tuple[TrainState, Metrics]]:
+    """`(state, frozen, batch) -> (state, metrics)` of a stage, donating the state and keeping its layout."""
+    layout = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract_state(mesh))
+    step = functools.partial(
+        train_step,
+        loss_fn=functools.partial(plan.objective.loss, model_of_stage(model, plan.stage)),
+        optimizer=plan.optimizer,
+        schedule=plan.schedule,
+        accumulation=plan.stage.accumulation,
+    )
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
 
 
 def _check_batch_norm(stage: Stage, paths: Sequence[str], trainable: Sequence[str]) -> None:

@@ -257,6 +257,8 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, tuple[Cached | None, dict[str, jax.Array]]]:
         """x: (b s d), others as in `Attention` -> (b s d); keys and values if there is a cache; intermediates."""
         config = self.config
+        # Clips stay with the devices that hold their rows; weights come to them.
+        x = nn.with_logical_constraint(x, ("batch", None, None))
         norm1, norm2 = (LayerNorm(NORM_EPS, self.dtype, name=name) for name in ("norm1", "norm2"))
         drop = nn.Dropout(config.dropout, deterministic=self.deterministic)
         before = norm1(x) if config.normalize_before else x

@@ -16,21 +16,36 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from vita_jax.errors import UserError
 from vita_jax.models.language.cache import KVCache, advance, empty_cache, mark_written, write_layer
 from vita_jax.models.language.experts import ROUTER, SparseMoE
 from vita_jax.nn.layers import Dense, Embed, Initializer, RMSNorm, normal_init
-from vita_jax.ops.attention import dot_product_attention
+from vita_jax.ops.attention import check_implementation as check_attention
+from vita_jax.ops.attention import dot_product_attention, segment_attention
+from vita_jax.ops.attention_kernels import ATTENTION_OUTPUT
 from vita_jax.ops.experts import check_implementation
 from vita_jax.ops.masks import make_attention_mask
 from vita_jax.ops.rope import apply_rotary, rotary_tables
 
-# What the backward pass may keep of each layer; everything else is computed again.
+# Name of a layer's input for the policies below.
+LAYER_INPUT = "layer_input"
+
+# What the backward pass may keep of each layer; everything else is computed again. Per layer and position, in values:
+# `full` keeps d, `attention` d + n h (and does not run the attention kernel twice), `dots` about 2 d + (2 n + 2 k) h +
+# 2 f, `offload` none on the accelerator and d + n h in the memory of its host.
 REMAT_POLICIES = {
     "none": None,  # no rematerialisation: keep all
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the layer's input only
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT),  # and what attention made
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep products with weights, not scores
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT, ATTENTION_OUTPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 INITIALIZER_RANGE = 0.02
@@ -52,7 +67,8 @@ class DecoderConfig:
       rms_norm_eps: added to the mean square.
       qkv_bias: biases on the query, key and value projections.
       max_positions: longest sequence the weights were trained for; information for callers, not a limit of the maths.
-      remat: "none", "full" or "dots", see `REMAT_POLICIES`.
+      remat: a name of `REMAT_POLICIES`: what the backward pass may keep.
+      attention: how attention without a cache is computed, see `vita_jax.ops.attention.segment_attention`.
       initializer_range: standard deviation of every matrix of a fresh model. Small models learn faster from about
         `hidden_size ** -0.5`. None draws matrices as `torch.nn.Linear` does.
       num_experts: e; 0 = one dense feed-forward.
@@ -76,6 +92,7 @@ class DecoderConfig:
     qkv_bias: bool = True
     max_positions: int = 32768
     remat: str = "none"
+    attention: str = "auto"
     initializer_range: float | None = INITIALIZER_RANGE
     num_experts: int = 0
     experts_per_token: int = 2
@@ -108,6 +125,7 @@ class DecoderConfig:
             raise UserError(
                 f"router_aux_loss_coef {self.router_aux_loss_coef} needs experts; set num_experts, or the weight to 0"
             )
+        check_attention(self.attention)
         check_implementation(self.expert_implementation)
         if self.expert_buffer_factor is not None and self.expert_buffer_factor < 1:
             raise UserError(
@@ -192,7 +210,8 @@ class Attention(nn.Module):
         Args:
           x: (b s d).
           rotary: cosine and sine, (b s h/2) each.
-          mask: (b 1 s t).
+          mask: (b 1 s t) bool, True = may attend; or (b s) int32 segment ids: `x` attends to itself, causally within
+            its segments.
           stacks: cached keys and values of all layers, (l b t k h) each; None attends to `x` itself.
           layer, start: () int32, this layer and the first slot to write.
 
@@ -205,7 +224,16 @@ class Attention(nn.Module):
         if stacks is not None:
             stacks = tuple(write_layer(stack, new, layer, start) for stack, new in zip(stacks, (k, v), strict=True))
             k, v = (jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False).astype(q.dtype) for stack in stacks)
-        return self.o_proj(dot_product_attention(q, k, v, mask=mask)), stacks
+        return self.o_proj(self._attend(q, k, v, mask)), stacks
+
+    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+        if mask.ndim > 2:
+            return dot_product_attention(q, k, v, mask=mask)
+        if self.is_initializing():
+            # The row that `init` is given only makes parameters; the mesh it is for need not divide it.
+            return segment_attention(q, k, v, mask, implementation="xla")
+        axes = nn.logical_to_mesh_axes(("batch", "length", "kv_heads"))
+        return segment_attention(q, k, v, mask, implementation=self.config.attention, axes=axes)
 
 
 class SwiGLU(nn.Module):
@@ -261,7 +289,7 @@ class Block(nn.Module):
     ) -> tuple[tuple[jax.Array, tuple[jax.Array, jax.Array] | None], None]:
         """carry: hidden (b s d), and cached keys and values (l b t k h) or None; layer: () int32 -> the same carry."""
         x, stacks = carry
-        x = nn.with_logical_constraint(x, ("batch", "length", None))
+        x = checkpoint_name(nn.with_logical_constraint(x, ("batch", "length", None)), LAYER_INPUT)
         # Kept only when the caller makes `intermediates` mutable; then (l b s d), the input of every layer.
         self.sow("intermediates", "layer_input", x)
         attended, stacks = self.attention(self.input_norm(x), rotary, mask, stacks, layer, start)
@@ -338,7 +366,7 @@ class Decoder(nn.Module):
         c = self.config
         start, stacks = (None, None) if cache is None else (cache.end, (cache.k, cache.v))
         if cache is None:
-            mask = make_attention_mask(segment_ids, segment_ids)
+            mask = segment_ids
         else:
             block = segment_ids.shape[1]
             if block > cache.num_slots:

@@ -236,6 +236,8 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, drop_rate: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """x: (b s d), drop_rate: scalar -> (b s d), and intermediates by name (none without `capture`)."""
         config = self.config
+        # Tiles stay with the devices that hold their rows; weights come to them.
+        x = nn.with_logical_constraint(x, ("batch", None, None))
         norm1 = self._norm("norm1")(x)
         attn, captured = Attention(config, self.dtype, name="attention")(norm1)
         x = x + self._branch("ls1", attn, drop_rate)

@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from vita_jax.errors import UserError
 from vita_jax.models.language.experts import ROUTER, dropped_assignments, router_logits
@@ -48,6 +50,14 @@ def model_inputs(batch: Batch) -> VitaInputs:
     return VitaInputs(**{name: batch[name] for name in names})
 
 
+def loss_axes() -> dict[str, PartitionSpec]:
+    """What the current rule table says about the loss: arguments of `next_token_scores` and `position_scores`."""
+    return {
+        "row_axes": nn.logical_to_mesh_axes(("batch", "length")),
+        "kernel_axes": nn.logical_to_mesh_axes(("embed", "vocab")),
+    }
+
+
 def language_modeling_loss(model: Vita, params: Params, batch: Batch, key: jax.Array) -> LossSums:
     """Next-token cross entropy of the answers, and what the state head has to tell.
 
@@ -66,7 +76,9 @@ def language_modeling_loss(model: Vita, params: Params, batch: Batch, key: jax.A
     hidden, used = _hidden_states(model, params, batch, key)
     kernel = params["language"]["lm_head"]["kernel"]
     chunk = min(LOSS_CHUNK, -(-hidden.shape[1] // LEAST_CHUNKS))
-    loss, count, correct = next_token_scores(hidden, kernel, batch["labels"], batch["segment_ids"], chunk_size=chunk)
+    loss, count, correct = next_token_scores(
+        hidden, kernel, batch["labels"], batch["segment_ids"], chunk_size=chunk, **loss_axes()
+    )
     metrics = {"accuracy": (correct, count)}
     if "state_labels" in batch:
         head_loss, weight, state_metrics = _state_sums(model, params, batch["state_labels"], hidden)
@@ -100,7 +112,7 @@ def text_pretraining_loss(model: Vita, params: Params, batch: Batch, key: jax.Ar
     targets = shift_labels(text, batch["segment_ids"])
     answers = (shift_labels(batch["labels"], batch["segment_ids"]) != IGNORE_LABEL).astype(jnp.float32)
     others = (targets != IGNORE_LABEL) - answers
-    losses, correct = position_scores(hidden, kernel, targets, chunk_size=LOSS_CHUNK)
+    losses, correct = position_scores(hidden, kernel, targets, chunk_size=LOSS_CHUNK, **loss_axes())
     weights = answers + PROMPT_WEIGHT * others
     accuracy = (jnp.sum(correct * answers), jnp.sum(answers))
     sums = LossSums(jnp.sum(losses * weights), jnp.sum(weights), {"accuracy": accuracy})

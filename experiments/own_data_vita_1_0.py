@@ -1,6 +1,6 @@
 """VITA-1.0's curriculum on your own records: a mixture of experts that reads, sees and hears, with `<1> <2> <3>`.
 
-    python -m vita_jax.train --config=experiments/vita_1_0.py --config.size=small \\
+    python -m vita_jax.train --config=experiments/own_data_vita_1_0.py --config.size=small \\
         --config.data.json=my.json --config.data.root=my_media --config.run_dir=runs/vita_1_0
 
 Stages (VITA, arXiv 2408.05211): bilingual text tuning of the language model, whose vocabulary was enlarged before;
@@ -13,9 +13,9 @@ a model of yours, enlarge its vocabulary and name the result:
 
     python -m vita_jax.enlarge_vocabulary --checkpoint runs/base --to runs/enlarged --texts zh.txt --pieces 20000 \\
         --symbols "<1>" "<2>" "<3>" "</s>"
-    python -m vita_jax.train --config=experiments/vita_1_0.py ... --config.tokenizer.folder=runs/enlarged/tokenizer \\
-        --config.tokenizer.vocab_size=N --config.model.language.vocab_size=M \\
-        --config.stages.bilingual_text.start_from=runs/enlarged
+    python -m vita_jax.train --config=experiments/own_data_vita_1_0.py ... \\
+        --config.tokenizer.folder=runs/enlarged/tokenizer --config.tokenizer.vocab_size=N \\
+        --config.model.language.vocab_size=M --config.stages.bilingual_text.start_from=runs/enlarged
 
 Without a tokenizer folder one is trained on the records' own text, with the same symbols.
 """

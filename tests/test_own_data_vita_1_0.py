@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.vita_1_0 import SYMBOLS, get_config, kind_of, prepare, without_sources
+from experiments.own_data_vita_1_0 import SYMBOLS, get_config, kind_of, prepare, without_sources
 from vita_jax.data.prompts import state_symbol_ids
 from vita_jax.data.templates import get_template
 from vita_jax.data.tokenizer import load_tokenizer

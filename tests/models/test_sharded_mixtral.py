@@ -16,17 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
 
+from tests.ops.test_expert_parallel import EIGHT_DEVICES
 from vita_jax.conversion.tables import flatten, unflatten
 from vita_jax.models import lora
 from vita_jax.models.language.decoder import Decoder, DecoderConfig
 from vita_jax.models.language.decoder_weights import weight_table
 from vita_jax.models.language.experts import ROUTER, dropped_assignments, router_logits
 from vita_jax.ops.experts import balance, dropped_share
-from vita_jax.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh
+from vita_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh, replicated
 from vita_jax.parallel.rules import param_shardings, unbox, use_mesh
+from vita_jax.planning.collectives import collectives
+from vita_jax.planning.topology import open_topology
 
 CONFIG = DecoderConfig(
     vocab_size=16,
@@ -46,7 +47,7 @@ MESHES = {
     "all but context": MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
     "expert and context": MeshConfig(data=1, expert=4, context=2),
 }
-TOPOLOGY = "v5e:2x4"
+TPU_BATCH = (16, 160)
 
 
 def loss_fn(config: DecoderConfig, dtype: jnp.dtype = jnp.float32) -> Any:
@@ -92,6 +93,7 @@ def relative_error(got: Any, want: Any) -> float:
     return error if math.isfinite(error) else math.inf
 
 
+@jax.default_matmul_precision("highest")
 def compare() -> dict[str, Any]:
     """Differences to one device with the dense oracle, and shares of dropped assignments."""
     params, (embeds, segments) = drawn_params(), inputs()
@@ -102,9 +104,10 @@ def compare() -> dict[str, Any]:
             mesh = make_mesh(mesh_config)
             with use_mesh(mesh):
                 layout = flatten(param_shardings(boxed_params(), mesh))
-                whole = NamedSharding(mesh, PartitionSpec())
-                placed = {path: jax.device_put(x, layout.get(path, whole)) for path, x in flatten(params).items()}
-                batch = jax.device_put((embeds, segments), NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
+                placed = {
+                    path: jax.device_put(x, layout.get(path, replicated(mesh))) for path, x in flatten(params).items()
+                }
+                batch = jax.device_put((embeds, segments), batch_sharding(mesh))
                 step = jax.jit(loss_fn(replace(CONFIG, expert_buffer_factor=factor)))
                 (loss, dropped), grads = jax.device_get(step(unflatten(iter(placed.items())), *batch))
             if factor is None:
@@ -114,51 +117,36 @@ def compare() -> dict[str, Any]:
     return report
 
 
-def compile_for_tpus() -> dict[str, Any]:
-    """Dtype, shape and name of every collective in the gradient's program for eight TPUs that need not be there."""
-    config = replace(CONFIG, hidden_size=256, head_dim=128, intermediate_size=512, expert_buffer_factor=2.0)
-    rows, length = 16, 128
+def compile_for_tpus() -> list[list[Any]]:
+    """Kind, runs in a step, bytes and shape of all collectives in the gradient's program for TPUs that are not here."""
+    config = replace(CONFIG, hidden_size=256, head_dim=128, intermediate_size=512)
     boxed = boxed_params(config)  # its key is an array, which the devices of a topology could not hold
-    devices = topologies.get_topology_desc(TOPOLOGY, platform="tpu").devices
-    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=4), devices)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=4), open_topology("v5e:2x4").devices)
     with use_mesh(mesh):
         params = jax.tree.map(
             lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
             unbox(boxed),
             param_shardings(boxed, mesh),
         )
-        spread = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-        embeds = jax.ShapeDtypeStruct((rows, length, config.hidden_size), jnp.bfloat16, sharding=spread)
-        segments = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=spread)
+        embeds = jax.ShapeDtypeStruct((*TPU_BATCH, 256), jnp.bfloat16, sharding=batch_sharding(mesh))
+        segments = jax.ShapeDtypeStruct(TPU_BATCH, jnp.int32, sharding=batch_sharding(mesh))
         text = jax.jit(loss_fn(config, jnp.bfloat16)).lower(params, embeds, segments).compile().as_text()
-    return {"tokens": rows * length, "collectives": collectives(text)}
+    return [[one.kind, one.times, one.bytes_sent, one.shape] for one in collectives(text, mesh.size)]
 
 
-def collectives(text: str) -> list[list[Any]]:
-    """[name, dtype, shape] of every array that a collective of a compiled program makes."""
-    names = r"all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute"
-    found = []
-    for types, name in re.findall(rf"= (\S.*?) ({names})(?:-start)?\(", text):
-        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", types):
-            found.append([name, dtype, [int(size) for size in shape.split(",") if size]])
-    return found
-
-
-def run(part: str, **environment: str) -> dict[str, Any]:
-    """Runs a function of this file in a process of its own."""
+def run(part: str, **environment: str) -> Any:
+    """Runs a function of this file in a process of its own, and returns what it returned."""
     command = [sys.executable, "-m", "tests.models.test_sharded_mixtral", part]
-    variables = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True, timeout=900)
+    root, environment = Path(__file__).parents[2], {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
 def test_sharded_gradients_equal_those_of_one_device():
-    """Loss with load balancing, and gradients of all parameters and adapters, with padding in every second row."""
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    report = run("compare", XLA_FLAGS=flags)
+    """Loss with load balancing, and gradients of all parameters and adapters, with padding behind most rows."""
+    report = run("compare", **EIGHT_DEVICES)
     assert set(report["errors"]) == set(MESHES)
     assert max(report["errors"].values()) < 1e-5, report["errors"]
     for name in MESHES:
@@ -167,11 +155,22 @@ def test_sharded_gradients_equal_those_of_one_device():
 
 @pytest.mark.slow
 def test_tpus_exchange_rows_and_gather_no_tokens():
-    report = run("compile_for_tpus", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    kinds = {name for name, _, _ in report["collectives"]}
-    assert "ragged-all-to-all" in kinds
+    found = run("compile_for_tpus", JAX_ENABLE_COMPILATION_CACHE="false")
+    rows = TPU_BATCH[0] * TPU_BATCH[1] // 8 * CONFIG.experts_per_token
+    exchanges = [(times, sent) for kind, times, sent, _ in found if kind == "ragged-all-to-all"]
+    # There and back, forward, again for the gradient, and the gradient; 512 bytes a row, of which 3 of 4 parts leave.
+    assert sum(times for times, _ in exchanges) == 6 * CONFIG.num_layers
+    assert {sent for _, sent in exchanges} == {rows * 512 * 3 / 4}
+    gathered = [
+        [int(size) for size in re.findall(r"\d+", re.findall(r"\[([\d,]*)\]", shape)[-1])]
+        for kind, _, _, shape in found
+        if kind == "all-gather"
+    ]
+    # The length of a row has a factor that no dimension of a parameter has.
+    assert gathered and [shape for shape in gathered if math.prod(shape) % 5 == 0] == []
+    kernels = [shape for kind, _, _, shape in found if kind == "all-gather" and "256,512]" in shape]
+    assert kernels and all("bf16" in shape and "f32" not in shape for shape in kernels)
 
 
 if __name__ == "__main__":
-    with jax.default_matmul_precision("highest"):
-        print(json.dumps({"compare": compare, "compile_for_tpus": compile_for_tpus}[sys.argv[1]]()))
+    print(json.dumps({"compare": compare, "compile_for_tpus": compile_for_tpus}[sys.argv[1]]()))

@@ -80,6 +80,22 @@ def test_bytes_are_what_one_device_sends():
     assert sent["collective-permute"] == 8 * 4 * 2
 
 
+def test_a_ragged_exchange_sends_what_it_has_or_what_there_is_room_for():
+    operands = "%rows, %room, %at, %sizes, %to, %wanted), channel_id=5, replica_groups={{0,1,2,3}}"
+    lines = ["ENTRY %main (rows: bf16[8,4]) -> bf16[24,4] {", "  %rows = bf16[8,4]{1,0} parameter(0)"]
+    lines += ["  %room = bf16[24,4]{1,0} broadcast(%zero)", "  %at = s32[4]{0} parameter(1)"]
+    lines += [f"  ROOT %got = bf16[24,4]{{1,0}} ragged-all-to-all({operands}", "}"]
+    (found,) = collectives("\n".join(lines), num_devices=4)
+    assert (found.kind, found.group, found.bytes_sent) == ("ragged-all-to-all", 4, 8 * 4 * 2 * 3 / 4)
+
+
+def test_kernels_that_take_several_lines_do_not_end_a_computation():
+    lines = ["ENTRY %main (a: f32[16]) -> f32[16] {", "  %a = f32[16]{0} parameter(0)"]
+    lines += ['  %b = f32[16]{0} custom-call(%a), kernel_metadata={"options":{', '}}, metadata={op_name="kernel"}']
+    lines += ["  ROOT %c = f32[16]{0} all-reduce(%b), replica_groups={{0,1}}", "}"]
+    assert [one.kind for one in collectives("\n".join(lines), num_devices=2)] == ["all-reduce"]
+
+
 def test_kinds_are_summed_largest_first():
     totals = by_kind(collectives(HLO, num_devices=8))
     assert list(totals)[-1] == "reduce-scatter"

@@ -51,6 +51,7 @@ from vita_jax.ops.experts import (
     take_rows,
     weighted_sum,
 )
+from vita_jax.ops.meshes import num_parts, platform_of
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,9 @@ def apply_sharded_experts(
       mesh: the current mesh.
       axes: of the mesh.
       experts_per_token: k.
-      implementation: "ragged" exchanges rows with `jax.lax.ragged_all_to_all` where the program is compiled for TPUs or
-        GPUs, and padded on CPUs, which lack it; "ragged_all_to_all" and "padded_all_to_all" insist on one.
+      implementation: "ragged" exchanges rows with `jax.lax.ragged_all_to_all` where the devices of the mesh are TPUs or
+        GPUs, and padded where they are CPUs, which lack it; "ragged_all_to_all" and "padded_all_to_all" insist on one.
+        A program for devices of another host therefore has to be traced inside their mesh.
       buffer_factor: rows that a device can receive, in parts of the m it would receive if experts were used evenly.
         What does not fit is dropped: a buffer fills in the order of the devices that send, then of experts, then of
         tokens. None has room for all.
@@ -112,11 +114,13 @@ def apply_sharded_experts(
     check_implementation(implementation)
     if implementation == "dense":
         raise UserError("expert implementation 'dense' is partitioned automatically; call apply_experts")
+    if implementation == "ragged":
+        implementation = "padded_all_to_all" if platform_of(mesh) == "cpu" else "ragged_all_to_all"
     _check_axes(x, experts, mesh, axes)
     tokens = _spec(axes.batch, axes.length)
     specs = expert_specs(experts, axes)
 
-    def on_one_device(x: jax.Array, logits: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array]:
+    def on_device(x: jax.Array, logits: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array]:
         # Along axes that cut f everything behind the gate is a part of a sum. Saying so before anything is sent makes
         # the gradient of x one sum of n rows at the end, as the last line does for the result.
         rows = jax.lax.pcast(x, axes.mlp, to="varying").reshape(-1, x.shape[-1])
@@ -129,7 +133,7 @@ def apply_sharded_experts(
         out = jax.lax.psum(out, axes.mlp) if axes.mlp else out
         return out.reshape(x.shape), dropped.reshape(x.shape[:-1])
 
-    return jax.shard_map(on_one_device, mesh=mesh, in_specs=(tokens, tokens, specs), out_specs=(tokens, tokens))(
+    return jax.shard_map(on_device, mesh=mesh, in_specs=(tokens, tokens, specs), out_specs=(tokens, tokens))(
         x, logits, experts
     )
 
@@ -150,11 +154,11 @@ def _check_axes(x: jax.Array, experts: Experts, mesh: AbstractMesh, axes: Expert
         "numbers of the experts' width": (hidden, axes.mlp),
     }
     for what, (size, names) in sizes.items():
-        parts = math.prod(mesh.shape[name] for name in names)
+        parts = num_parts(mesh, names)
         if size % parts:
             raise UserError(
-                f"{size} {what} cannot be cut in {parts} parts (mesh axes {', '.join(names)}); "
-                f"choose sizes of --config.mesh that divide them"
+                f"experts: {size} {what} cannot be cut in {parts} parts (mesh axis {', '.join(names)}); choose "
+                "sizes of --config.mesh that divide it"
             )
 
 
@@ -197,7 +201,7 @@ def exchange_and_apply(
     routing: Routing,
     experts: Experts,
     group: tuple[str, ...],
-    implementation: str = "ragged",
+    implementation: str,
     buffer_factor: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The part of one device, inside `shard_map`: own tokens, own experts, rows exchanged with its group.
@@ -207,7 +211,8 @@ def exchange_and_apply(
       routing: of these, among all e experts.
       experts: this device's e / p experts. Device i of the group has those from i e / p on.
       group: mesh axes that the experts are cut over.
-      implementation, buffer_factor: see `apply_sharded_experts`.
+      implementation: "ragged_all_to_all" or "padded_all_to_all".
+      buffer_factor: see `apply_sharded_experts`.
 
     Returns:
       (n d), and how many assignments of each token were dropped (n) int32.
@@ -336,7 +341,7 @@ class Channel:
 
     Attributes:
       group: mesh axes of the devices that exchange rows.
-      implementation: "ragged" (by platform), "ragged_all_to_all" or "padded_all_to_all".
+      implementation: "ragged_all_to_all" or "padded_all_to_all".
       slots: no block has more rows.
       rows_in, rows_out: length of what is sent from, and of the buffer.
     """
@@ -364,11 +369,8 @@ def exchange(rows: jax.Array, transfer: Transfer, channel: Channel) -> jax.Array
     Returns:
       (channel.rows_out d), zero where no block was received.
     """
-    ragged, padded = partial(_ragged_all_to_all, channel=channel), partial(_padded_all_to_all, channel=channel)
-    if channel.implementation == "ragged":
-        # Decided where the program is lowered: what compiles for a TPU may run on a machine that has none.
-        return jax.lax.platform_dependent(rows, transfer, cpu=padded, default=ragged)
-    return (padded if channel.implementation == "padded_all_to_all" else ragged)(rows, transfer)
+    move = _ragged_all_to_all if channel.implementation == "ragged_all_to_all" else _padded_all_to_all
+    return move(rows, transfer, channel)
 
 
 def _exchange_forward(rows: jax.Array, transfer: Transfer, channel: Channel) -> tuple[jax.Array, Transfer]:

@@ -7,7 +7,8 @@ with, which for a scan is the same. Bytes are what one device sends, n the devic
     all-gather           (n - 1) / n of its result
     reduce-scatter       (n - 1) / n of its operand
     all-reduce           both, one after the other: 2 (n - 1) / n of its operand
-    (ragged-)all-to-all  (n - 1) / n of its operand (ragged: at most)
+    all-to-all           (n - 1) / n of its operand
+    ragged-all-to-all    (n - 1) / n of its operand or of its result, the smaller: what is sent if all send alike
     collective-permute   its operand
 """
 
@@ -144,7 +145,7 @@ def _parse(hlo: str) -> dict[str, _Computation]:
         header = _COMPUTATION.match(line)
         if header:
             current = computations[header["name"]] = _Computation(bool(header["entry"]), [])
-        elif line.startswith("}"):
+        elif line == "}":  # what a kernel is called with may go on in lines that begin with such a brace, too
             current = None
         elif current is not None and (match := _INSTRUCTION.match(line)):
             current.instructions.append(_Instruction(match["name"], match["type"], match["op"], match["rest"]))
@@ -197,7 +198,9 @@ def _collective(
     instruction: _Instruction, kind: str, times: int, types: dict[str, str], num_devices: int
 ) -> Collective:
     operands = instruction.rest.split("), ")[0]
-    sent = sum(array_bytes(types.get(name, "")) for name in _OPERAND.findall(operands))
+    sizes = [array_bytes(types.get(name, "")) for name in _OPERAND.findall(operands)]
+    # The first two are rows to send and the buffer that receives rows; either may have room that is not used.
+    sent = min(sizes[:2], default=0.0) if kind == "ragged-all-to-all" else sum(sizes)
     sent = sent or array_bytes(operands)  # types may stand beside the operands
     group = _group_size(instruction.rest, num_devices)
     others = (group - 1) / group

@@ -172,7 +172,8 @@ class ExperimentConfig:
 # What may change between two starts of one run: where it lies and how it is stored, shown, laid out and carried out,
 # not what it computes.
 _READERS = ("data.num_threads", "data.num_workers", "data.lanes")  # the loader refuses lanes that do not fit
-_COMPUTED = ("mesh", "model.language.attention", "model.language.remat")  # the same numbers but for rounding
+# The same numbers but for rounding.
+_COMPUTED = ("mesh", *(f"model.language.{name}" for name in ("attention", "remat", "expert_implementation")))
 RESTARTABLE_FIELDS = (*_READERS, *_COMPUTED, "run_dir", "checkpoint", "log", "data.folder", "tokenizer.folder")
 
 # The recogniser's characters, in the data folder.

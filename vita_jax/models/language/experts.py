@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh
 from vita_jax.nn.layers import Dense, Initializer, low_rank_factors, torch_linear_uniform
 from vita_jax.ops.expert_parallel import ExpertAxes, apply_sharded_experts
 from vita_jax.ops.experts import ExpertLinear, Experts, apply_experts, route
+from vita_jax.ops.meshes import used_axes
 
 # Collection that receives what the router did when a caller makes it mutable: its logits, which the load-balancing loss
 # needs, and where buffers are bounded how many assignments of each token were dropped.
@@ -128,9 +129,7 @@ def expert_axes(mesh: AbstractMesh) -> ExpertAxes:
     """The mesh axes larger than 1 over which the current rule table cuts tokens and experts; none without a mesh."""
 
     def axes_of(name: str) -> tuple[str, ...]:
-        (axes,) = nn.logical_to_mesh_axes((name,))
-        axes = (axes,) if isinstance(axes, str) else axes or ()
-        return tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
+        return used_axes(mesh, *nn.logical_to_mesh_axes((name,)))
 
     batch, length = axes_of("batch"), axes_of("length")
     # Kernels cut over devices that have the same tokens are made whole before the layer, which is then the same on all.

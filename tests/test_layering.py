@@ -56,8 +56,12 @@ PURE = ("vita_jax.ops", "vita_jax.nn", "vita_jax.models")
 NOT_IN_PURE = {"absl", "logging", "argparse", "grain", "orbax", "sentencepiece", "tokenizers", "PIL", "av", "pathlib"}
 NOT_BELOW_COMMANDS = {"absl.app", "absl.flags", "absl.logging", "logging", "argparse"}
 # Libraries that are run by what they log or by flags of theirs: Beam is kept from warning of parts that are not needed,
-# Grain reads a flag before it starts workers.
-FOR_LIBRARIES = {("data_pipelines/parts.py", "logging"), ("vita_jax/data/lanes.py", "absl.flags")}
+# Orbax from logging what it raises, Grain reads a flag before it starts workers.
+FOR_LIBRARIES = {
+    ("data_pipelines/parts.py", "logging"),
+    ("vita_jax/training/checkpoint.py", "logging"),
+    ("vita_jax/data/lanes.py", "absl.flags"),
+}
 ENTRY_POINTS = {"data_pipelines/build.py", "data_pipelines/quickstart/build.py", "vita_jax/command_line.py"}
 
 # Places that exist on one machine only.

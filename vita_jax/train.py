@@ -30,6 +30,9 @@ examples:
   python -m vita_jax.train --config=experiments/quickstart.py --config.stages.vision_sft.steps=500
   python -m vita_jax.train --config=experiments/own_data.py --config.data.json=records.json --config.data.root=pictures
 
+Exit status: 0 done; 2 bad input, a full disk, or too many steps in a row with bad numbers, one line says which;
+128 + N stopped by signal N after saving everything (143 for SIGTERM, 130 for SIGINT): run the same command again.
+
 An experiment file may also define these functions; each is called if it is there:
   prepare(config)                      before training, to build data and tokenizer; may return a changed configuration
   after_stage(config, stage, params)   when a stage is finished

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from tests.training.tiny import model_config
 from vita_jax.errors import UserError
-from vita_jax.models.vita import Vita
+from vita_jax.models.vita import Vita, vita_1_0, vita_1_5_with_voice
 from vita_jax.parallel.mesh import BATCH_AXES, MESH_AXES, MeshConfig, make_mesh, mesh_shape, num_batch_shards, put_batch
-from vita_jax.parallel.rules import LOGICAL_RULES, param_shardings, partition_spec
+from vita_jax.parallel.rules import LOGICAL_RULES, check_whole, param_shardings, partition_spec
 from vita_jax.training.objectives import OBJECTIVES, init_params
 from vita_jax.training.stages import flatten
 
@@ -75,3 +79,30 @@ def test_batches_without_tiles_can_be_placed():
     assert num_batch_shards(mesh) == 1
     placed = put_batch({"tiles": np.zeros((4, 0, 8, 8, 3), np.uint8)}, mesh)
     assert placed["tiles"].shape == (4, 0, 8, 8, 3)
+
+
+def test_large_parameters_must_not_lie_whole_on_every_device():
+    def boxed(names: tuple[str | None, ...], *shape: int) -> dict:
+        leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+        return {"head": {"kernel": nn.LogicallyPartitioned(leaf, names), "bias": jax.ShapeDtypeStruct((9,), "float32")}}
+
+    large = boxed((None, "layers"), 5 << 20, 4)  # 80 MiB
+    check_whole(large, mesh_of(data=8), MeshConfig())
+    with pytest.raises(UserError, match=r"parameter head/kernel .*None, 'layers'.* has 80 MiB.*fsdp 2 x tensor 4"):
+        check_whole(large, mesh_of(fsdp=2, tensor=4), MeshConfig())
+    check_whole(boxed(("embed", "layers"), 5 << 20, 4), mesh_of(fsdp=2, tensor=4), MeshConfig())
+    check_whole(boxed((None, "layers"), 4 << 20, 4), mesh_of(fsdp=2), MeshConfig())
+    check_whole(large, mesh_of(fsdp=2), MeshConfig(max_whole_mib=80))
+    check_whole(large, mesh_of(fsdp=2), MeshConfig(may_be_whole=("^head/",)))
+    with pytest.raises(UserError, match="may_be_whole.*regular expression"):
+        check_whole(large, mesh_of(fsdp=2), MeshConfig(may_be_whole=("(",)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"fsdp": 4, "expert": 4}])
+def test_no_large_parameter_of_the_full_models_lies_whole_on_every_device(sizes):
+    for config in (vita_1_5_with_voice(), vita_1_0()):
+        for objective in ("language_modeling", "cell_naming"):
+            model = Vita(config)
+            draw = functools.partial(init_params, model, OBJECTIVES[objective])
+            check_whole(jax.eval_shape(draw, jax.random.key(0)), mesh_of(**sizes), MeshConfig())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from vita_jax.training.optimizer import (
     learning_rate_multipliers,
     make_optimizer,
     muon_matrices,
+    round_at_random,
     warmup_cosine,
     warmup_steps,
 )
@@ -135,3 +137,117 @@ def test_muon_turns_every_direction_of_a_matrix_alike_and_leaves_the_rest_to_ada
     for matrix in (*stacked, np.asarray(update["m/conv/kernel_v"]).reshape(12, 6) / (0.2 * np.sqrt(12) * 0.5)):
         values = np.linalg.svd(matrix, compute_uv=False)
         assert values.min() > 0.4 and values.max() < 1.3
+
+
+def directions(optimizer, params, grads_by_step):
+    """What the optimiser makes of every gradient, and its last state."""
+    state, update, given = optimizer.init(params), jax.jit(optimizer.update), []
+    for grads in grads_by_step:
+        direction, state = update(grads, state, params)
+        given.append(direction)
+    return given, state
+
+
+def test_random_rounding_is_right_on_average_and_to_a_neighbour():
+    x = jnp.asarray(np.random.default_rng(0).uniform(1.0, 2.0, 50), jnp.float32)
+    draws = jax.vmap(lambda key: round_at_random(x, key))(jax.random.split(jax.random.key(0), 4000))
+    spacing = 2.0**-7  # of bfloat16 between 1 and 2
+    draws = np.asarray(draws, np.float64)
+    assert np.abs(draws - np.asarray(x)).max() < spacing
+    # Four standard deviations of a mean of 4000 draws, at most.
+    np.testing.assert_allclose(draws.mean(axis=0), x, atol=4 * 0.5 * spacing / 4000**0.5)
+    exact = jnp.asarray([0.0, 1.0, -3.5], jnp.float32)
+    np.testing.assert_array_equal(round_at_random(exact, jax.random.key(1)).astype(jnp.float32), exact)
+
+
+def test_moments_in_bfloat16_follow_those_in_float32():
+    """The directions differ by a few percent, at random and without a bias; the moments take half the bytes."""
+    rng = np.random.default_rng(0)
+    params = {"a/kernel": jnp.zeros((40, 50)), "a/bias": jnp.zeros((50,))}
+    signal = {path: rng.normal(size=leaf.shape) for path, leaf in params.items()}
+    grads = [
+        {path: jnp.asarray(x + 0.5 * rng.normal(size=x.shape), jnp.float32) for path, x in signal.items()}
+        for _ in range(400)
+    ]
+    exact, half = (OptimizerConfig(clip_norm=None, moments=moments) for moments in ("float32", "bfloat16"))
+    multipliers = dict.fromkeys(params, 1.0)
+    want, state = directions(make_optimizer(exact, multipliers), params, grads)
+    got, half_state = directions(make_optimizer(half, multipliers), params, grads)
+    for step in (0, 99, 399):
+        a, b = (np.asarray(x[step]["a/kernel"], np.float64) for x in (want, got))
+        assert np.sqrt(np.mean((a - b) ** 2) / np.mean(a**2)) < 0.05
+        assert abs(np.mean(b / a, where=np.abs(a) > 0.1) - 1) < 0.005
+    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(s) if leaf.ndim) for s in (state, half_state)]
+    assert sizes == [2 * 4 * 2050, 2 * 2 * 2050]
+
+
+def test_second_moments_in_bfloat16_fall_as_they_should():
+    """Of gradients that stop: rounded to the nearest, 0.999 times a moment would be that moment again."""
+    params = {"a/kernel": jnp.zeros((64, 64))}
+    one, none = {"a/kernel": jnp.ones((64, 64))}, {"a/kernel": jnp.zeros((64, 64))}
+    config = OptimizerConfig(clip_norm=None, moments="bfloat16")
+    _, state = directions(make_optimizer(config, {"a/kernel": 1.0}), params, [one] * 5 + [none] * 1000)
+    (moment,) = (leaf for leaf in jax.tree.leaves(state[0].nu))
+    assert moment.dtype == jnp.bfloat16
+    mean = float(moment.astype(jnp.float32).mean())
+    assert mean == pytest.approx((1 - 0.999**5) * 0.999**1000, rel=0.01)
+    assert jnp.bfloat16(0.999 * jnp.bfloat16(1.01)) == jnp.bfloat16(1.01)
+
+
+def test_muon_keeps_its_momentum_in_bfloat16():
+    params = {"a/kernel": jnp.ones((16, 32)), "a/bias": jnp.ones((32,))}
+    config = OptimizerConfig(moments="bfloat16")
+    optimizer = make_optimizer(config, dict.fromkeys(params, 1.0), muon_matrices(params))
+    state = jax.eval_shape(optimizer.init, params)
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim and leaf.shape != (3,)}
+    assert kinds == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_adafactor_divides_by_rows_and_columns_and_keeps_next_to_nothing():
+    rng = np.random.default_rng(0)
+    params = {"a/kernel": jnp.zeros((3, 130, 140)), "a/bias": jnp.zeros((140,))}
+    multipliers, config = {"a/kernel": 0.5, "a/bias": 1.0}, OptimizerConfig(clip_norm=None)
+    grads = [
+        {path: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32) for path, leaf in params.items()} for _ in range(2)
+    ]
+    optimizer = make_optimizer(config, multipliers, factored=True)
+    got, state = directions(optimizer, params, grads)
+    squares = [np.asarray(g["a/kernel"], np.float64) ** 2 for g in grads]
+    decay = 1 - 2**-0.8  # of the second step; the first one's is 0
+    mean = decay * squares[0] + (1 - decay) * squares[1]
+    rows, columns = mean.mean(axis=2, keepdims=True), mean.mean(axis=1, keepdims=True)
+    want = np.asarray(grads[1]["a/kernel"]) / np.sqrt(rows * columns / rows.mean(axis=1, keepdims=True))
+    want = 0.5 * want / max(1.0, np.sqrt(np.mean(want**2)))
+    np.testing.assert_allclose(got[1]["a/kernel"], want, rtol=1e-4, atol=1e-6)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    adam = jax.eval_shape(make_optimizer(config, multipliers).init, params)
+    assert size < sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(adam)) / 50
+
+
+@pytest.mark.parametrize(("config", "factored"), [({"moments": "bfloat16"}, False), ({}, True)])
+def test_memory_saving_optimisers_find_the_same_minimum(config, factored):
+    """Least squares: the loss falls by as many orders of magnitude as with float32 Adam."""
+    rng = np.random.default_rng(0)
+    inputs = jnp.asarray(rng.normal(size=(256, 130)), jnp.float32)
+    targets = inputs @ jnp.asarray(rng.normal(size=(130, 132)), jnp.float32)
+
+    def final_loss(optimizer):
+        def loss(params):
+            return jnp.mean((inputs @ params["a/kernel"] - targets) ** 2)
+
+        @jax.jit
+        def step(carry, number):
+            params, state = carry
+            value, grads = jax.value_and_grad(loss)(params)
+            direction, state = optimizer.update(grads, state, params)
+            rate = warmup_cosine(number, 400, 0.05, 0.05)
+            return (jax.tree.map(lambda p, d: p - rate * d, params, direction), state), value
+
+        params = {"a/kernel": jnp.zeros((130, 132))}
+        return float(jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(400))[1][-1])
+
+    multipliers = {"a/kernel": 1.0}
+    exact = final_loss(make_optimizer(OptimizerConfig(clip_norm=None), multipliers))
+    saving = final_loss(make_optimizer(OptimizerConfig(clip_norm=None, **config), multipliers, factored=factored))
+    assert exact < 0.01 * float(jnp.mean(targets**2))
+    assert saving < 2 * exact

@@ -22,17 +22,28 @@ from vita_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 BATCH_AXES = ("data", "fsdp", "expert")
+PARAMETER_AXES = ("fsdp", "expert", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Number of devices along each mesh axis; `data=-1` takes all devices the other axes leave."""
+    """Number of devices along each mesh axis, and what may not be cut.
+
+    Attributes:
+      data: -1 takes all devices the other axes leave.
+      fsdp, expert, tensor, context: see the top of this file.
+      max_whole_mib: where parameters are cut at all (fsdp, expert or tensor above 1), one that is larger than so many
+        MiB and still lies whole on every device is an error: `rules.check_whole`.
+      may_be_whole: patterns of parameter paths that this is right for.
+    """
 
     data: int = -1
     fsdp: int = 1
     expert: int = 1
     tensor: int = 1
     context: int = 1
+    max_whole_mib: int = 64
+    may_be_whole: tuple[str, ...] = ()
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:

@@ -7,6 +7,8 @@ written in a model. A different recipe for other hardware is another table with 
 from __future__ import annotations
 
 import contextlib
+import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,7 +19,7 @@ from flax.core import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vita_jax.errors import UserError
-from vita_jax.parallel.mesh import BATCH_AXES
+from vita_jax.parallel.mesh import BATCH_AXES, PARAMETER_AXES, MeshConfig
 
 # Parameters with at most so many numbers (4 MiB) need not be cut: biases, norms, the narrow layers of a codec.
 SMALL_PARAMETER = 1 << 20
@@ -117,6 +119,41 @@ def param_shardings(abstract_boxed: Any, mesh: Mesh, rules: Rules = LOGICAL_RULE
         return NamedSharding(mesh, partition_spec(names, shape.shape, mesh, "/".join(key.key for key in path), rules))
 
     return jax.tree_util.tree_map_with_path(resolve, shapes, specs, is_leaf=lambda x: x is None)
+
+
+def check_whole(abstract_boxed: Any, mesh: Mesh, config: MeshConfig, rules: Rules = LOGICAL_RULES) -> None:
+    """Refuses large parameters that would lie whole on every device of a mesh that cuts parameters.
+
+    Args:
+      abstract_boxed, mesh, rules: as `param_shardings`.
+      config: how large is too large, and which parameters may.
+
+    Raises:
+      UserError: names the parameter and its logical axes; or a pattern of the configuration is no regular expression.
+    """
+    used = {axis: mesh.shape[axis] for axis in PARAMETER_AXES if mesh.shape[axis] > 1}
+    if not used:
+        return
+    try:
+        allowed = [re.compile(pattern) for pattern in config.may_be_whole]
+    except re.error as error:
+        raise UserError(f"mesh.may_be_whole={config.may_be_whole}: no regular expression: {error}") from None
+    logical = nn.get_partition_spec(abstract_boxed)
+    shardings, shapes = param_shardings(abstract_boxed, mesh, rules), unbox(abstract_boxed)
+
+    def check(path: Any, shape: jax.ShapeDtypeStruct, sharding: NamedSharding, names: PartitionSpec) -> None:
+        name, mib = "/".join(key.key for key in path), math.prod(shape.shape) * shape.dtype.itemsize / 2**20
+        if mib <= config.max_whole_mib or any(sharding.spec) or any(pattern.search(name) for pattern in allowed):
+            return
+        described = " x ".join(f"{axis} {size}" for axis, size in used.items())
+        raise UserError(
+            f"parameter {name} with logical axes {tuple(names)} has {mib:.0f} MiB and would lie whole on every device: "
+            f"none of them is cut by the mesh ({described}). Use a mesh axis that cuts one (see rules.LOGICAL_RULES; "
+            f"--config.mesh.fsdp cuts most parameters), or allow it by --config.mesh.may_be_whole=PATTERN or "
+            f"--config.mesh.max_whole_mib (now {config.max_whole_mib})"
+        )
+
+    jax.tree_util.tree_map_with_path(check, shapes, shardings, logical, is_leaf=lambda x: x is None)
 
 
 def unbox(tree: Any) -> Any:

@@ -9,18 +9,23 @@
 
 Orbax writes a temporary folder and commits it by renaming, the manifest included. It would read back flipped bits
 without complaint and damaged files with anonymous errors; the manifest turns both into one clear message before
-anything is loaded.
+anything is loaded. A stage goes on from the newest checkpoint whose files are all as they were written; damaged newer
+ones are put aside as `damaged-<step>`, with a message (`newest_usable`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
+import logging
+import os
 import shutil
 import signal
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -42,7 +47,25 @@ CONFIG = "config.json"
 ITEMS = ("params", "optimizer", "meta")
 # Written by Orbax while it commits, without content that matters.
 COMMIT_MARK = "commit_success.txt"
+# A damaged checkpoint that a stage went on without.
+DAMAGED = "damaged-"
 _CHUNK = 1 << 22
+# What the system says when a file cannot be written; libraries pass it on as text only.
+_REFUSALS = {os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)}
+
+
+class DamagedCheckpoint(UserError):
+    """Files of a checkpoint are not as they were written; `reason` says which."""
+
+    def __init__(self, folder: Path, reason: str) -> None:
+        others = [step for step in complete_steps(folder.parent) if str(step) != folder.name]
+        advice = (
+            f"delete that folder to go on from step {others[-1]}"
+            if others
+            else "delete that folder to start the stage again"
+        )
+        super().__init__(f"checkpoint {folder} is damaged: {reason}; {advice}")
+        self.reason = reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +109,24 @@ def checkpoint_folder(run_dir: str | Path, stage: str) -> Path:
 
 
 def snapshot_meta(
-    config: ExperimentConfig, stage: Stage, step: int, rng: list[int], data_state: Any, seconds: float
+    config: ExperimentConfig,
+    stage: Stage,
+    step: int,
+    rng: list[int],
+    data_state: Any,
+    seconds: float,
+    progress: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The JSON part of a checkpoint: `seconds` is the time the stage has trained so far, over all its starts."""
+    """The JSON part of a checkpoint.
+
+    Args:
+      config, stage: the run and its stage.
+      step: finished steps.
+      rng: key of the stage.
+      data_state: of the batches.
+      seconds: time the stage has trained so far, over all its starts.
+      progress: what the loop counts beside, see `loop.train_stage`; older checkpoints have none.
+    """
     return {
         "format_version": FORMAT_VERSION,
         "stage": stage.name,
@@ -97,6 +135,7 @@ def snapshot_meta(
         "rng": rng,
         "data_state": data_state,
         "seconds": seconds,
+        "progress": dict(progress or {}),
         "config": config_lib.to_dict(config),
     }
 
@@ -112,6 +151,8 @@ class StageCheckpoints:
         self.folder = folder.absolute()
         self.keep = keep
         self._in_flight: int | None = None
+        # Orbax logs tracebacks of errors in its background thread, which it raises as well.
+        logging.getLogger("absl").addFilter(_not_raised_anyway)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._remove_incomplete()
         self._manager = ocp.CheckpointManager(
@@ -126,9 +167,11 @@ class StageCheckpoints:
     def __enter__(self) -> StageCheckpoints:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.wait()
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        # What went wrong first is what the caller has to hear of.
+        with contextlib.suppress(Exception) if kind is not None else contextlib.nullcontext():
+            self.wait()
+            self._manager.close()
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
@@ -138,28 +181,43 @@ class StageCheckpoints:
         """Starts writing the checkpoint of `step`. The arrays may be donated or changed as soon as this returns.
 
         `opt_state` None leaves it out: the checkpoint can be used, but the stage cannot be gone on with.
+
+        Raises:
+          UserError: this checkpoint, or the one before it, cannot be written: the disk is full, say.
         """
         self.wait()
         self._in_flight = step
         items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(dict(meta))}
         if opt_state is not None:
             items["optimizer"] = ocp.args.StandardSave(opt_state)
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        with self._named_errors():
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def wait(self) -> None:
-        """Returns when the checkpoint being written is complete, and removes those beyond `keep`."""
-        self._manager.wait_until_finished()
-        for step in complete_steps(self.folder)[: -self.keep]:
-            self._manager.delete(step)
+        """Returns when the checkpoint being written is complete, and removes those beyond `keep`.
 
-    def restore(self, step: int, abstract_params: Any, abstract_opt_state: Any) -> Snapshot:
+        Raises:
+          UserError: it cannot be written.
+        """
+        with self._named_errors():
+            self._manager.wait_until_finished()
+            for step in complete_steps(self.folder)[: -self.keep]:
+                self._manager.delete(step)
+
+    def restore(
+        self, step: int, abstract_params: Any, abstract_opt_state: Any, meta: dict[str, Any] | None = None
+    ) -> Snapshot:
         """Reads a checkpoint into the layout that the abstract arrays (with shardings) ask for.
+
+        Args:
+          step: of the checkpoint.
+          abstract_params, abstract_opt_state: what it holds.
+          meta: of a checkpoint that was verified already (`newest_usable`); None verifies it.
 
         Raises:
           UserError: the checkpoint is damaged or of another format.
         """
-        folder = self.folder / str(step)
-        meta = read_meta(folder)
+        meta = read_meta(self.folder / str(step)) if meta is None else meta
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -167,6 +225,22 @@ class StageCheckpoints:
             ),
         )
         return Snapshot(restored["params"], restored["optimizer"], meta)
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Turns what libraries say of a full disk into one clear message; everything else passes."""
+        try:
+            yield
+        except Exception as error:
+            refusal = _refusal(error)
+            if refusal is None:
+                raise
+            steps = complete_steps(self.folder)
+            left = f"the checkpoint of step {steps[-1]} is complete" if steps else "there is no complete checkpoint yet"
+            raise UserError(
+                f"{self.folder}: the checkpoint of step {self._in_flight} cannot be written: {refusal}; {left}. "
+                "See to the disk and start again to go on"
+            ) from error
 
     def _seal(self) -> None:
         """Adds the manifest to the temporary folder that Orbax is about to rename (called in its background thread)."""
@@ -181,6 +255,20 @@ class StageCheckpoints:
         for path in self.folder.iterdir():
             if path.is_dir() and not (path / MANIFEST).is_file():
                 shutil.rmtree(path)
+
+
+def _refusal(error: BaseException | None) -> str | None:
+    """What the system said, if an error, or what it came from, is its refusal to write."""
+    while error is not None:
+        for words in _REFUSALS:
+            if words in str(error):
+                return words
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _not_raised_anyway(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,21 +302,12 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
 
 
-def _damaged(folder: Path, reason: str) -> UserError:
-    others = [step for step in complete_steps(folder.parent) if str(step) != folder.name]
-    advice = (
-        f"delete that folder to go on from step {others[-1]}"
-        if others
-        else "delete that folder to start the stage again"
-    )
-    return UserError(f"checkpoint {folder} is damaged: {reason}; {advice}")
-
-
 def verify(folder: Path) -> None:
     """Compares every file of a checkpoint with its manifest.
 
     Raises:
-      UserError: the folder is no complete checkpoint, or a file is missing, truncated or changed; says which.
+      DamagedCheckpoint: a file is missing, truncated or changed; says which.
+      UserError: the folder is no complete checkpoint.
     """
     manifest = folder / MANIFEST
     if not manifest.is_file():
@@ -237,24 +316,25 @@ def verify(folder: Path) -> None:
         files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
         expected = {name: (entry["size"], entry["crc32"]) for name, entry in files.items()}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-        raise _damaged(folder, f"{MANIFEST} cannot be read") from None
+        raise DamagedCheckpoint(folder, f"{MANIFEST} cannot be read") from None
     for name, (size, crc) in expected.items():
         path = folder / name
         if not path.is_file():
-            raise _damaged(folder, f"{name} is missing")
+            raise DamagedCheckpoint(folder, f"{name} is missing")
         if path.stat().st_size != size:
-            raise _damaged(folder, f"{name} has {path.stat().st_size} bytes instead of {size}")
+            raise DamagedCheckpoint(folder, f"{name} has {path.stat().st_size} bytes instead of {size}")
         if _crc32(path) != crc:
-            raise _damaged(folder, f"the content of {name} has changed since it was written")
+            raise DamagedCheckpoint(folder, f"the content of {name} has changed since it was written")
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint, after `verify`.
+def read_meta(folder: Path, *, verified: bool = False) -> dict[str, Any]:
+    """The JSON part of a checkpoint, after `verify` unless that was done already.
 
     Raises:
       UserError: damaged, or written in another format version.
     """
-    verify(folder)
+    if not verified:
+        verify(folder)
     meta = json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8"))
     if meta["format_version"] != FORMAT_VERSION:
         raise UserError(
@@ -262,6 +342,36 @@ def read_meta(folder: Path) -> dict[str, Any]:
             f"this program reads version {FORMAT_VERSION}"
         )
     return meta
+
+
+def newest_usable(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """The JSON part of the newest checkpoint whose files are as they were written; None if there is no checkpoint.
+
+    Newer ones that are damaged are put aside, for the stage will come to their steps again.
+
+    Args:
+      folder: a `checkpoints` folder that nobody writes to.
+      say: gets a line for each that is put aside.
+
+    Raises:
+      UserError: all are damaged, or the newest is of another format. Nothing is put aside then.
+    """
+    damaged: list[tuple[Path, DamagedCheckpoint]] = []
+    for step in reversed(complete_steps(folder)):
+        try:
+            meta = read_meta(folder / str(step))
+        except DamagedCheckpoint as error:
+            damaged.append((folder / str(step), error))
+            continue
+        for path, error in damaged:
+            aside = path.with_name(DAMAGED + path.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            say(f"checkpoint {path} is damaged: {error.reason}; put aside as {aside.name}, step {step} is used instead")
+        return meta
+    if damaged:
+        raise damaged[0][1]
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,10 +23,12 @@ from vita_jax.data.video import ORIGINAL_RULES
 from vita_jax.errors import UserError
 from vita_jax.models.vita import Vita, VitaConfig
 from vita_jax.parallel.mesh import MESH_AXES, MeshConfig, mesh_shape
+from vita_jax.training.guard import RESTARTABLE, GuardConfig, validate_guard
 from vita_jax.training.objectives import OBJECTIVES
 from vita_jax.training.objectives.speech import SPEECH_OBJECTIVES
-from vita_jax.training.optimizer import OptimizerConfig
+from vita_jax.training.optimizer import MOMENTS, OptimizerConfig
 from vita_jax.training.stages import OPTIMIZERS, Stage, starts_of
+from vita_jax.training.trace import ProfileConfig, validate_profile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +141,8 @@ class ExperimentConfig:
       prompt: variants of writing conversations.
       audio: how sounds become features, for a model that hears.
       seed: of parameters, data order and drop path.
+      guard: what is done about steps that go wrong.
+      profile: which steps are profiled.
     """
 
     name: str
@@ -160,6 +164,8 @@ class ExperimentConfig:
     log: LogConfig = LogConfig()
     mesh: MeshConfig = MeshConfig()
     dtypes: DTypePolicy = DTypePolicy()
+    guard: GuardConfig = GuardConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     def stage(self, name: str) -> Stage:
         """The stage of that name. Raises `UserError` naming the nearest."""
@@ -174,7 +180,9 @@ class ExperimentConfig:
 _READERS = ("data.num_threads", "data.num_workers", "data.lanes")  # the loader refuses lanes that do not fit
 # The same numbers but for rounding.
 _COMPUTED = ("mesh", *(f"model.language.{name}" for name in ("attention", "remat", "expert_implementation")))
-RESTARTABLE_FIELDS = (*_READERS, *_COMPUTED, "run_dir", "checkpoint", "log", "data.folder", "tokenizer.folder")
+_GUARDS = tuple(f"guard.{field}" for field in RESTARTABLE)
+_PLACES = ("run_dir", "data.folder", "tokenizer.folder")
+RESTARTABLE_FIELDS = (*_READERS, *_COMPUTED, *_GUARDS, *_PLACES, "checkpoint", "log", "profile")
 
 # The recogniser's characters, in the data folder.
 CTC_VOCABULARY = "ctc_vocabulary.json"
@@ -319,9 +327,14 @@ def _validate_parts(config: ExperimentConfig) -> None:
         ("checkpoint.every_steps", config.checkpoint.every_steps),
         ("checkpoint.keep", config.checkpoint.keep),
         ("log.every_steps", config.log.every_steps),
+        ("mesh.max_whole_mib", config.mesh.max_whole_mib),
     ):
         if value < 1:
             raise UserError(f"{field}={value}: must be at least 1")
+    validate_guard(config.guard)
+    validate_profile(config.profile)
+    if config.optimizer.moments not in MOMENTS:
+        raise UserError(f"optimizer.moments={config.optimizer.moments!r} is unknown; use one of {', '.join(MOMENTS)}")
     if config.seed < 0:
         raise UserError(f"seed={config.seed}: must not be negative")
     if config.optimizer.learning_rate is not None and config.optimizer.learning_rate < 0:

@@ -149,7 +149,7 @@ def _projector(config: VitaConfig, tiles: int) -> Work:
     upstream: tuple[str, ...] = ("vision/",)
     for name, positions in _projector_positions(config.projector, config.vision.tokens_per_tile).items():
         yield Use(f"projector/{name}/", "projector", tiles * positions, upstream)
-        upstream = ("vision/", "projector/")
+        upstream += (f"projector/{name}/",)
 
 
 def _projector_positions(config: ProjectorConfig, tokens: int) -> dict[str, float]:
@@ -194,9 +194,9 @@ def _audio_encoder(config: AudioTowerConfig, clips: int, frames: int) -> Work:
     yield Use(f"{ENCODER}subsampling/conv2/", "audio encoder", clips * s * encoder.subsampled_dim, (ENCODER,))
     yield Use(f"{ENCODER}subsampling/out/", "audio encoder", clips * s, (ENCODER,))
     yield Use(f"{ENCODER}transformer/", "audio encoder", clips * s, (ENCODER,))
-    # "rel-enc" projects every key's position once for all clips, "relative" every query onto the sinusoids.
-    placed = clips * s if encoder.positions == "relative" else s
-    yield Use(f"{ENCODER}transformer/layers/attention/pos_proj/", "audio encoder", placed, (ENCODER,))
+    # "relative" projects every query onto the sinusoids, "rel-enc" every key's position, once for all clips.
+    placed, upstream = (clips * s, (ENCODER,)) if encoder.positions == "relative" else (s, ())
+    yield Use(f"{ENCODER}transformer/layers/attention/pos_proj/", "audio encoder", placed, upstream)
     score_width = h + {"abs-enc": 0, "rel-enc": h, "relative": d}[encoder.positions]
     attention = 2 * encoder.num_layers * n * (score_width + h) * s**2
     yield Product("audio attention", float(clips * attention), (ENCODER,))
@@ -210,7 +210,7 @@ def _audio_adapter(config: AudioTowerConfig, clips: int, frames: int) -> Work:
     for name in (*convolutions, "project"):
         positions = s if name == "conv1d1" else tokens
         yield Use(f"audio/adapter/{name}/", "audio adapter", clips * positions, upstream)
-        upstream = ("audio/",)
+        upstream += (f"audio/adapter/{name}/", "audio/adapter/bn")
 
 
 def _recognition(config: VitaConfig, stage: Stage) -> Work:

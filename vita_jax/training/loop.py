@@ -6,7 +6,8 @@ Orders that other parts rely on:
 * Where a stage gets its parameters: its own newest checkpoint, else the stages or checkpoints it starts from, else
   newly drawn.
 * End of a stage: last checkpoint, then the `after_stage` hook, then the mark that the hook is done.
-A run that is stopped anywhere and started again with the same configuration goes on there, bit for bit.
+A run that is stopped or killed anywhere and started again with the same configuration goes on from its last checkpoint,
+bit for bit, the numbers it reports included. What is done about steps that go wrong is in `guard`.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from vita_jax.training.checkpoint import (
     StopSignal,
     checkpoint_folder,
     load_params,
+    newest_usable,
     read_meta,
     snapshot_meta,
 )
@@ -56,11 +58,14 @@ from vita_jax.training.experiment import (
     tokenizer_folder,
     validate,
 )
-from vita_jax.training.metrics import MetricsWriter, Reporter, format_duration
+from vita_jax.training.guard import BAD_BATCHES, BadSteps, Compilations, LossWindow, Watchdog, empty_window
+from vita_jax.training.metrics import MetricsWriter, Reporter, StepNumbers, format_duration
 from vita_jax.training.plan import StagePlan, compiled_step, initial_params, plan_stage
 from vita_jax.training.speech_batches import SPEECH_BATCHES, check_codes, speech_batches
+from vita_jax.training.speed import speed_of
 from vita_jax.training.stages import Stage, count_parameters, flatten, parameter_counts, stage_table, unflatten
 from vita_jax.training.step import FlatParams, TrainState
+from vita_jax.training.trace import StepTrace
 
 HOOK_DONE = "after_stage.done"
 # The configuration as it was before the experiment's `prepare` had a chance to complete it.
@@ -135,7 +140,8 @@ def run(
       stream: where progress goes, default stdout.
 
     Raises:
-      UserError: the configuration, data or an existing run directory does not fit.
+      UserError: the configuration, data or an existing run directory does not fit; the disk is full; too many steps in
+        a row have bad numbers.
       Stopped: SIGTERM or SIGINT arrived; everything is saved.
     """
     stream = stream or sys.stdout
@@ -183,6 +189,8 @@ def claim_run_dir(config: ExperimentConfig, file: str = CONFIG) -> None:
             saved = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not readable ({error}); choose another --config.run_dir") from None
+        with contextlib.suppress(UserError):  # fields that were added since have their defaults
+            saved = config_lib.to_dict(config_lib.from_dict(type(config), saved))
         changed = [
             (field, old, new)
             for field, old, new in config_lib.differences(saved, config)
@@ -239,88 +247,152 @@ def run_stage(run: Run, plan: StagePlan) -> None:
     """Brings one stage to its end, from wherever it stands, and reports it."""
     stage = plan.stage
     folder = checkpoint_folder(run.config.run_dir, stage.name)
+    meta = usable_checkpoint(run, stage, folder)
     with StageCheckpoints(folder, run.config.checkpoint.keep) as checkpoints:
-        latest = checkpoints.latest()
-        finished = latest is not None and read_meta(folder / str(latest))["finished"]
-        if finished:
+        if meta is not None and meta["finished"]:
             run.stream.write(f"{stage.title}: already finished\n")
         else:
             with contextlib.closing(run.make_batches(run.config, stage)) as batches:
-                train_stage(run, plan, checkpoints, latest, batches)
+                train_stage(run, plan, checkpoints, meta, batches)
     done = folder.parent / HOOK_DONE
     if run.after_stage is not None and not done.exists():
         run.after_stage(stage, load_params(folder, unflatten(plan.shardings)).params)
         done.touch()
 
 
-def starting_state(
-    run: Run, plan: StagePlan, checkpoints: StageCheckpoints, latest: int | None, batches: BatchIterator
-) -> tuple[TrainState, FlatParams, float]:
-    """State, frozen parameters and seconds trained so far: from the stage's own checkpoint `latest`, else from its
-    starts.
+def usable_checkpoint(run: Run, stage: Stage, folder: Path) -> dict[str, Any] | None:
+    """The JSON part of the checkpoint to go on from, see `newest_usable`; the first process finds it for all.
+
+    Raises:
+      UserError: there are checkpoints, but none can be used.
     """
+    found, error = None, None
+    if jax.process_index() == 0:
+        try:
+            found = newest_usable(folder, lambda line: run.stream.write(f"{stage.title}: {line}\n"))
+        except UserError as raised:
+            error = raised
+    if jax.process_count() > 1:
+        nothing, failed = -1, -2
+        mine = failed if error else nothing if found is None else found["step"]
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(mine)))
+        if step == failed:
+            error = error or UserError(f"no checkpoint in {folder} can be used; the first process says why")
+        elif step != nothing:
+            found = read_meta(folder / str(step), verified=True)
+    if error:
+        raise error
+    return found
+
+
+def starting_state(
+    run: Run, plan: StagePlan, checkpoints: StageCheckpoints, meta: dict[str, Any] | None, batches: BatchIterator
+) -> tuple[TrainState, FlatParams]:
+    """State and frozen parameters: from the stage's own checkpoint with this JSON part, else from its starts."""
     abstract = plan.abstract_state(run.mesh)
-    if latest is None:
+    window = None if plan.loss_window is None else empty_window(plan.loss_window)
+    if meta is None:
         trainable, frozen = plan.split(initial_params(run.config, run.model, plan))
         layout = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
         opt_state = jax.jit(plan.optimizer.init, out_shardings=layout)(trainable)
-        step, rng, seconds = np.int32(0), plan.rng, 0.0
+        step, rng = np.int32(0), plan.rng
     else:
-        snapshot = checkpoints.restore(latest, plan.abstract_params(), abstract.opt_state)
+        snapshot = checkpoints.restore(meta["step"], plan.abstract_params(), abstract.opt_state, meta)
         trainable, frozen = plan.split(flatten(snapshot.params))
-        opt_state, meta = snapshot.opt_state, snapshot.meta
-        step, rng, seconds = np.int32(meta["step"]), np.asarray(meta["rng"], np.uint32), meta["seconds"]
+        opt_state = snapshot.opt_state
+        step, rng = np.int32(meta["step"]), np.asarray(meta["rng"], np.uint32)
+        if window is not None:
+            losses, count = meta["progress"]["losses"]
+            window = LossWindow(np.asarray(losses, np.float32), np.int32(count))
         batches.set_state(meta["data_state"])
-        run.stream.write(f"{plan.stage.title}: going on from step {latest} of {plan.stage.steps}\n")
+        run.stream.write(f"{plan.stage.title}: going on from step {meta['step']} of {plan.stage.steps}\n")
     if plan.stage.objective == "speech_decoder":
         check_codes(run.config, plan.stage, {**frozen, **trainable})
-    step, rng = put_replicated((step, rng), run.mesh)
-    return TrainState(step, trainable, opt_state, rng), frozen, seconds
+    step, rng, window = put_replicated((step, rng, window), run.mesh)
+    return TrainState(step, trainable, opt_state, rng, window), frozen
 
 
 def train_stage(
-    run: Run, plan: StagePlan, checkpoints: StageCheckpoints, latest: int | None, batches: BatchIterator
+    run: Run, plan: StagePlan, checkpoints: StageCheckpoints, meta: dict[str, Any] | None, batches: BatchIterator
 ) -> None:
-    """Trains from the checkpoint `latest` (None: from the start) to the last step, and saves that."""
-    config, stage = run.config, plan.stage
-    state, frozen, seconds = starting_state(run, plan, checkpoints, latest, batches)
+    """Trains from the checkpoint with this JSON part (None: from the start) to the last step, and saves that.
+
+    The part `progress` of a checkpoint holds what the loop counts: steps since the last report, bad steps, and the
+    losses that spikes are judged by.
+    """
+    config, stage, run_dir = run.config, plan.stage, Path(run.config.run_dir)
+    state, frozen = starting_state(run, plan, checkpoints, meta, batches)
     step_fn = compiled_step(run.model, plan, run.mesh)
-    first = saved = latest or 0
+    meta = meta or {}
+    first = saved = meta.get("step", 0)
+    seconds = meta.get("seconds", 0.0)
     run.metrics.rewind(stage.name, first)
-    reporter = Reporter(run.metrics, run.stream, stage, config.log.every_steps, first)
+    speed = speed_of(config, stage, run.mesh.devices.flat)
+    if formula := speed.formula():
+        run.stream.write(f"{stage.title}: {formula}\n")
+    reporter = Reporter(run.metrics, run.stream, stage, config.log.every_steps, first, speed)
+    bad_steps = BadSteps(config.guard, run_dir, stage, reporter.say)
+    if progress := meta.get("progress"):
+        reporter.set_state(progress["window"])
+        bad_steps.set_state(progress["bad_steps"])
+    reporter.on_finished = functools.partial(observe, bad_steps)
+    compilations = Compilations(step_fn, state, reporter.say)
 
     def save(step: int) -> None:
         rng = [int(word) for word in np.asarray(state.rng)]
-        meta = snapshot_meta(config, stage, step, rng, gathered_state(batches), seconds + reporter.elapsed())
-        checkpoints.save(step, unflatten({**frozen, **state.trainable}), state.opt_state, meta)
+        progress = {"window": reporter.state(), "bad_steps": bad_steps.state(), "losses": None}
+        if state.window is not None:
+            progress["losses"] = [np.asarray(state.window.losses).tolist(), int(state.window.count)]
+        total = seconds + reporter.elapsed()
+        saved_meta = snapshot_meta(config, stage, step, rng, gathered_state(batches), total, progress)
+        checkpoints.save(step, unflatten({**frozen, **state.trainable}), state.opt_state, saved_meta)
 
-    for step in range(first, stage.steps):
-        if step > saved and (step % config.checkpoint.every_steps == 0 or run.stop.received):
-            save(step)
-            saved = step
-        if run.stop.received:
-            checkpoints.wait()
-            reporter.finish()
-            raise Stopped(stage.name, step, run.stop.received)
-        batch, num_tokens = fetch(plan, batches, run.mesh, reporter)
-        with jax.transfer_guard("disallow"):
-            state, values = step_fn(state, frozen, batch)
-        reporter.add(step + 1, values, num_tokens)
-    reporter.finish()
+    with Watchdog(config.guard, run_dir, stage) as watchdog, StepTrace(config.profile, run_dir, stage.name) as trace:
+        for step in range(first, stage.steps):
+            if step > saved and (step % config.checkpoint.every_steps == 0 or run.stop.received):
+                save(step)
+                saved = step
+            if run.stop.received:
+                checkpoints.wait()
+                reporter.close()
+                raise Stopped(stage.name, step, run.stop.received)
+            host_batch, num_tokens = fetch(plan, batches, reporter)
+            bad_steps.keep(step + 1, host_batch)
+            batch = place(host_batch, run.mesh, reporter)
+            with trace.step(step + 1), jax.transfer_guard("disallow"):
+                state, values = step_fn(state, frozen, batch)
+            compilations.check(step + 1, state, batch)
+            trace.done(step + 1, values)
+            reporter.add(step + 1, values, num_tokens)
+            watchdog.beat(step + 1)
+        reporter.finish()
 
     total = seconds + reporter.elapsed()
     summary = {"trainable": count_parameters(state.trainable), "frozen": count_parameters(frozen)}
-    run.metrics.stage(stage.name, {"step": stage.steps, "title": stage.title, "seconds": total, **summary})
+    summary |= {"title": stage.title, "seconds": total, "skipped": bad_steps.skipped}
+    run.metrics.stage(stage.name, {"step": stage.steps, **summary})
     save(stage.steps)
     checkpoints.wait()
     run.stream.write(f"{stage.title}: {stage.steps} steps in {format_duration(total)}\n")
+    if bad_steps.skipped:
+        run.stream.write(f"{stage.title}: {bad_steps.skipped} bad steps skipped, see {run_dir / BAD_BATCHES}\n")
     if batches.counts is not None and batches.counts.bad:
         reasons = ", ".join(f"{number} {reason}" for reason, number in batches.counts.reasons.items())
         run.stream.write(f"{stage.title}: {batches.counts.bad} of {batches.counts.seen} records left out ({reasons})\n")
 
 
-def fetch(plan: StagePlan, batches: BatchIterator, mesh: Mesh, reporter: Reporter) -> tuple[dict[str, jax.Array], int]:
-    """The next batch on the mesh, and how many tokens it holds; counts the time the device may have waited for it."""
+def observe(bad_steps: BadSteps, numbers: StepNumbers) -> None:
+    """Tells a step that has finished to those who count the bad ones."""
+    skipped = bool(np.asarray(numbers.values["skipped"]))
+    loss, norm = (float(np.asarray(numbers.values[name])) if skipped else 0.0 for name in ("loss", "grad_norm"))
+    bad_steps.observe(numbers.step, skipped, loss, norm)
+
+
+def fetch(plan: StagePlan, batches: BatchIterator, reporter: Reporter) -> tuple[dict[str, np.ndarray], int]:
+    """What the objective reads of the next batch of this process, and how many tokens all processes' batches hold.
+
+    Counts the time that the device may have waited for it, as `place` does.
+    """
     before = time.monotonic()
     batch = next(batches)
     objective = plan.objective
@@ -332,6 +404,13 @@ def fetch(plan: StagePlan, batches: BatchIterator, mesh: Mesh, reporter: Reporte
         )
     keys = (*objective.batch_keys, *(key for key in objective.optional_keys if key in batch))
     tokens = objective.num_tokens(batch) * jax.process_count()
-    on_device = put_batch({key: batch[key] for key in keys}, mesh)
     reporter.data_seconds += time.monotonic() - before
-    return on_device, tokens
+    return {key: batch[key] for key in keys}, tokens
+
+
+def place(batch: Mapping[str, np.ndarray], mesh: Mesh, reporter: Reporter) -> dict[str, jax.Array]:
+    """The batch on the mesh."""
+    before = time.monotonic()
+    on_device = put_batch(batch, mesh)
+    reporter.data_seconds += time.monotonic() - before
+    return on_device

@@ -1,32 +1,35 @@
 """Where numbers of a run go: JSON lines, TensorBoard, and one line of progress.
 
 `<run_dir>/metrics.jsonl` has one object per line: `{"event": "step", "stage", "step", "loss", ...}` while training and
-`{"event": "stage", "stage", "step", "title", "seconds", "trainable", "frozen"}` when a stage ends.
+`{"event": "stage", "stage", "step", "title", "seconds", "trainable", "frozen", "skipped"}` when a stage ends. Numbers
+that are not finite are left out. Beside what the step returns (`step.train_step`) there are those of `speed`, and
+`data_seconds` and `data_share`: what fetching a batch took, and its part of a step's time.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import jax
 from tensorboardX import SummaryWriter
 
 from vita_jax.errors import UserError
+from vita_jax.training.guard import STEPS_IN_FLIGHT
+from vita_jax.training.speed import Speed, memory
 from vita_jax.training.stages import Stage
 
 METRICS = "metrics.jsonl"
-# Reported as means over the steps since the last report, weighted by what the loss counts; the others are those of the
-# last step.
+# Reported as means over the steps since the last report that were not skipped, weighted by what the loss counts; of the
+# skipped ones, their number; the others are those of the last step.
 AVERAGED = {"loss", "accuracy", "state_loss", "state_accuracy", "infeasible"}
-# getrusage counts bytes on macOS and kibibytes elsewhere.
-MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
+SKIPPED = "skipped"
 
 
 def read_metrics(run_dir: str | Path) -> Iterator[dict[str, Any]]:
@@ -68,6 +71,7 @@ class MetricsWriter:
 
     def step(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """One training step's numbers."""
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         self._write({"event": "step", "stage": stage, "step": step, **values})
         for name, value in values.items():
             self._board.add_scalar(f"{stage}/{name}", value, step)
@@ -84,8 +88,11 @@ class MetricsWriter:
         return self._path.open("a", encoding="utf-8")
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(_line(record))
-        self._file.flush()
+        try:
+            self._file.write(_line(record))
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be written: {error}; see to the disk and start again") from error
 
 
 def _line(record: Mapping[str, Any]) -> str:
@@ -124,7 +131,7 @@ class Progress:
         self._open_line = False
 
     def report(self, step: int, values: Mapping[str, float], tokens_per_second: float, seconds_left: float) -> None:
-        """Shows stage, step, loss, accuracy, tokens per second and the time left."""
+        """Shows stage, step, loss, accuracy, tokens per second, the share of the machine's peak and the time left."""
         now = time.monotonic()
         if not self._in_place and now - self._last < self._plain_seconds and step < self._total:
             return
@@ -132,13 +139,22 @@ class Progress:
         parts = [f"{self._title}  step {step}/{self._total}", f"loss {values['loss']:.4f}"]
         if "accuracy" in values:
             parts.append(f"acc {100 * values['accuracy']:.1f}%")
-        parts += [f"{format_rate(tokens_per_second)} tok/s", f"ETA {format_duration(seconds_left)}"]
+        parts.append(f"{format_rate(tokens_per_second)} tok/s")
+        if "mfu" in values:
+            parts.append(f"MFU {100 * values['mfu']:.1f}%")
+        parts.append(f"ETA {format_duration(seconds_left)}")
         line = "  ".join(parts)
         if self._in_place:
             self._stream.write(f"\r\x1b[2K{line}")
             self._open_line = True
         else:
             self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def say(self, line: str) -> None:
+        """A line of its own."""
+        self.close()
+        self._stream.write(f"{self._title}: {line}\n")
         self._stream.flush()
 
     def close(self) -> None:
@@ -149,27 +165,50 @@ class Progress:
             self._open_line = False
 
 
+class StepNumbers(NamedTuple):
+    """A step's number (from 1), its metrics, on the device or as numbers, and how many tokens its batch held."""
+
+    step: int
+    values: Mapping[str, Any]
+    tokens: int
+
+
 class Reporter:
     """Collects the device's numbers of one stage and passes them on every `every_steps`, without making the device
     wait.
 
+    Args:
+      metrics: gets every report.
+      stream: gets a line of progress.
+      stage: what is trained.
+      every_steps: between reports.
+      first_step: finished steps at this start.
+      speed: turns times into rates.
+
     Attributes:
       data_seconds: time spent fetching batches since the last report; added to by the loop.
+      on_finished: called with every step when it has finished, in order; may raise `UserError`.
     """
 
-    # Steps that may be queued on the device before the host waits for the oldest.
-    STEPS_IN_FLIGHT = 2
-
-    def __init__(self, metrics: MetricsWriter, stream: TextIO, stage: Stage, every_steps: int, first_step: int) -> None:
+    def __init__(
+        self, metrics: MetricsWriter, stream: TextIO, stage: Stage, every_steps: int, first_step: int, speed: Speed
+    ) -> None:
         self._metrics = metrics
         self._stage = stage
         self._every = every_steps
+        self._speed = speed
         self._progress = Progress(stage.title, stage.steps, stream)
-        self._pending: list[tuple[int, Mapping[str, jax.Array], int]] = []
+        self._in_flight: deque[StepNumbers] = deque()
+        self._window: list[StepNumbers] = []
         self._start = self._window_start = time.monotonic()
         self._first = first_step
         self._after_first: tuple[int, float] | None = None
         self.data_seconds = 0.0
+        self.on_finished: Callable[[StepNumbers], None] = lambda numbers: None
+
+    def say(self, line: str) -> None:
+        """Shows a line of its own."""
+        self._progress.say(line)
 
     def elapsed(self) -> float:
         """Seconds since this start of the stage."""
@@ -177,50 +216,57 @@ class Reporter:
 
     def add(self, step: int, values: Mapping[str, jax.Array], num_tokens: int) -> None:
         """Takes the results of step number `step` (from 1), which may still be computing."""
-        self._pending.append((step, values, num_tokens))
-        if len(self._pending) > self.STEPS_IN_FLIGHT:
-            jax.block_until_ready(self._pending[-1 - self.STEPS_IN_FLIGHT][1])
-        if len(self._pending) > 1 and self._pending[-2][0] % self._every == 0:
-            self._report(self._pending[:-1])
-            self._pending = self._pending[-1:]
+        for value in values.values():
+            value.copy_to_host_async()
+        self._in_flight.append(StepNumbers(step, values, num_tokens))
+        self.settle(STEPS_IN_FLIGHT)
+
+    def settle(self, in_flight: int = 0) -> None:
+        """Waits until no more than so many steps are still computing."""
+        while len(self._in_flight) > in_flight:
+            numbers = self._in_flight.popleft()
+            jax.block_until_ready(numbers.values)
+            self._window.append(numbers)
+            self.on_finished(numbers)
+            if numbers.step % self._every == 0:
+                self._report()
+
+    def state(self) -> list[list[Any]]:
+        """The steps since the last report, for a checkpoint; waits for them."""
+        self.settle()
+        return [[step, _floats(values), tokens] for step, values, tokens in self._window]
+
+    def set_state(self, state: list[list[Any]]) -> None:
+        """Takes what `state` gave, so that reports are those of an uninterrupted run."""
+        self._window = [StepNumbers(*entry) for entry in state]
 
     def finish(self) -> None:
         """Reports what is left, waiting for it."""
-        if self._pending:
-            self._report(self._pending)
-            self._pending = []
+        self.settle()
+        if self._window:
+            self._report()
         self._progress.close()
 
-    def _report(self, window: list[tuple[int, Mapping[str, jax.Array], int]]) -> None:
-        last = window[-1][0]
-        history = [{name: float(value) for name, value in values.items()} for _, values, _ in jax.device_get(window)]
+    def close(self) -> None:
+        """Ends the line of progress; what is left is not reported."""
+        self._progress.close()
+
+    def _report(self) -> None:
+        window, self._window = self._window, []
+        last, history = window[-1].step, [_floats(numbers.values) for numbers in window]
         now = time.monotonic()
-        weights = [values["tokens"] for values in history]
-        latest = dict(history[-1])
+        latest = {**history[-1], SKIPPED: sum(values[SKIPPED] for values in history)}
+        good = [values for values in history if not values[SKIPPED]]
         for name in AVERAGED & set(latest):
-            total = sum(weight * values[name] for weight, values in zip(weights, history, strict=True))
-            latest[name] = total / max(sum(weights), 1.0)
-        if not math.isfinite(latest["loss"]):
-            self._progress.close()
-            raise UserError(
-                f"stage {self._stage.name!r}: the loss is {latest['loss']} at step {last}; lower its learning rate "
-                f"(--config.stages.{self._stage.name}.learning_rate) or look at its data, "
-                "and start again from the last checkpoint"
-            )
+            total = sum(values["tokens"] * values[name] for values in good)
+            latest[name] = total / max(sum(values["tokens"] for values in good), 1.0) if good else math.nan
+        # What a checkpoint brought along took no time here.
+        fresh = [numbers for numbers in window if numbers.step > self._first]
         seconds = now - self._window_start
-        tokens_per_second = sum(tokens for _, _, tokens in window) / seconds
-        self._metrics.step(
-            self._stage.name,
-            last,
-            {
-                **latest,
-                "tokens_per_second": tokens_per_second,
-                "step_seconds": seconds / len(window),
-                "data_seconds": self.data_seconds / len(window),
-                "memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT / 2**30,
-            },
-        )
-        self._progress.report(last, latest, tokens_per_second, self._seconds_left(last, now))
+        latest |= self._speed.rates(sum(numbers.tokens for numbers in fresh), len(fresh), seconds)
+        latest |= {"data_seconds": self.data_seconds / len(fresh), "data_share": self.data_seconds / seconds}
+        self._metrics.step(self._stage.name, last, {**latest, **memory()})
+        self._progress.report(last, latest, latest["tokens_per_second"], self._seconds_left(last, now))
         self._window_start, self.data_seconds = now, 0.0
 
     def _seconds_left(self, step: int, now: float) -> float:
@@ -231,3 +277,7 @@ class Reporter:
         else:
             pace = (now - self._after_first[1]) / (step - self._after_first[0])
         return (self._stage.steps - step) * pace
+
+
+def _floats(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in jax.device_get(dict(values)).items()}

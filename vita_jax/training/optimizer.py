@@ -1,4 +1,4 @@
-"""AdamW or Muon with global-norm clipping, warm-up + cosine, and learning-rate multipliers by parameter name.
+"""AdamW, Muon or Adafactor with global-norm clipping, warm-up + cosine, and learning-rate multipliers by name.
 
 Everything here works on flat dicts `path -> array` that hold trainable parameters only, so nothing frozen ever has
 optimiser state. The transformation yields the update direction; the train step multiplies it by minus the learning rate
@@ -11,7 +11,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from vita_jax.errors import UserError
 
 FlatParams = Mapping[str, jax.Array]
+Moments = Literal["float32", "bfloat16"]
+MOMENTS = list(get_args(Moments))
 
 # Weight decay acts on matrices only, as in the original's trainer: not on biases, norm weights or layer scales.
 DECAYED = re.compile(r"(^|/)(kernel|embedding)$")
@@ -31,6 +33,10 @@ LOGITS = re.compile(r"(^|/)(\w*head|ctc_lo|router)/kernel$")
 HEADS_OUT = re.compile(r"(^|/)(q_proj|k_proj|v_proj|pos_proj|qkv)/kernel$")  # one axis in, several out
 SCANNED, EXPERTS = "layers", "moe"  # parameters below them have one more axis in front: layer, expert
 MUON_RMS = 0.2  # of an update's entries: that of AdamW in practice (arXiv 2502.16982, section 2.2)
+
+# Adafactor (arXiv 1804.04235): the largest root mean square of a parameter's update (section 6), and the decay 1 -
+# t**-0.8 of its second moments (section 7.2). The learning rate is the stage's, not one relative to the parameters.
+LARGEST_RMS, DECAY_EXPONENT = 1.0, 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +49,8 @@ class OptimizerConfig:
       muon_beta: the momentum of the parameters that a stage trains by Muon.
       weight_decay: times the learning rate, subtracted from matrices.
       clip_norm: gradients with a larger global norm are scaled down to it; None does not clip.
+      moments: how Adam's moments and Muon's momentum are stored. "bfloat16" takes half the memory; Adam's are computed
+        in float32 all the same, and its second ones rounded up or down at random (see `_adam`).
     """
 
     learning_rate: float | None = None
@@ -52,6 +60,7 @@ class OptimizerConfig:
     muon_beta: float = 0.95
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
+    moments: Moments = "float32"
 
 
 def warmup_steps(total_steps: int, warmup_ratio: float) -> int:
@@ -108,24 +117,79 @@ def make_optimizer(
     config: OptimizerConfig,
     multipliers: Mapping[str, float],
     matrices: Mapping[str, MuonDimensionNumbers] | None = None,
+    *,
+    factored: bool = False,
 ) -> optax.GradientTransformation:
-    """Clipping, the direction of Adam or Muon, weight decay, multipliers; without the learning rate.
+    """Clipping, the direction of Adam, Muon or Adafactor, weight decay, multipliers; without the learning rate.
 
     Args:
-      config: values of both.
+      config: values of all.
       multipliers: flat path -> factor on the learning rate, for every trainable parameter.
       matrices: what Muon trains, see `muon_matrices`; None: Adam trains everything.
+      factored: Adafactor trains everything instead.
     """
     decayed = {path: bool(DECAYED.search(path)) for path in multipliers}
-    adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
+    direction = _adafactor() if factored else _adam(config)
+    if matrices is not None:
+        direction = _divided(direction, _muon(config, dict(matrices)), frozenset(matrices))
     parts = [
-        adam if matrices is None else _divided(adam, _muon(config.muon_beta, dict(matrices)), frozenset(matrices)),
+        direction,
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         _scale_by(dict(multipliers)),
     ]
     if config.clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     return optax.chain(*parts)
+
+
+def _adafactor() -> optax.GradientTransformation:
+    """Adafactor's direction: second moments of a matrix by its rows and columns, no first ones."""
+    return optax.chain(optax.scale_by_factored_rms(decay_rate=DECAY_EXPONENT), optax.clip_by_block_rms(LARGEST_RMS))
+
+
+def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adam's direction, with moments stored as the config says.
+
+    With `beta2` 0.999 a second moment falls by at most a thousandth in a step, less than half of what bfloat16 can tell
+    apart (2**-8): rounded to the nearest it would never fall. Rounded at random, up as often as the remainder says, it
+    is right on average. The randomness is a function of the step's number, so a run stays reproducible.
+    """
+    if config.moments == "float32":
+        return optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
+
+    def init(params: FlatParams) -> optax.ScaleByAdamState:
+        zeros = {path: jnp.zeros(leaf.shape, jnp.bfloat16) for path, leaf in params.items()}
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, dict(zeros))
+
+    def update(
+        updates: FlatParams, state: optax.ScaleByAdamState, params: Any = None
+    ) -> tuple[dict[str, jax.Array], optax.ScaleByAdamState]:
+        count = optax.safe_increment(state.count)
+        key = jax.random.fold_in(jax.random.key(0), count)
+        first_scale, second_scale = (1 - beta ** count.astype(jnp.float32) for beta in (config.beta1, config.beta2))
+        direction, first, second = {}, {}, {}
+        for number, (path, grad) in enumerate(sorted(updates.items())):
+            mu = config.beta1 * state.mu[path].astype(jnp.float32) + (1 - config.beta1) * grad
+            nu = config.beta2 * state.nu[path].astype(jnp.float32) + (1 - config.beta2) * jnp.square(grad)
+            direction[path] = mu / first_scale / (jnp.sqrt(nu / second_scale) + config.epsilon)
+            first[path] = mu.astype(jnp.bfloat16)
+            second[path] = round_at_random(nu, jax.random.fold_in(key, number))
+        return direction, optax.ScaleByAdamState(count, first, second)
+
+    return optax.GradientTransformation(init, update)
+
+
+def round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 to one of the two bfloat16 next to it, to either with the probability that makes `x` the mean.
+
+    Args:
+      x: finite, any shape.
+      key: draws.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    # The lower half of the bits is what bfloat16 drops; a random number on top carries into the upper half.
+    carried = bits + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type((carried >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 def muon_matrices(shapes: Mapping[str, Any]) -> dict[str, MuonDimensionNumbers]:
@@ -151,7 +215,7 @@ def muon_matrices(shapes: Mapping[str, Any]) -> dict[str, MuonDimensionNumbers]:
     return matrices
 
 
-def _muon(beta: float, matrices: dict[str, MuonDimensionNumbers]) -> optax.GradientTransformation:
+def _muon(config: OptimizerConfig, matrices: dict[str, MuonDimensionNumbers]) -> optax.GradientTransformation:
     """Muon's direction (Jordan, 2024), scaled so that its entries are as large as Adam's whatever the shape."""
 
     def scale(updates: FlatParams, state: Any, params: Any = None) -> tuple[dict[str, jax.Array], Any]:
@@ -161,7 +225,9 @@ def _muon(beta: float, matrices: dict[str, MuonDimensionNumbers]) -> optax.Gradi
 
         return {path: update * factor(path, update) for path, update in updates.items()}, state
 
-    direction = scale_by_muon(beta=beta, weight_dimension_numbers=matrices)
+    direction = scale_by_muon(
+        beta=config.muon_beta, mu_dtype=jnp.dtype(config.moments), weight_dimension_numbers=matrices
+    )
     return optax.chain(direction, optax.GradientTransformation(lambda params: optax.EmptyState(), scale))
 
 

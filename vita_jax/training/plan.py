@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from vita_jax.errors import UserError
 from vita_jax.models.vita import Vita
 from vita_jax.parallel.mesh import replicated
-from vita_jax.parallel.rules import param_shardings, unbox
+from vita_jax.parallel.rules import check_whole, param_shardings, unbox
 from vita_jax.training.checkpoint import checkpoint_folder, load_params
 from vita_jax.training.experiment import ExperimentConfig, peak_learning_rate
 from vita_jax.training.objectives import OBJECTIVES, Objective, init_extra, init_model, init_params
@@ -43,6 +43,7 @@ class StagePlan:
       optimizer: update direction for these.
       schedule: step -> learning rate.
       rng: (2) uint32, key of the stage.
+      loss_window, spike_factor: losses that spikes are judged by, and how; None = no judging.
     """
 
     stage: Stage
@@ -53,6 +54,8 @@ class StagePlan:
     optimizer: optax.GradientTransformation
     schedule: Callable[[jax.Array], jax.Array]
     rng: jax.Array
+    loss_window: int | None = None
+    spike_factor: float | None = None
 
     def split(self, flat: FlatParams) -> tuple[FlatParams, FlatParams]:
         """(trainable, frozen)."""
@@ -69,7 +72,9 @@ class StagePlan:
     def abstract_state(self, mesh: Mesh) -> TrainState:
         """The train state as abstract arrays: moments of the optimiser lie where their parameter lies."""
         trainable = {path: self.shapes[path] for path in self.trainable}
-        shapes = jax.eval_shape(lambda t, rng: init_state(t, self.optimizer, rng), trainable, self.rng)
+        shapes = jax.eval_shape(
+            lambda t, rng: init_state(t, self.optimizer, rng, self.loss_window), trainable, self.rng
+        )
 
         def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             name = getattr(path[-1], "key", None)
@@ -97,6 +102,7 @@ def plan_stage(config: ExperimentConfig, model: Vita, stage: Stage, mesh: Mesh) 
     """
     objective = OBJECTIVES[stage.objective]
     boxed = parameter_shapes(model, objective)
+    check_whole(boxed, mesh, config.mesh)
     shapes = flatten(unbox(boxed))
     chosen = set(trainable_paths(stage, list(shapes)))
     # What an objective adds has no value but in being trained.
@@ -116,10 +122,15 @@ def plan_stage(config: ExperimentConfig, model: Vita, stage: Stage, mesh: Mesh) 
         shardings=flatten(param_shardings(boxed, mesh)),
         trainable=trainable,
         optimizer=make_optimizer(
-            config.optimizer, learning_rate_multipliers(stage.learning_rate_scale, trainable), matrices
+            config.optimizer,
+            learning_rate_multipliers(stage.learning_rate_scale, trainable),
+            matrices,
+            factored=stage.optimizer == "adafactor",
         ),
         schedule=lambda step: warmup_cosine(step, stage.steps, stage.warmup_ratio, rate),
         rng=jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), purpose)),
+        loss_window=config.guard.loss_window,
+        spike_factor=config.guard.spike_factor,
     )
 
 
@@ -141,6 +152,7 @@ def compiled_step(model: Vita, plan: StagePlan, mesh: Mesh) -> Callable[..., tup
         optimizer=plan.optimizer,
         schedule=plan.schedule,
         accumulation=plan.stage.accumulation,
+        spike_factor=plan.spike_factor,
     )
     return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
 

@@ -13,7 +13,7 @@ from flax import traverse_util
 from vita_jax.data.loader import SourceConfig
 from vita_jax.errors import UserError
 
-Optimizer = Literal["adamw", "muon"]
+Optimizer = Literal["adamw", "muon", "adafactor"]
 OPTIMIZERS = list(get_args(Optimizer))
 
 
@@ -29,8 +29,9 @@ class Stage:
       sources: the data mixture.
       steps: optimiser steps.
       learning_rate: peak of the schedule.
-      optimizer: "adamw", as the original; or "muon" for the matrices and Adam for the rest, which from newly drawn
-        weights gets further in as many steps.
+      optimizer: "adamw", as the original; "muon" for the matrices and Adam for the rest, which from newly drawn weights
+        gets further in as many steps; or "adafactor", without momentum and with factored second moments, whose state
+        takes next to no memory.
       batch_size: packed rows of one optimiser step, over all devices.
       row_length: tokens of a packed row.
       row_tiles: image tiles (or frames) of a packed row.

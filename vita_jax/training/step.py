@@ -2,7 +2,7 @@
 
 Parameters are flat dicts `path -> array`, divided once per stage. Only the trainable ones are part of the state, so
 frozen ones cannot change, get no gradient and no optimiser state. The state is donated; the frozen parameters are an
-ordinary argument.
+ordinary argument. A step with bad numbers (see `guard`) counts as a step but changes neither parameters nor optimiser.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from vita_jax.training.guard import LossWindow, choose, empty_window, is_spike, push_loss
 from vita_jax.training.objectives.base import LossSums
 from vita_jax.training.stages import unflatten
 
@@ -33,17 +34,22 @@ class TrainState:
       trainable: flat trainable parameters.
       opt_state: of the optimiser, for the trainable parameters only.
       rng: (2) uint32, raw key of the stage; every step folds its number in, so it never changes.
+      window: what spikes of the loss are judged by; None where they are not.
     """
 
     step: jax.Array
     trainable: FlatParams
     opt_state: Any
     rng: jax.Array
+    window: LossWindow | None = None
 
 
-def init_state(trainable: FlatParams, optimizer: optax.GradientTransformation, rng: jax.Array) -> TrainState:
-    """State before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), rng)
+def init_state(
+    trainable: FlatParams, optimizer: optax.GradientTransformation, rng: jax.Array, loss_window: int | None = None
+) -> TrainState:
+    """State before the first step; `loss_window`: losses that spikes are judged by, None = no judging."""
+    window = None if loss_window is None else empty_window(loss_window)
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), rng, window)
 
 
 def train_step(
@@ -55,6 +61,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     schedule: Callable[[jax.Array], jax.Array],
     accumulation: int = 1,
+    spike_factor: float | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One optimiser step.
 
@@ -67,11 +74,12 @@ def train_step(
       schedule: step number -> learning rate.
       accumulation: micro-batches. Gradients of the summed loss are added and divided by the total count once, so the
         result is that of one large batch, however the tokens are spread.
+      spike_factor: see `guard.GuardConfig`; needs a state with a window.
 
     Returns:
       The next state, and float32 scalars: loss, grad_norm (before clipping), param_norm and update_norm (trainable
-        parameters),
-      lr, tokens (what the loss counts), and the objective's own.
+      parameters), lr, tokens (what the loss counts), skipped (1 for a bad step, whose update is left out, else 0), and
+      the objective's own. Those of a bad step are what it would have had.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
@@ -99,8 +107,16 @@ def train_step(
         "tokens": sums.count,
         **{name: total / jnp.maximum(number, 1.0) for name, (total, number) in sums.metrics.items()},
     }
+    # Clipping needs the norm of the gradients before any update, too; that of the updates would have to be waited for.
+    good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    window = state.window
+    if window is not None:
+        good &= ~is_spike(window, metrics["loss"], spike_factor)
+        window = push_loss(window, metrics["loss"], good)
+    metrics["skipped"] = 1.0 - good.astype(jnp.float32)
     trainable |= {path: value for path, value in _means(sums, accumulation).items() if path in trainable}
-    return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+    trainable, opt_state = choose(good, (trainable, opt_state), (state.trainable, state.opt_state))
+    return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state, window=window), metrics
 
 
 def _means(sums: LossSums, parts: int) -> FlatParams:

@@ -99,7 +99,7 @@ def test_large_parameters_must_not_lie_whole_on_every_device():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"fsdp": 4, "expert": 4}])
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"fsdp": 4, "expert": 4}])
 def test_no_large_parameter_of_the_full_models_lies_whole_on_every_device(sizes):
     for config in (vita_1_5_with_voice(), vita_1_0()):
         for objective in ("language_modeling", "cell_naming"):

@@ -24,7 +24,8 @@ class Chip:
       hbm_bytes: memory of a chip, bytes.
       hbm_bandwidth: bytes/s of a chip.
       ici_bandwidth: bytes/s between chips, all links of a chip, both directions together.
-      devices: how many devices jax shows for a chip; each has that part of everything above.
+      devices: how many devices jax shows for a chip; each has that part of everything above. (Of a v4 it shows one,
+        its two cores together, but two in a topology description for ahead-of-time compilation.)
     """
 
     name: str

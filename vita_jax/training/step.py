@@ -79,7 +79,7 @@ def train_step(
     Returns:
       The next state, and float32 scalars: loss, grad_norm (before clipping), param_norm and update_norm (trainable
       parameters), lr, tokens (what the loss counts), skipped (1 for a bad step, whose update is left out, else 0), and
-      the objective's own. Those of a bad step are what it would have had.
+      the objective's own.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
@@ -95,27 +95,29 @@ def train_step(
     count = jnp.maximum(sums.count, 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
     lr = schedule(state.step).astype(jnp.float32)
+    loss, grad_norm = sums.loss / count, optax.tree.norm(grads)
+    # Decided before the updates, like clipping: by what they are it would take another pass over all parameters.
+    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    window = state.window
+    if window is not None:
+        good &= ~is_spike(window, loss, spike_factor)
+        window = push_loss(window, loss, good)
     direction, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-    updates = jax.tree.map(lambda u: -lr * u, direction)
-    trainable = optax.apply_updates(state.trainable, updates)
+    updates = jax.tree.map(lambda u: jnp.where(good, -lr * u, 0.0), direction)
+    trainable = choose(good, optax.apply_updates(state.trainable, updates), state.trainable)
     metrics = {
-        "loss": sums.loss / count,
-        "grad_norm": optax.tree.norm(grads),
+        "loss": loss,
+        "grad_norm": grad_norm,
         "param_norm": optax.tree.norm(trainable),
         "update_norm": optax.tree.norm(updates),
         "lr": lr,
         "tokens": sums.count,
+        "skipped": 1.0 - good.astype(jnp.float32),
         **{name: total / jnp.maximum(number, 1.0) for name, (total, number) in sums.metrics.items()},
     }
-    # Clipping needs the norm of the gradients before any update, too; that of the updates would have to be waited for.
-    good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-    window = state.window
-    if window is not None:
-        good &= ~is_spike(window, metrics["loss"], spike_factor)
-        window = push_loss(window, metrics["loss"], good)
-    metrics["skipped"] = 1.0 - good.astype(jnp.float32)
-    trainable |= {path: value for path, value in _means(sums, accumulation).items() if path in trainable}
-    trainable, opt_state = choose(good, (trainable, opt_state), (state.trainable, state.opt_state))
+    statistics = {path: value for path, value in _means(sums, accumulation).items() if path in trainable}
+    trainable |= choose(good, statistics, {path: state.trainable[path] for path in statistics})
+    opt_state = choose(good, opt_state, state.opt_state)
     return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state, window=window), metrics
 
 

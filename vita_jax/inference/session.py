@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vita_jax.data.examples import ExampleContext, media_from_file
@@ -102,8 +104,9 @@ class Session:
         paths = trained_so_far(config.stage(loaded.stage), config.stages, list(flatten(loaded.params)))
         trained = frozenset(path.split("/")[0] for path in paths)
         model = build_model(config)
-        engine = Engine(model, loaded.params, num_rows=num_rows, num_slots=_slots(config))
-        return cls(model, loaded.params, config, tokenizer, trained=trained, engine=engine)
+        params = jax.tree.map(jnp.asarray, loaded.params)  # once, for engine, towers and voice
+        engine = Engine(model, params, num_rows=num_rows, num_slots=_slots(config))
+        return cls(model, params, config, tokenizer, trained=trained, engine=engine)
 
     @property
     def context(self) -> ExampleContext:

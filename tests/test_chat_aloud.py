@@ -19,7 +19,7 @@ from tests.training.voice import CODEC, SPEECH
 from vita_jax import chat
 from vita_jax.data.tokenizer import load_tokenizer
 from vita_jax.errors import UserError
-from vita_jax.inference import session as session_module
+from vita_jax.inference.engine import Seat
 from vita_jax.inference.session import Session
 from vita_jax.inference.speak import sentences, voices
 from vita_jax.models.vita import text_inputs
@@ -61,7 +61,7 @@ def session(drawn, monkeypatch):
         self.spoken.append((text, language))
         return say(self, text, language)
 
-    monkeypatch.setattr(session_module, "stream", lambda *_, **__: iter(drawn.tokenizer.encode(drawn.says)))
+    monkeypatch.setattr(Seat, "answer", lambda *_: iter(drawn.tokenizer.encode(drawn.says)))
     monkeypatch.setattr(Session, "say", noted)
     monkeypatch.setattr(Session, "load", classmethod(lambda cls, folder: drawn))
     return drawn
@@ -156,6 +156,16 @@ def test_a_model_without_a_voice_is_refused(session, tmp_path, capsys, monkeypat
     monkeypatch.setattr(Session, "load", classmethod(lambda cls, folder: silent))
     assert chat.main(["--text", "a", "--speak", str(tmp_path / "a.wav")]) == 2
     assert "does not speak: it has no trained speech" in capsys.readouterr().err
+
+
+def test_espeak_speaks_for_it(session, tmp_path, capsys, monkeypatch):
+    silent = dataclasses.replace(session, trained=frozenset({"language"}))
+    monkeypatch.setattr(Session, "load", classmethod(lambda cls, folder: silent))
+    path = tmp_path / "a.wav"
+    assert chat.main(["--text", "colour?", "--speak", str(path), "--voice", "espeak"]) == 0
+    assert "spoken: " in capsys.readouterr().out
+    with wave.open(str(path)) as file:
+        assert file.getframerate() == 16_000 and 8_000 < file.getnframes() < 48_000
 
 
 def test_voices_are_those_of_the_recordings_or_of_the_file(drawn, tmp_path):

@@ -18,6 +18,7 @@ from vita_jax.errors import UserError
 
 if TYPE_CHECKING:
     from vita_jax.inference.session import Session
+    from vita_jax.inference.talk import Voice
 
 EXAMPLES = """\
 Without --text it asks for questions until /quit or the end of input; --image, --video, --audio and --speak then belong
@@ -31,6 +32,7 @@ examples:
   python -m vita_jax.chat --image digits.png --audio question.wav
   python -m vita_jax.chat --audio sentence.wav --text "Write down what is said."
   python -m vita_jax.chat --image digits.png --audio question.wav --speak reply.wav
+  python -m vita_jax.chat --checkpoint runs/vita_1_0 --text "What is a tensor?" --speak reply.wav --voice espeak
 """
 
 COMMANDS = (
@@ -38,6 +40,8 @@ COMMANDS = (
     "/speak FILE  (the next answer as sound)   /reset  (new conversation)   /quit"
 )
 KINDS = ("image", "video", "audio")
+VOICES = ("model", "espeak")
+ESPEAK_VOICES = {"en": "en-us", "zh": "cmn"}
 # Printed where the model says nothing because it takes the sound not to be meant for it.
 NOT_MEANT = "(not meant for me)"
 
@@ -59,6 +63,12 @@ def make_parser() -> ArgumentParser:
     for kind in KINDS:
         parser.add_argument(f"--{kind}", metavar="FILE", nargs="+", action="extend", default=[], help=HELP[kind])
     parser.add_argument("--speak", metavar="FILE.wav", help="write the answer to this file as sound, too")
+    parser.add_argument(
+        "--voice",
+        choices=VOICES,
+        default=VOICES[0],
+        help="what speaks: the model itself, or espeak-ng for models without a voice",
+    )
     return parser
 
 
@@ -78,8 +88,10 @@ def chat(arguments: argparse.Namespace) -> int:
         raise UserError("--text is empty; write a question")
     prepare_process()
     session = Session.load(arguments.checkpoint)
+    if arguments.voice == "espeak":
+        session.external = espeak_voice
     if arguments.speak is not None:
-        session.speaker("en")  # a model without a voice is refused before it answers
+        check_voice(session)  # a model without a voice is refused before it answers
     attached = Attached(arguments.image, arguments.video, arguments.speak)
     if arguments.text is not None:
         answer(session, arguments.text, attached, arguments.audio)
@@ -88,6 +100,23 @@ def chat(arguments: argparse.Namespace) -> int:
     else:
         converse(session, attached)
     return 0
+
+
+def espeak_voice(language: str) -> Voice:
+    """espeak-ng as the voice of a model that has none. Raises UserError if it is not installed."""
+    from data_pipelines.speech.synthesizer import Synthesizer
+    from vita_jax.inference.talk import ExternalVoice
+
+    synthesizer, name = Synthesizer(), ESPEAK_VOICES[language]
+    return ExternalVoice(lambda text: synthesizer.speak(text, name))
+
+
+def check_voice(session: Session) -> None:
+    """Raises UserError if nothing can speak."""
+    if session.external is None:
+        session.speaker("en")
+    else:
+        session.external("en")
 
 
 def check_sound_file(path: str, what: str) -> None:
@@ -223,7 +252,7 @@ def respond(session: Session, line: str, attached: Attached) -> Attached:
         if not path:
             raise UserError("/speak needs a file: /speak FILE.wav")
         check_sound_file(path, "/speak")
-        session.speaker("en")
+        check_voice(session)
         attached.speak = path
         print(f"{path}: the next answer is written to it as sound")
     elif command == "/reset":

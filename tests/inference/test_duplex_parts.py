@@ -7,7 +7,7 @@ import pytest
 
 from vita_jax.errors import UserError
 from vita_jax.inference import speech_text
-from vita_jax.inference.history import Request, duplex_format, merge_history, system_modality
+from vita_jax.inference.history import Request, duplex_format, heard_text, merge_history, system_modality
 from vita_jax.inference.vad import UtteranceState, VadOptions, VadState, listen, vad_step
 
 CHUNK = 4000  # samples, a quarter of a second
@@ -74,3 +74,20 @@ def test_a_decimal_point_ends_no_sentence() -> None:
     assert speech_text.ends_sentence("good.", "all")
     assert not speech_text.ends_sentence(".", "pi is 3")
     assert not speech_text.ends_sentence("well,", "") and speech_text.ends_sentence("well,", "", commas=True)
+
+
+@pytest.mark.parametrize(
+    ("played", "heard"),
+    [
+        (0.0, ""),
+        (0.9, ""),
+        (1.0, "One, "),
+        (3.0, "One, two three "),
+        (3.9, "One, two three "),
+        (9.0, "One, two three four.红黄"),
+    ],
+)
+def test_what_was_heard_is_whole_pieces_and_a_share_of_the_next(played, heard) -> None:
+    spoken = [("One, ", 1.0), ("two three four.", 3.0), ("红黄", 1.0)]
+    assert heard_text(spoken, played) == heard
+    assert heard_text([("红黄", 1.0)], 0.5) == "红"

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.training.records import prepare_records, records_experiment
 from vita_jax.errors import UserError
-from vita_jax.inference import session as session_module
+from vita_jax.inference.engine import Seat
 from vita_jax.inference.session import Session
 from vita_jax.training import loop
 
@@ -30,12 +30,12 @@ def session(loaded, monkeypatch):
     loaded.says = "☜It-is-7."
     prompts = []
 
-    def spoken(model, params, inputs, *, max_new_tokens, stop_tokens):
-        prompts.append(inputs)
+    def spoken(seat, prompt, options):
+        prompts.append(prompt)
         yield from loaded.tokenizer.encode(loaded.says)
 
     loaded.prompts = prompts
-    monkeypatch.setattr(session_module, "stream", spoken)
+    monkeypatch.setattr(Seat, "answer", spoken)
     return loaded
 
 
@@ -45,10 +45,10 @@ def test_symbol_is_stripped_and_kept_in_history(session):
     assert session.turns == [{"from": "human", "value": "number?"}, {"from": "gpt", "value": "☜It-is-7."}]
     session.says = "数☜"
     assert "".join(session.ask("again?")) == "数☜"
-    assert session.prompts[1].tokens.shape[1] > session.prompts[0].tokens.shape[1]
+    assert len(session.prompts[1]) > len(session.prompts[0])
     session.reset()
     list(session.ask("number?"))
-    assert session.prompts[2].tokens.tolist() == session.prompts[0].tokens.tolist()
+    assert session.prompts[2].keys == session.prompts[0].keys
 
 
 def test_pictures_stay_in_the_conversation(session, tmp_path):
@@ -57,7 +57,8 @@ def test_pictures_stay_in_the_conversation(session, tmp_path):
     list(session.ask("colour?", [tmp_path / "a.png"]))
     list(session.ask("colour?", [tmp_path / "b.png"]))
     list(session.ask("colour?"))
-    assert [inputs.tiles.shape[1] for inputs in session.prompts] == [1, 2, 2]
+    tiles = [{key[0] for key in prompt.keys if not isinstance(key, int)} for prompt in session.prompts]
+    assert [len(names) for names in tiles] == [1, 2, 2] and tiles[1] == tiles[2] > tiles[0]
 
 
 def test_broken_off_answer_leaves_no_trace(session):
@@ -65,6 +66,17 @@ def test_broken_off_answer_leaves_no_trace(session):
     next(answer)
     answer.close()
     assert session.turns == []
+
+
+def test_what_was_heard_of_a_broken_off_answer_is_kept(session):
+    answer = session.ask("number?")
+    assert next(answer) and next(answer)
+    session.interrupt("It")
+    assert list(answer) == []
+    assert session.turns == [{"from": "human", "value": "number?"}, {"from": "gpt", "value": "☜It"}]
+    next(session.ask("again?"))
+    session.interrupt()
+    assert len(session.turns) == 2
 
 
 @pytest.mark.parametrize(("question", "message"), [("  ", "is empty"), ("a" * 40_000, "room for")])
@@ -89,6 +101,20 @@ def test_real_stream_stops_at_the_limit(loaded):
     text = "".join(loaded.ask("number?"))
     assert len(loaded.tokenizer.encode(text)) <= 4
     assert len(loaded.turns) == 2
+
+
+def test_sessions_side_by_side_say_what_each_says_alone(loaded):
+    loaded.reset()
+    loaded.max_new_tokens = 6
+    want = []
+    for question in ("number?", "colour?"):
+        want.append("".join(loaded.ask(question)))
+        loaded.reset()
+    both = [loaded.ask("number?"), loaded.beside().ask("colour?")]
+    got = ["", ""]
+    for _ in range(8):
+        got = [text + next(answer, "") for text, answer in zip(got, both, strict=True)]
+    assert got == want
 
 
 def test_load_without_checkpoint(tmp_path):

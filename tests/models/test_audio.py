@@ -306,9 +306,28 @@ def test_adapter_streams_equal_the_whole(config):
         np.testing.assert_allclose(jnp.concatenate(blocks, axis=1), want, atol=1e-5)
 
 
-def test_adapters_that_look_ahead_do_not_stream():
-    with pytest.raises(UserError, match="causal=True"):
-        audio_adapters.make_cache(ADAPTER, 1)
+@pytest.mark.parametrize("length", [1, 6, 11, 12])
+def test_adapters_that_look_ahead_stream_with_a_delay(length):
+    config = replace(ADAPTER, kernel_size=5)
+    model, x = AudioAdapter(config), jax.random.normal(jax.random.key(0), (2, length, 12))
+    params = init(model, x, jnp.ones((2, length), bool))
+    want, _ = model.apply({"params": params}, x, jnp.ones((2, length), bool))
+    padded = jnp.pad(x, ((0, 0), (0, -length % 4), (0, 0)))
+    cache, pieces = audio_adapters.make_cache(config, 2), []
+    for start in range(0, padded.shape[1], 4):
+        y, cache = model.apply({"params": params}, padded[:, start : start + 4], cache, method="stream_step")
+        pieces.append(y)
+    silence = jnp.zeros((2, 2 * config.stream_delay, 12))
+    pieces.append(model.apply({"params": params}, silence, cache, method="stream_step")[0])
+    got = jnp.concatenate(pieces, axis=1)[:, config.stream_delay :][:, : config.num_tokens(length)]
+    assert config.stream_delay == 2
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_adapters_that_cannot_stream():
+    for config in (replace(ADAPTER, kernel_size=4), replace(ADAPTER, two_convs=True)):
+        with pytest.raises(UserError, match="causal=True"):
+            audio_adapters.make_cache(config, 1)
     model = AudioAdapter(replace(ADAPTER, causal=True))
     x = jnp.zeros((1, 3, 12))
     cache = audio_adapters.make_cache(model.config, 1)

@@ -247,6 +247,18 @@ def test_streamed_equals_offline(params, count: int, chunk: int) -> None:
     np.testing.assert_allclose(np.concatenate(segments), streamer.decode(tokens), atol=1e-6)
 
 
+@pytest.mark.parametrize("count", [0, 3, 9, 50])
+def test_a_reply_begins_with_short_chunks(params, count: int) -> None:
+    streamer = CodecStreamer(Codec(CONFIG), params, np.asarray([3, 4]))
+    tokens = np.random.default_rng(count).integers(0, 23, count)
+    options = StreamOptions(chunk=8, quiet_level=None, first_chunk=2)
+    segments = list(streamer.segments(tokens.tolist(), options, opening=True))
+    assert options.first_chunks == (2, 4)
+    if count == 50:
+        assert [len(segment) // CONFIG.hop for segment in segments[:4]] == [2, 4, 8, 8]
+    np.testing.assert_allclose(np.concatenate([np.zeros(0), *segments]), streamer.decode(tokens), atol=1e-6)
+
+
 def test_a_small_context_is_an_option_and_no_context_works(params) -> None:
     streamer = CodecStreamer(Codec(CONFIG), params, np.asarray([3, 4]))
     tokens = np.random.default_rng(0).integers(0, 23, 24)

@@ -10,6 +10,7 @@ joints. Waves are (n,) float32 arrays in -1 .. 1.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vita_jax.errors import UserError
+from vita_jax.inference.timings import CODEC, Timeline
 from vita_jax.models.codec.codec import Codec
 from vita_jax.models.codec.generator import context_frames
 
@@ -40,17 +42,30 @@ class StreamOptions:
       chunk: frames per decode.
       context: frames on either side of a chunk that are decoded with it; None = the generator's receptive field.
       quiet_window: samples that are summed to find the quietest place of a chunk.
-      quiet_level: mean magnitude below which a place is quiet enough to cut at.
+      quiet_level: mean magnitude below which a place is quiet enough to cut at; None gives every chunk as it comes.
+      first_chunk: frames of the first decode of a reply, at most `chunk`, so that it begins early; every next one is
+        twice as long until they are `chunk`. None = `chunk` from the start.
     """
 
     chunk: int = 40
     context: int | None = None
     quiet_window: int = 2401
-    quiet_level: float = 0.01
+    quiet_level: float | None = 0.01
+    first_chunk: int | None = None
+
+    @property
+    def first_chunks(self) -> tuple[int, ...]:
+        """Frames of the first decodes of a reply, until they are `chunk`."""
+        sizes, size = [], self.first_chunk or self.chunk
+        while size < self.chunk:
+            sizes.append(size)
+            size *= 2
+        return tuple(sizes)
 
     def __post_init__(self) -> None:
         for name, value, least in (
             ("chunk", self.chunk, 1),
+            ("first_chunk", self.first_chunk or self.chunk, 1),
             ("context", self.context or 0, 0),
             ("quiet_window", self.quiet_window, 1),
         ):
@@ -61,10 +76,12 @@ class StreamOptions:
 # The settings of VITA-1.5's server: the first sentence starts sooner and is cut at louder places.
 FIRST_SENTENCE = StreamOptions(chunk=20, quiet_level=0.1)
 LATER_SENTENCES = StreamOptions(chunk=40, quiet_level=0.015)
+# For a player without gaps: the first sound after a fifth of a second of tokens (and the context), nothing held back.
+TALKING = StreamOptions(chunk=40, quiet_level=None, first_chunk=8)
 
 
 def stream_chunks(
-    tokens: Iterable[int], decode: Decode, hop: int, chunk: int, context: int
+    tokens: Iterable[int], decode: Decode, hop: int, chunk: int, context: int, first: Sequence[int] = ()
 ) -> Iterator[tuple[np.ndarray, bool]]:
     """Decodes a growing sequence of tokens in windows that overlap.
 
@@ -73,6 +90,7 @@ def stream_chunks(
       decode: decodes a window.
       hop: samples per frame.
       chunk, context: frames, see `StreamOptions`.
+      first: frames of the first chunks, which may be shorter.
 
     Yields:
       (chunk * hop,) samples and False for each window, then the rest and True. Joined they are as long as all tokens.
@@ -80,13 +98,16 @@ def stream_chunks(
     """
     window: list[int] = []
     left = 0  # frames of the window that have been given already
+    sizes = itertools.chain(first, itertools.repeat(chunk))
+    size = next(sizes)
     for token in tokens:
         window.append(token)
-        if len(window) == left + chunk + context:
+        if len(window) == left + size + context:
             wave = decode(np.asarray(window, np.int32))
-            yield wave[left * hop : (left + chunk) * hop], False
-            left = min(context, left + chunk)
+            yield wave[left * hop : (left + size) * hop], False
+            left = min(context, left + size)
             window = window[len(window) - left - context :]
+            size = next(sizes)
     if len(window) > left:
         yield decode(np.asarray(window, np.int32))[left * hop :], True
 
@@ -128,14 +149,19 @@ def split_at_quiet(
 
 
 def stream_segments(
-    tokens: Iterable[int], decode: Decode, hop: int, options: StreamOptions, context: int
+    tokens: Iterable[int], decode: Decode, hop: int, options: StreamOptions, context: int, opening: bool = False
 ) -> Iterator[np.ndarray]:
-    """Segments for the player: the chunks of `stream_chunks`, cut at quiet places. Joined they are the whole stream."""
+    """Segments for the player: the chunks of `stream_chunks`, cut at quiet places. Joined they are the whole stream.
+
+    opening: a reply begins here, and with it the short chunks of `options.first_chunk`.
+    """
     held = np.zeros((0,), np.float32)
-    for wave, last in stream_chunks(tokens, decode, hop, options.chunk, context):
-        if last:
+    first = options.first_chunks if opening else ()
+    for wave, last in stream_chunks(tokens, decode, hop, options.chunk, context, first):
+        if last or options.quiet_level is None:
             yield np.concatenate([held, wave])
-            return
+            held = held[:0]
+            continue
         held, segment = split_at_quiet(held, wave, options.quiet_window, options.quiet_level)
         if segment is not None:
             yield segment
@@ -154,7 +180,7 @@ def decode_codes(
 class CodecStreamer:
     """Plays token streams with one voice: holds the codec's parameters and the compiled decode.
 
-    Windows are padded to their full size, so one shape is compiled per chunk size; padding changes nothing.
+    Windows are padded to their full size, so one shape is compiled per size of chunk; padding changes nothing.
     """
 
     def __init__(self, codec: Codec, params: Any, global_codes: np.ndarray) -> None:
@@ -200,25 +226,35 @@ class CodecStreamer:
                 waves[i] = decoded[row, : len(utterances[i]) * self.codec.config.hop]
         return waves
 
-    def segments(self, tokens: Iterable[int], options: StreamOptions = LATER_SENTENCES) -> Iterator[np.ndarray]:
-        """Segments of a stream of codec ids, see `stream_segments`."""
+    def segments(
+        self,
+        tokens: Iterable[int],
+        options: StreamOptions = LATER_SENTENCES,
+        opening: bool = False,
+        timeline: Timeline | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Segments of a stream of codec ids, see `stream_segments`; the decodes are measured in `timeline`."""
+        timeline = Timeline() if timeline is None else timeline
         hop = self.codec.config.hop
-        if options.chunk * hop < options.quiet_window:
+        chunks = (*(options.first_chunks if opening else ()), options.chunk)
+        if options.quiet_level is not None and chunks[0] * hop < options.quiet_window:
             raise UserError(
-                f"quiet_window {options.quiet_window} is longer than a chunk of {options.chunk} frames "
-                f"({options.chunk * hop} samples); lower it or enlarge the chunk"
+                f"quiet_window {options.quiet_window} is longer than a chunk of {chunks[0]} frames "
+                f"({chunks[0] * hop} samples); lower it or enlarge the chunk"
             )
         context = self.context if options.context is None else options.context
-        size = options.chunk + 2 * context
+        sizes = [chunk + 2 * context for chunk in chunks]
 
         def decode(window: np.ndarray) -> np.ndarray:
+            size = next(size for size in sizes if size >= len(window))
             codes = np.zeros((1, size, 1), np.int32)
             codes[0, : len(window), 0] = window
-            lengths = jnp.asarray([len(window)], jnp.int32)
-            wave = decode_codes(self.codec, self._params, jnp.asarray(codes), self._voice, lengths)
-            return np.asarray(wave[0, : len(window) * hop])
+            lengths = np.asarray([len(window)], np.int32)
+            with timeline.work(CODEC):
+                wave = np.asarray(decode_codes(self.codec, self._params, codes, self._voice, lengths))
+            return wave[0, : len(window) * hop]
 
-        return stream_segments(tokens, decode, hop, options, context)
+        return stream_segments(tokens, decode, hop, options, context, opening)
 
 
 def cut_leading_silence(wave: np.ndarray, level: float = SPEECH_LEVEL) -> np.ndarray:

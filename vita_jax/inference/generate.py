@@ -1,19 +1,17 @@
 """Text generation: pure `prefill` and `decode_step` over an explicit cache, and the loops around them.
 
-`generate` answers a whole batch inside one compiled call (evaluation); `stream` yields one token at a time (chat). Both
-compile once per shape, so the host pads prompts to a few round sizes first: see `pad_to_bucket`.
+`generate` answers a whole batch inside one compiled call (evaluation), compiled once per shape; conversations, which
+come and go, are answered by `engine.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from vita_jax.errors import UserError
@@ -174,101 +172,9 @@ def generate(
     )
 
 
-@partial(jax.jit, static_argnames=("model", "num_slots", "sampler"))
-def _start(
-    model: Vita, params: Params, inputs: VitaInputs, key: jax.Array, *, num_slots: int, sampler: Sampler
-) -> tuple[jax.Array, KVCache]:
-    embeds = model.apply({"params": params}, inputs, method="embed_inputs")
-    cache = make_cache(model.config.language, embeds.shape[0], num_slots, embeds.dtype)
-    logits, cache = prefill(model.decoder, params["language"], embeds, inputs.positions, inputs.segment_ids, cache)
-    return sampler(logits, key), cache
-
-
-@partial(jax.jit, static_argnames=("decoder", "sampler"), donate_argnames="cache")
-def _next(
-    decoder: Decoder, params: Params, token: jax.Array, cache: KVCache, key: jax.Array, *, sampler: Sampler
-) -> tuple[jax.Array, KVCache]:
-    logits, cache = decode_step(decoder, params, token, cache)
-    return sampler(logits, key), cache
-
-
-def stream(
-    model: Vita,
-    params: Params,
-    inputs: VitaInputs,
-    *,
-    max_new_tokens: int,
-    stop_tokens: tuple[int, ...] = (),
-    sampler: Sampler = GREEDY,
-    key: jax.Array | None = None,
-) -> Iterator[int]:
-    """Yields the answer to one prompt, token by token; the stop token is not yielded.
-
-    The prompt is padded to a bucket and the cache to the next one, so a conversation compiles a handful of times at
-    most.
-
-    Args:
-      model, params: the whole model.
-      inputs: one row (b = 1).
-      max_new_tokens: the longest answer.
-      stop_tokens, sampler, key: as in `generate_from_embeds`.
-
-    Raises:
-      UserError: more than one row, or a random sampler without a key.
-    """
-    if inputs.tokens.shape[0] != 1:
-        raise UserError(f"stream answers one prompt at a time, not {inputs.tokens.shape[0]}; use generate for a batch")
-    if key is None and not isinstance(sampler, Greedy):
-        raise UserError(f"{sampler} draws at random; give a random key")
-    key = jax.random.key(0) if key is None else key
-    inputs = pad_to_bucket(inputs)
-    num_slots = bucket(inputs.tokens.shape[1] + max_new_tokens, LENGTH_BUCKETS)
-    token, cache = _start(model, params, inputs, jax.random.fold_in(key, 0), num_slots=num_slots, sampler=sampler)
-    for step in range(1, max_new_tokens + 1):
-        current = int(token[0])
-        if current in stop_tokens:
-            return
-        if step < max_new_tokens:  # dispatched before the caller gets `current`, so the device works meanwhile
-            token, cache = _next(
-                model.decoder, params["language"], token, cache, jax.random.fold_in(key, step), sampler=sampler
-            )
-        yield current
-
-
 def bucket(size: int, buckets: tuple[int, ...]) -> int:
     """The smallest bucket that holds `size`; past the last one, the next multiple of it."""
     for value in buckets:
         if size <= value:
             return value
     return -(-size // buckets[-1]) * buckets[-1]
-
-
-def pad_to_bucket(inputs: VitaInputs) -> VitaInputs:
-    """Pads prompts on the right and adds empty tile slots, up to round sizes; on the host.
-
-    Inputs with audio or `extra_features` keep their number of tile slots, because the indices of those features start
-    after them.
-
-    Args:
-      inputs: (b s) arrays and tiles (b t S S 3).
-
-    Returns:
-      Inputs with numpy arrays that give the same answer.
-    """
-    length = inputs.tokens.shape[1]
-    tiles = np.asarray(inputs.tiles)
-    only_tiles = inputs.extra_features is None and inputs.audio is None
-    slots = bucket(tiles.shape[1], TILE_BUCKETS) if only_tiles else tiles.shape[1]
-    right = ((0, 0), (0, bucket(length, LENGTH_BUCKETS) - length))
-
-    def pad(array: jax.Array, value: int) -> np.ndarray:
-        return np.pad(np.asarray(array), right, constant_values=value)
-
-    return replace(
-        inputs,
-        tokens=pad(inputs.tokens, 0),
-        positions=pad(inputs.positions, 0),
-        segment_ids=pad(inputs.segment_ids, 0),
-        feature_index=pad(inputs.feature_index, -1),
-        tiles=np.pad(tiles, ((0, 0), (0, slots - tiles.shape[1]), (0, 0), (0, 0), (0, 0))),
-    )

@@ -8,6 +8,7 @@ header from the first user text.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,6 +79,26 @@ def duplex_format(name: str) -> DuplexFormat:
     if name not in FORMATS:
         raise UserError(f"duplex format {name!r} is unknown; use one of {', '.join(FORMATS)}")
     return FORMATS[name]
+
+
+def heard_text(spoken: Sequence[tuple[str, float]], played: float) -> str:
+    """What a listener has heard of an answer that was broken off: that much of it belongs in the history.
+
+    Of the piece that was being played, as many words count (characters, in Chinese) as its share of the time, rounded
+    down.
+
+    Args:
+      spoken: pieces of text with the seconds of sound that each became, in order.
+      played: seconds until the break.
+    """
+    heard, left = "", played
+    for text, seconds in spoken:
+        if left >= seconds:
+            heard, left = heard + text, left - seconds
+            continue
+        parts = re.findall(r"[\u3400-\u9fff]|\s*[^\s\u3400-\u9fff]+\s*", text)
+        return heard + "".join(parts[: int(len(parts) * max(left, 0.0) / seconds)])
+    return heard
 
 
 def system_modality(current: Request) -> str:

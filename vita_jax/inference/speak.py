@@ -3,9 +3,9 @@
     text -> sentences -> words -> ids of the language model -> its embeddings -> NAR and AR decoders -> codec tokens
          -> wave
 
-The voice is that of a recording (`voice_of`); `voices` gives those of a trained run. Streamed and offline sound are the
-same samples: every sentence is drawn with a key of its own, and the codec is decoded with its whole context
-(`codec_stream`).
+The voice is that of a recording (`voice_of`); `voices` gives those of a trained run. Streamed (`talk.py`) and offline
+sound are the same samples: every sentence is drawn with a key of its own, and the codec is decoded with its whole
+context (`codec_stream`).
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from vita_jax.data.speech_pairs import read_wave
 from vita_jax.data.spoken_words import LANGUAGES, answer_aloud, language_of
 from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UserError
-from vita_jax.inference.codec_stream import LATER_SENTENCES, CodecStreamer, StreamOptions, to_pcm16
+from vita_jax.inference.codec_stream import TALKING, CodecStreamer, StreamOptions, to_pcm16
 from vita_jax.inference.speech_text import MIN_PIECE_LENGTH, remove_markers, speakable_pieces
 from vita_jax.inference.speech_tokens import SpeechSampling, draw_speech_tokens, stream_speech_tokens
+from vita_jax.inference.timings import AR_DECODER, CODEC, FIRST_CODE, Timeline
 from vita_jax.models.codec.codec import Codec
 from vita_jax.models.speech.nar_decoder import text_rows
 from vita_jax.models.speech.speech_decoder import SpeechDecoder
@@ -60,7 +61,7 @@ class SpeakOptions:
     bucket: int = 16
     steps_per_call: int = 20
     min_piece: int = MIN_PIECE_LENGTH
-    stream: StreamOptions = LATER_SENTENCES
+    stream: StreamOptions = TALKING
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -86,6 +87,8 @@ class Speaker:
           voice: (g,) int32, see `voice_of`.
           options: see `SpeakOptions`.
 
+        What it does is measured in `timeline`, which a caller may replace.
+
         Raises:
           UserError: the model has no codec or no speech decoders, or the voice has another number of codes.
         """
@@ -96,6 +99,7 @@ class Speaker:
         self._table = params["language"]["embed_tokens"]["embedding"]
         self._decoder, self._params = SpeechDecoder(config.speech), params["speech"]
         self._streamer = CodecStreamer(Codec(config.codec), params["codec"], voice)
+        self.timeline = Timeline()
 
     def tokens(self, text_ids: Sequence[int], sentence: int = 0) -> Iterator[int]:
         """Codec tokens of one sentence as they are drawn.
@@ -175,9 +179,13 @@ class Speaker:
         tokens = np.fromiter(self.tokens(text_ids, sentence), np.int32)
         return self._streamer.decode(tokens) if len(tokens) else np.zeros((0,), np.float32)
 
-    def stream_ids(self, text_ids: Sequence[int], sentence: int = 0) -> Iterator[np.ndarray]:
-        """One sentence as segments for the player, which joined are `speak_ids`."""
-        yield from self._streamer.segments(self.tokens(text_ids, sentence), self.options.stream)
+    def stream_ids(self, text_ids: Sequence[int], sentence: int = 0, opening: bool = False) -> Iterator[np.ndarray]:
+        """One sentence as segments for the player, which joined are `speak_ids`; opening: it is a reply's first."""
+        codec, timeline = self.config.codec, self.timeline
+        tokens = timeline.watch(AR_DECODER, self.tokens(text_ids, sentence), 1 / codec.frame_rate, FIRST_CODE)
+        for segment in self._streamer.segments(tokens, self.options.stream, opening, timeline):
+            timeline.made(CODEC, len(segment) / self.sampling_rate)
+            yield segment
 
     def speak(self, text: str, tokenizer: Tokenizer, language: str | None = None) -> np.ndarray:
         """A whole reply, sentence after sentence: (n,) float32 samples in -1 .. 1; none if there is nothing to say.
@@ -187,14 +195,9 @@ class Speaker:
           tokenizer: of the language model.
           language: in which it is written out in words, see `sentences`.
         """
-        pieces = sentences([text], tokenizer, self.options.min_piece, language)
-        waves = [self.speak_ids(ids, number) for number, ids in enumerate(pieces)]
+        pieces = speakable_pieces([text], self.options.min_piece)
+        waves = [self.speak_ids(piece_ids(piece, tokenizer, language), n) for n, piece in enumerate(pieces)]
         return np.concatenate([np.zeros((0,), np.float32), *waves])
-
-    def stream(self, text: Iterable[str], tokenizer: Tokenizer, language: str | None = None) -> Iterator[np.ndarray]:
-        """A reply that is still being written, as segments for the player, which joined are `speak`."""
-        for number, ids in enumerate(sentences(text, tokenizer, self.options.min_piece, language)):
-            yield from self.stream_ids(ids, number)
 
 
 def sentences(
@@ -216,12 +219,17 @@ def sentences(
       UserError: an unknown language.
     """
     for piece in speakable_pieces(text, min_length):
-        words = remove_markers(piece).strip()
-        if language is not None:
-            words = answer_aloud(words, language)
-        ids = tokenizer.encode(words, allow_special=False, add_bos=False)
+        ids = piece_ids(piece, tokenizer, language)
         if ids:
             yield ids
+
+
+def piece_ids(piece: str, tokenizer: Tokenizer, language: str | None) -> list[int]:
+    """Ids of one piece, see `sentences`; none where nothing can be said."""
+    words = remove_markers(piece).strip()
+    if language is not None:
+        words = answer_aloud(words, language)
+    return tokenizer.encode(words, allow_special=False, add_bos=False)
 
 
 def voice_of(config: VitaConfig, params: Mapping[str, Any], recording: np.ndarray) -> np.ndarray:

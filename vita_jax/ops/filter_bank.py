@@ -270,6 +270,32 @@ def stream_block(
     ), window
 
 
+def next_frames(
+    held: np.ndarray, block: np.ndarray, config: FilterBankConfig = RELEASED
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features of one more block of any length; all blocks together give `log_mel` of the wave, frame by frame, but for
+    the last bits of a matrix product with another number of rows.
+
+    Args:
+      held: (h,) float32, the samples that are not used up; none before the first block.
+      block: (n,) float32, n may be 0.
+      config: the filter bank, without dither, whose noise would depend on the blocks.
+
+    Returns:
+      (f m) features, f may be 0, and the samples to be held, fewer than a window.
+
+    Raises:
+      UserError: a filter bank with dither.
+    """
+    if config.dither:
+        raise UserError(f"a stream has no dither, but the filter bank's is {config.dither}; set it to 0")
+    samples = np.concatenate([held, block]).astype(np.float32)
+    frames = num_frames(len(samples), config)
+    if not frames:
+        return np.zeros((0, config.num_mel_bins), np.float32), samples
+    return log_mel(samples, config), samples[frames * config.window_shift :]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Resampling
 # ---------------------------------------------------------------------------------------------------------------------

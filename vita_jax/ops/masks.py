@@ -19,13 +19,14 @@ def causal_mask(query_slots: jax.Array, key_slots: jax.Array) -> jax.Array:
     Slots are places in the row (or in the cache), not rotary positions: those may repeat or restart inside a row.
 
     Args:
-      query_slots: (s,) int.
+      query_slots: (s,) int, or (b s) where every row has its own.
       key_slots: (t,) int.
 
     Returns:
-      (1 1 s t) bool.
+      (1|b 1 s t) bool.
     """
-    return (key_slots[None, :] <= query_slots[:, None])[None, None]
+    seen = key_slots <= query_slots[..., None]
+    return seen.reshape(-1, 1, *seen.shape[-2:])
 
 
 def segment_mask(query_segments: jax.Array, key_segments: jax.Array) -> jax.Array:
@@ -50,12 +51,12 @@ def make_attention_mask(
     Args:
       query_segments: (b s) int, 0 = padding.
       key_segments: (b t) int, 0 = padding or an empty cache slot.
-      first_query_slot: slot of query 0 among the keys; 0 without a cache.
+      first_query_slot: slot of query 0 among the keys, () or one for each row (b,); 0 without a cache.
 
     Returns:
       (b 1 s t) bool.
     """
-    query_slots = first_query_slot + jnp.arange(query_segments.shape[1])
+    query_slots = jnp.asarray(first_query_slot)[..., None] + jnp.arange(query_segments.shape[1])
     key_slots = jnp.arange(key_segments.shape[1])
     return causal_mask(query_slots, key_slots) & segment_mask(query_segments, key_segments)
 

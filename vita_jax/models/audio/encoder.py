@@ -391,15 +391,20 @@ class AudioEncoder(nn.Module):
             return hidden, valid
         return hidden, valid, captured | {"cmvn": normed, "conv": conv, "subsample": subsampled, "mask": mask}
 
-    def stream_step(self, window: jax.Array, cache: EncoderCache) -> tuple[jax.Array, EncoderCache]:
+    def stream_step(
+        self, window: jax.Array, cache: EncoderCache, real: jax.Array | None = None
+    ) -> tuple[jax.Array, EncoderCache]:
         """Encodes one more chunk of a stream (Freeze-Omni's `infer`; see `streaming.py`).
 
         Args:
-          window: (b 4c+3 m): the last 3 frames of the previous window (zeros before the first) and 4c new ones.
+          window: (b 4c+3 m): the last 3 frames of the previous window and 4c new ones. Freeze-Omni has zeros before the
+            first 4c; 4c+3 real ones in the first window give the chunks of the full pass.
           cache: from `make_cache`, or the previous call.
+          real: (b,) int32, encoder frames of the chunk that are made of real frames only: all but in the last chunk of
+            an utterance. None = all.
 
         Returns:
-          hidden (b c d) and the next cache.
+          hidden (b c d), arbitrary but finite behind the real ones, and the next cache.
 
         Raises:
           UserError: the config is no streaming one, or the window has another size.
@@ -410,6 +415,9 @@ class AudioEncoder(nn.Module):
             raise UserError(f"audio stream: a chunk of {chunk} needs {4 * chunk + 3} frames, not {window.shape[1]}")
         subsampled, _ = self.subsampling(self.normalise(window))
         mask = cached_keys_mask(cache, chunk)
+        if real is not None:
+            slots = cache.k.shape[2]
+            mask = mask & padding_mask(slots + real, slots + chunk)[:, None, None]
         positions = key_positions(cache, chunk, config.left_chunks, config.stream_positions, LAST_FRAME["rel-enc"])
         hidden, keys, _ = self.transformer(subsampled, positions, mask, (cache.k, cache.v))
         return hidden, advance(cache, *keys)

@@ -21,6 +21,7 @@ from vita_jax.models.connectors import audio_adapters
 from vita_jax.models.connectors.audio_adapters import AdapterCache, AudioAdapter, AudioAdapterConfig
 from vita_jax.nn.layers import normal_init
 from vita_jax.ops.filter_bank import encoder_length
+from vita_jax.ops.masks import padding_mask
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def start_stream(config: AudioTowerConfig, batch: int, dtype: jnp.dtype = jnp.fl
     """The state before the first chunk.
 
     Raises:
-      UserError: the encoder is not chunked, or the adapter looks ahead.
+      UserError: the encoder is not chunked, or the adapter cannot be streamed.
     """
     return AudioStream(
         encoders.make_cache(config.encoder, batch, dtype), audio_adapters.make_cache(config.adapter, batch, dtype)
@@ -144,11 +145,29 @@ class AudioTower(nn.Module):
             embeds = jnp.concatenate([prompt, embeds], axis=1)
         return AudioFeatures(embeds, valid, hidden, hidden_valid)
 
-    def stream_step(self, window: jax.Array, state: AudioStream) -> tuple[jax.Array, AudioStream]:
-        """Tokens of one more chunk: window (b 4c+3 m) as in `AudioEncoder.stream_step` -> (b c/2 d), next state.
+    def stream_step(
+        self, window: jax.Array, state: AudioStream, real: jax.Array | None = None
+    ) -> tuple[jax.Array, AudioStream]:
+        """Tokens of one more chunk.
 
+        The first `adapter.stream_delay` tokens of a stream stand for nothing, and as many more come with `stream_end`.
         The prompt vectors, if any, are the caller's to put before the first chunk.
+
+        Args:
+          window, real: as in `AudioEncoder.stream_step`.
+          state: from `start_stream` or the previous call.
+
+        Returns:
+          (b c/2 d) and the next state; behind the real frames the tokens are those of the whole clip's end.
         """
-        hidden, encoder_cache = self.encoder.stream_step(window, state.encoder)
+        hidden, encoder_cache = self.encoder.stream_step(window, state.encoder, real)
+        if real is not None:
+            hidden = jnp.where(padding_mask(real, hidden.shape[1])[..., None], hidden, 0)
         tokens, adapter_cache = self.adapter.stream_step(hidden, state.adapter)
         return tokens, AudioStream(encoder_cache, adapter_cache)
+
+    def stream_end(self, state: AudioStream) -> jax.Array:
+        """The tokens that an adapter which looks ahead has held back: (b `adapter.stream_delay` d)."""
+        config = self.config.adapter
+        silence = jnp.zeros((state.encoder.step.shape[0], 2 * config.stream_delay, config.input_size), self.dtype)
+        return self.adapter.stream_step(silence, state.adapter)[0]

@@ -1,7 +1,8 @@
 """Audio adapters: speech encoder frames to language-model tokens (`vita/model/multimodal_encoder/whale/adapter.py`).
 
 VITA-1.0 and VITA-1.5 use `subsampling` with kernel 5: one convolution with stride 2, layer norm, GELU, linear. It looks
-4 encoder frames (160 ms) ahead; the causal one of Freeze-Omni (`models/adapter.py`) can be streamed.
+4 encoder frames (160 ms) ahead, so in a stream its tokens come 2 tokens late; the causal one of Freeze-Omni
+(`models/adapter.py`) does not.
 Axes: b utterances, s encoder frames, d encoder width, k kernel, p tokens, c adapter channels.
 """
 
@@ -76,6 +77,16 @@ class AudioAdapterConfig:
             return (2 * self.input_size, 4 * self.input_size)
         return (2 * self.input_size,)
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether its convolution pads on the right."""
+        return self.kind == "subsampling" and not self.causal
+
+    @property
+    def stream_delay(self) -> int:
+        """Tokens by which a stream is late: so many at its start stand for nothing."""
+        return (self.kernel_size - 1) // 2 if self.looks_ahead else 0
+
 
 @struct.dataclass
 class AdapterCache:
@@ -92,10 +103,13 @@ def make_cache(config: AudioAdapterConfig, batch: int, dtype: jnp.dtype = jnp.fl
     """The cache before the first chunk.
 
     Raises:
-      UserError: an adapter that looks ahead.
+      UserError: an adapter that looks ahead by half tokens, or with two convolutions.
     """
-    if config.kind == "subsampling" and not config.causal:
-        raise UserError("audio adapter: 'subsampling' that pads on the right cannot be streamed; set causal=True")
+    if config.looks_ahead and (config.two_convs or config.kernel_size % 2 == 0):
+        raise UserError(
+            f"audio adapter: 'subsampling' that pads on the right, kernel_size {config.kernel_size} and two_convs "
+            f"{config.two_convs}, cannot be streamed; use an odd kernel and one convolution, or causal=True"
+        )
     widths = (config.input_size, *config.conv_widths)[: len(config.conv_widths)]
     return AdapterCache(tuple(jnp.zeros((batch, config.kernel_size - 1, width), dtype) for width in widths))
 
@@ -193,6 +207,9 @@ class AudioAdapter(nn.Module):
 
     def stream_step(self, x: jax.Array, cache: AdapterCache) -> tuple[jax.Array, AdapterCache]:
         """Adapts one more chunk of a stream; all chunks together give what the whole utterance gives.
+
+        An adapter that looks ahead sees the same windows as a causal one, `config.stream_delay` tokens later: the first
+        tokens are to be dropped, and the last ones come with as many pairs of zeros.
 
         Args:
           x: (b s d), s even for "subsampling".

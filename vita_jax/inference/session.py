@@ -163,7 +163,7 @@ class Session:
         for text in self._pieces(spelt, decoder):
             raw += text
             if not symbol_done and raw.strip():
-                # The symbol is one character, so the first one decides.
+                # The symbol is one token, so the first text decides.
                 self.last_state, text = split_state_symbol(raw.lstrip(), context.template)
                 symbol_done = True
                 if self.last_state == "noise" and any(item.kind == "audio" for item in media):

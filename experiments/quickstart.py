@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -398,6 +399,14 @@ def get_config(size: Literal["smoke", "small", "full"] = "small") -> ExperimentC
 
 def prepare(config: ExperimentConfig) -> None:
     """Builds the data and trains the tokenizer, unless they are there."""
+    build_data(config)
+    if not tokenizer_folder(config).is_dir():
+        texts = tokenizer_texts(config, "system\n", "user\n", "assistant\n")
+        train_sentencepiece(texts, config.tokenizer.vocab_size, tokenizer_folder(config), at_most=True)
+
+
+def build_data(config: ExperimentConfig) -> None:
+    """Builds the data, and the recogniser's characters from its transcripts, unless they are there."""
     folder = data_folder(config)
     amounts = {entry.name: entry.count for entry in config.data.amounts}
     speech = {name.removeprefix("speech_"): n for name, n in amounts.items() if name.startswith("speech_")}
@@ -406,20 +415,23 @@ def prepare(config: ExperimentConfig) -> None:
     if not (folder / CTC_VOCABULARY).is_file():
         texts = [pair.text for source in (RECORDINGS, ASSISTANT) for pair in read_manifest(folder / source.path)]
         build_ctc_vocabulary(texts, config.model.ctc_vocab_size).save(folder / CTC_VOCABULARY)
-    if not tokenizer_folder(config).is_dir():
-        lines = (folder / "tokenizer_text.txt").read_text(encoding="utf-8").splitlines()
-        texts = [json.loads(line) for line in lines]
-        # The fixed parts of every prompt are frequent; repeated, they become single pieces.
-        fixed = [*dataclasses.astuple(config.system_texts), "system\n", "user\n", "assistant\n"] * len(texts)
-        train_sentencepiece([*texts, *fixed], config.tokenizer.vocab_size, tokenizer_folder(config), at_most=True)
 
 
+def tokenizer_texts(config: ExperimentConfig, *roles: str) -> list[str]:
+    """What a tokenizer is trained on: every turn of the data once, and what the template writes, `roles` among it."""
+    lines = (data_folder(config) / "tokenizer_text.txt").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line) for line in lines]
+    # The fixed parts of every prompt are frequent; repeated, they become single pieces.
+    return [*texts, *[*dataclasses.astuple(config.system_texts), *roles] * len(texts)]
+
+
+Groups = tuple[str, ...]
 # What is measured after a stage: groups of the benchmark "quickstart", and of "speech". After "language" there is no
 # tower yet; after "tower" both parts of stage 0 are measured together, joined by an adapter that has learnt nothing.
 # The codec starts from nothing, so what reads its copies back is the recogniser of 2.1a; the voice as a whole is
 # measured at the end.
 SEEN = ("typed", "video_order", "text")
-EVALUATED = {
+EVALUATED: Mapping[str, tuple[Groups, Groups]] = {
     "tower": (("typed", "text"), ()),
     "vision_alignment": (("typed", "text"), ()),
     "vision_understanding": (SEEN, ()),
@@ -436,7 +448,12 @@ ASKED_IN_FULL = ("vision_sft", "audio_sft")
 COMPARED_STAGE, COMPARED = "vision_sft", ("typed", "text")
 
 
-def after_stage(config: ExperimentConfig, stage: Stage, params: Any) -> None:
+def after_stage(
+    config: ExperimentConfig,
+    stage: Stage,
+    params: Any,
+    evaluated: Mapping[str, tuple[Groups, Groups]] = EVALUATED,
+) -> None:
     """Measures the model on a part of what was held out; after 3.1 also makes the tokens that 3.2 learns from."""
     if stage.name == "tower":
         params = {**params, "language": load_params(checkpoint_folder(config.run_dir, "language")).params["language"]}
@@ -445,7 +462,7 @@ def after_stage(config: ExperimentConfig, stage: Stage, params: Any) -> None:
     if stage.name == "codec":
         folder = data_folder(config)
         build_codes(str(checkpoint_folder(config.run_dir, stage.name)), folder / ASSISTANT.path, folder / CODES.path)
-    for benchmark, groups in zip(("quickstart", "speech"), EVALUATED.get(stage.name, ((), ())), strict=True):
+    for benchmark, groups in zip(("quickstart", "speech"), evaluated.get(stage.name, ((), ())), strict=True):
         if groups:
             result = evaluate_params(config, params, tokenizer, benchmark=benchmark, groups=groups, limit=limit)
             save_stage_evaluation(config, stage.name, result)
@@ -453,9 +470,10 @@ def after_stage(config: ExperimentConfig, stage: Stage, params: Any) -> None:
 
 
 def finish(config: ExperimentConfig) -> None:
-    """Measures the final model on everything that was held out, keeps its voices and writes the report."""
+    """Measures the final model on everything that was held out, keeps its voices if it has any, writes the report."""
     params, tokenizer = load_params(config.run_dir).params, load_tokenizer(tokenizer_folder(config))
-    save_voices(config, params)
+    if config.model.speech is not None:
+        save_voices(config, params)
     for benchmark in ("quickstart", "speech"):
         result = evaluate_params(config, params, tokenizer, benchmark=benchmark, keep_sounds=True)
         before = read_evaluation(config.run_dir, COMPARED_STAGE)

@@ -115,18 +115,18 @@ def check_implementation(implementation: str) -> None:
 
 
 def _dense(x: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
-    def linear(inputs: jax.Array, layer: ExpertLinear) -> jax.Array:
-        y = jnp.einsum("eni,eio->eno", inputs, layer.kernel)
-        if layer.down is not None:
-            y = y + jnp.einsum("eni,eir,ero->eno", inputs, layer.down, layer.up)
-        return y
+    # All experts side by side are one wide feed-forward, in which what each makes of a token is weighted. As products
+    # of two matrices it takes a CPU three quarters of the time that it takes as a batch of experts.
+    e, d, f = experts.gate.kernel.shape
 
-    num_experts = experts.gate.kernel.shape[0]
-    rows = jnp.broadcast_to(x, (num_experts, *x.shape))
-    out = linear(jax.nn.silu(linear(rows, experts.gate)) * linear(rows, experts.up), experts.down)
-    chosen = jax.nn.one_hot(routing.experts, num_experts)
-    weights = jnp.einsum("nke,nk->en", chosen, routing.weights).astype(x.dtype)
-    return jnp.einsum("end,en->nd", out, weights)
+    def kernel(layer: ExpertLinear) -> jax.Array:
+        return layer.kernel if layer.down is None else layer.kernel + layer.down @ layer.up
+
+    gate, up = (jnp.swapaxes(kernel(layer), 0, 1).reshape(d, e * f) for layer in (experts.gate, experts.up))
+    chosen = jax.nn.one_hot(routing.experts, e)
+    weights = jnp.einsum("nke,nk->ne", chosen, routing.weights).astype(x.dtype)
+    hidden = (jax.nn.silu(x @ gate) * (x @ up)).reshape(-1, e, f) * weights[..., None]
+    return hidden.reshape(-1, e * f) @ kernel(experts.down).reshape(e * f, d)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

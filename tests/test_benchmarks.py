@@ -82,7 +82,7 @@ def test_every_operation_gives_what_transformers_gives(tmp_path):
 
     assert torch_ratio.main(["--quick", "--output", str(tmp_path / "ratio")]) == 0
     rows = json.loads((tmp_path / "ratio.json").read_text())["rows"]
-    language = ["train", "forward", "prefill", "decode 1", "decode 8", "chat"]
+    language = ["train", "forward", "prefill", "decode 1", "decode 8", "stepwise"]
     wanted = [(case, name) for case in ("qwen2", "mixtral") for name in language] + [("tower", "train")]
     assert [(row["case"], row["operation"]) for row in rows] == [*wanted, ("tower", "forward")]
     assert all(row["difference"] <= 1e-4 and row["ratio"] > 0 for row in rows)

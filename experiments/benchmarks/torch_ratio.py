@@ -11,7 +11,8 @@ median of all turns, with quartiles: above 1 we are faster. PyTorch runs by eage
 attention, caches and experts (`--compile`: `torch.compile` is one more); ours is compiled by XLA as always.
 
 Threads: `--threads N` binds the process to N cores before XLA makes its threads, of which it makes one for each core,
-and sets PyTorch's number to the same. Needs torch and transformers: pip install 'vita_jax[dev,convert]'.
+and sets PyTorch's number to the same. On a machine that is never quiet, `--threads 1 --clock cpu` counts the time that
+the process works in place of the time that goes by. Needs torch and transformers: pip install 'vita_jax[dev,convert]'.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.benchmarks.torch_sides import Operations, Shape, fastest, language_operations, vision_operations
+from experiments.benchmarks.torch_sides import STEPS, Operations, Shape, fastest, language_operations, vision_operations
 from experiments.benchmarks.turns import (
+    CLOCKS,
     describe_machine,
     format_machine,
     format_table,
@@ -48,7 +50,7 @@ examples:
 """
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "numpy")
-GOAL, FLOOR, CHAT_GOAL = 1.0, 0.8, 2.0  # of the median of all rows, of every row, of answers to one prompt
+GOAL, FLOOR, ANSWER_GOAL = 1.0, 0.8, 2.0  # of the median of all rows, of every row, of answers to one prompt
 NOTES = "## What is behind the rows below the floor"  # from here on the written file is kept: a person's words
 
 
@@ -130,6 +132,7 @@ def measure(
     *,
     turns: int,
     sample_seconds: float,
+    clock: str = "wall",
     compiled: bool = False,
     only: Sequence[str] = (),
 ) -> Iterator[Row]:
@@ -137,7 +140,7 @@ def measure(
 
     Args:
       chosen: cases by name.
-      turns, sample_seconds: see `take_turns`.
+      turns, sample_seconds, clock: see `take_turns`.
       compiled: whether `torch.compile` is tried.
       only: operations; none = all.
 
@@ -149,8 +152,8 @@ def measure(
             if only and operation not in only:
                 continue
             sides = make()
-            theirs = fastest(sides, f"{name}, {operation}")
-            ratio = take_turns(sides.ours, theirs.call, turns=turns, sample_seconds=sample_seconds)
+            theirs = fastest(sides, f"{name}, {operation}", clock)
+            ratio = take_turns(sides.ours, theirs.call, turns=turns, sample_seconds=sample_seconds, clock=clock)
             times = (1e3 * ratio.first_seconds, 1e3 * ratio.other_seconds)
             figures = (ratio.median, ratio.lower, ratio.upper, *times)
             yield Row(name, operation, *figures, theirs.kind.name, theirs.difference)
@@ -185,11 +188,11 @@ def summarise(rows: Sequence[Row]) -> list[str]:
         f"median of all {len(rows)} rows {np.median([row.ratio for row in rows]):.2f} (goal {GOAL:g})",
         f"rows below {FLOOR:g}: {', '.join(below) or 'none'}",
     ]
-    answers = [row.ratio for row in rows if row.operation in ("decode 1", "chat")]
+    answers = [row.ratio for row in rows if row.operation in ("decode 1", STEPS)]
     if answers:
         lines.append(
             f"answers to one prompt: {min(answers):.2f} to {max(answers):.2f}, median {np.median(answers):.2f} "
-            f"(goal {CHAT_GOAL:g})"
+            f"(goal {ANSWER_GOAL:g})"
         )
     return lines
 
@@ -241,7 +244,7 @@ jobs beside this one; the sides take turns within the run, so ratios hold where 
 
 {describe_cases(chosen)}
 
-`decode b` is b answers in one call, `chat` one answer token by token; both start with a prompt of 16 tokens.
+`decode b` is b answers in one call, `{STEPS}` one answer by a call for every token; prompts have 16 tokens.
 """
     write_page(output, text, NOTES, {"machine": machine, "turns": turns, "rows": [asdict(row) for row in rows]})
 
@@ -270,6 +273,7 @@ def make_parser() -> ArgumentParser:
         help="a sample lasts at least this long (default 0.05)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="cores of both sides (default all of this process)")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: time worked; one thread only")
     parser.add_argument("--compile", action="store_true", help="PyTorch's side by torch.compile as well")
     parser.add_argument("--quick", action="store_true", help="tiny models, two turns, nothing written by default")
     parser.add_argument("--output", type=Path, metavar="PATH", help="of .md and .json (default results/torch_ratio)")
@@ -280,24 +284,27 @@ def benchmark(arguments: argparse.Namespace) -> int:
     """Measures, prints and writes. Raises UserError for fewer than one turn."""
     if arguments.turns < 1:
         raise UserError(f"--turns {arguments.turns} must be at least 1")
+    if arguments.clock == "cpu" and arguments.threads != 1:
+        raise UserError("--clock cpu needs --threads 1: several threads may work at nothing but waiting")
     threads = use_cores(arguments.threads)
     prepare_process()
     torch.set_num_threads(threads)
-    machine = describe_machine(PACKAGES) | {"threads of each side": str(threads)}
+    machine = describe_machine(PACKAGES) | {"threads of each side": str(threads), "clock": arguments.clock}
     quick = arguments.quick
     chosen = choose(arguments.cases, quick_cases() if quick else cases())
     turns, sample_seconds = (2, 0.0) if quick else (arguments.turns, arguments.sample_seconds)
-    rows = []
+    output = arguments.output or (None if quick else RESULTS / "torch_ratio")
+    options = {"clock": arguments.clock, "compiled": arguments.compile}
     only = tuple(filter(None, arguments.operations.split(",")))
-    for row in measure(chosen, turns=turns, sample_seconds=sample_seconds, compiled=arguments.compile, only=only):
+    rows: list[Row] = []
+    for row in measure(chosen, turns=turns, sample_seconds=sample_seconds, only=only, **options):
         print(f"{row.case} {row.operation}: {row.ratio:.2f}", file=sys.stderr, flush=True)
         rows.append(row)
+        if output is not None:  # after every row, so that a run can be stopped
+            write_results(output, chosen, rows, machine, turns)
     if not rows:
         raise UserError(f"--operations {arguments.operations} names none that these cases have")
     print(format_machine(machine), format_rows(rows), *summarise(rows), sep="\n")
-    output = arguments.output or (None if quick else RESULTS / "torch_ratio")
-    if output is not None:
-        write_results(output, chosen, rows, machine, turns)
     return 0
 
 

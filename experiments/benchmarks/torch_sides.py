@@ -31,7 +31,7 @@ from experiments.benchmarks.turns import Call, pilot_seconds
 from vita_jax.conversion.tables import Table, export_params, flatten
 from vita_jax.conversion.torch_files import write_tensors
 from vita_jax.errors import UserError
-from vita_jax.inference.generate import generate, prefill, stream
+from vita_jax.inference.generate import decode_step, generate, prefill
 from vita_jax.models.language import decoder_weights
 from vita_jax.models.language.cache import KVCache
 from vita_jax.models.language.decoder import Decoder, DecoderConfig, make_cache
@@ -43,6 +43,8 @@ from vita_jax.training.objectives.language import language_modeling_loss
 from vita_jax.training.optimizer import OptimizerConfig, make_optimizer
 from vita_jax.training.step import LossFn, init_state, train_step
 
+transformers.utils.logging.disable_progress_bar()
+
 TOLERANCE = 1e-4  # of every number that is compared, relative where it is larger than 1
 RATE = 1e-5  # hardly moves the weights, however many steps are timed
 TRAIN_CHECKS = 3  # steps compared: the second and third see what the optimiser made of the first
@@ -50,6 +52,7 @@ NOISE = 0.1  # on biases and scales, which are drawn as 0 and 1 and would hide a
 SHARD_BYTES = 5 * 10**9
 OPTIMIZER = OptimizerConfig()
 DECODED_ROWS = (1, 8)
+STEPS = "stepwise"
 
 # Kinds of PyTorch's side, of which the fastest counts.
 ATTENTION = ("sdpa", "eager")
@@ -118,7 +121,7 @@ class Fastest(NamedTuple):
     difference: float
 
 
-def fastest(operation: Operation, what: str) -> Fastest:
+def fastest(operation: Operation, what: str, clock: str = "wall") -> Fastest:
     """Compares every kind of PyTorch's side with ours, and times it briefly.
 
     Raises:
@@ -143,7 +146,7 @@ def fastest(operation: Operation, what: str) -> Fastest:
                     "both must compute the same before they are timed"
                 )
             largest = max(largest, difference)
-        seconds = pilot_seconds(call)
+        seconds = pilot_seconds(call, clock)
         if best is None or seconds < best[0]:
             best = (seconds, call, kind)
     return Fastest(best[1], best[2], largest)
@@ -309,8 +312,8 @@ def language_operations(config: DecoderConfig, shape: Shape, compiled: bool = Fa
     """What a language model is timed at.
 
     "train" is the package's step with its objective, every token a target; "forward" gives the logits of all positions;
-    "prefill" those after the last one, and a filled cache; "decode b" answers b prompts in one call, and "chat" one
-    prompt token by token as the chat does, both with their prefill.
+    "prefill" those after the last one, and a filled cache; "decode b" answers b prompts in one call, and "stepwise"
+    one prompt by a call for every token, as conversations are answered; both with their prefill.
 
     Args:
       config, shape: sizes.
@@ -345,11 +348,11 @@ def language_operations(config: DecoderConfig, shape: Shape, compiled: bool = Fa
         ours = _generate_ours(model, params, prompts, shape.new_tokens)
         return Operation(ours, partial(_generate_theirs, prompts, shape.new_tokens), theirs, kinds(caches=CACHES))
 
-    def chat() -> Operation:
-        return decode(1)._replace(ours=_stream_ours(model, params, tokens[:1, :ANSWERED], shape.new_tokens))
+    def steps() -> Operation:
+        return decode(1)._replace(ours=_steps_ours(model, params, tokens[:1, :ANSWERED], shape.new_tokens))
 
     decoding = {f"decode {number}": partial(decode, number) for number in DECODED_ROWS}
-    return {"train": train, "forward": forward, "prefill": start, **decoding, "chat": chat}
+    return {"train": train, "forward": forward, "prefill": start, **decoding, STEPS: steps}
 
 
 def _kinds(sparse: bool, compiled: bool, caches: tuple[str | None, ...] = (None,)) -> tuple[Kind, ...]:
@@ -382,15 +385,21 @@ def _forward_theirs(tokens: np.ndarray, model: torch.nn.Module, cache: None) -> 
     return call
 
 
-def _prefill_ours(model: Vita, params: Mapping[str, Any], tokens: np.ndarray) -> Call:
+def _start(model: Vita, slots: int) -> Callable[[Mapping[str, Any], jax.Array], tuple[jax.Array, KVCache]]:
+    """(parameters, tokens (b s)) -> logits after the last one (b v), and a cache of `slots`; compiled."""
+
     @jax.jit
     def start(params: Mapping[str, Any], tokens: jax.Array) -> tuple[jax.Array, KVCache]:
         inputs = text_inputs(tokens)
         embeds = model.apply({"params": params}, inputs, method="embed_inputs")
-        cache = make_cache(model.config.language, *tokens.shape, embeds.dtype)
+        cache = make_cache(model.config.language, len(tokens), slots, embeds.dtype)
         return prefill(model.decoder, params["language"], embeds, inputs.positions, inputs.segment_ids, cache)
 
-    ids = _ids(tokens)
+    return start
+
+
+def _prefill_ours(model: Vita, params: Mapping[str, Any], tokens: np.ndarray) -> Call:
+    start, ids = _start(model, tokens.shape[1]), _ids(tokens)
     return lambda: [jax.block_until_ready(start(params, ids))[0]]
 
 
@@ -416,9 +425,26 @@ def _generate_ours(model: Vita, params: Mapping[str, Any], prompts: np.ndarray, 
     return lambda: [jax.block_until_ready(generate(model, params, inputs, max_new_tokens=new_tokens).tokens)]
 
 
-def _stream_ours(model: Vita, params: Mapping[str, Any], prompt: np.ndarray, new_tokens: int) -> Call:
-    inputs = text_inputs(_ids(prompt))
-    return lambda: [np.asarray([list(stream(model, params, inputs, max_new_tokens=new_tokens))])]
+def _steps_ours(model: Vita, params: Mapping[str, Any], prompt: np.ndarray, new_tokens: int) -> Call:
+    """A call of the compiled step for every token, which is read before the next one."""
+    start = _start(model, prompt.shape[1] + new_tokens)
+
+    @partial(jax.jit, donate_argnums=2)
+    def step(params: Mapping[str, Any], token: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        logits, cache = decode_step(model.decoder, params["language"], token, cache)
+        return jnp.argmax(logits, axis=-1), cache
+
+    ids = _ids(prompt)
+
+    def call() -> list[np.ndarray]:
+        logits, cache = start(params, ids)
+        answer = [np.argmax(np.asarray(logits), axis=-1)]
+        for _ in range(new_tokens - 1):
+            token, cache = step(params, answer[-1], cache)
+            answer.append(np.asarray(token))
+        return [np.stack(answer, axis=1)]
+
+    return call
 
 
 def _generate_theirs(prompts: np.ndarray, new_tokens: int, model: torch.nn.Module, cache: str) -> Call:

@@ -23,7 +23,10 @@ from vita_jax.errors import UserError
 Call = Callable[[], object]  # computes, and returns when everything is there
 
 PAUSE_SECONDS = 0.01  # before a sample: threads of the other side have stopped to look for work by then
-PILOT_CALLS = 3
+PILOT_CALLS = 2
+# How time is taken: from the wall, or as what all threads of this process have worked, which other jobs do not change
+# much. The latter says something of one thread only: threads that wait for each other may work at waiting.
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -43,37 +46,39 @@ class Ratio:
     other_seconds: float
 
 
-def take_turns(first: Call, other: Call, *, turns: int, sample_seconds: float) -> Ratio:
+def take_turns(first: Call, other: Call, *, turns: int, sample_seconds: float, clock: str = "wall") -> Ratio:
     """Times both sides in turn.
 
     Args:
       first, other: the sides; each is called before anything is timed, so compilation does not count.
       turns: samples of each side, at least 1.
       sample_seconds: both sides are called so often for a sample that the faster one takes about as long as this.
+      clock: a name of `CLOCKS`.
     """
-    calls = max(1, math.ceil(sample_seconds / max(min(pilot_seconds(first), pilot_seconds(other)), 1e-9)))
+    fastest = min(pilot_seconds(call, clock) for call in (first, other))
+    calls = max(1, math.ceil(sample_seconds / max(fastest, 1e-9)))
     seconds: dict[int, list[float]] = {0: [], 1: []}
     sides = list(enumerate((first, other)))
     for turn in range(turns):
         for number, call in sides if turn % 2 == 0 else reversed(sides):
-            seconds[number].append(_sample(call, calls))
+            seconds[number].append(_sample(call, calls, clock))
     firsts, others = np.asarray(seconds[0]), np.asarray(seconds[1])
     lower, median, upper = np.quantile(others / firsts, (0.25, 0.5, 0.75))
     return Ratio(float(median), float(lower), float(upper), float(np.median(firsts)), float(np.median(others)))
 
 
-def pilot_seconds(call: Call) -> float:
+def pilot_seconds(call: Call, clock: str = "wall") -> float:
     """Median seconds of a few calls after a first one that is not counted."""
     call()
-    return float(np.median([_sample(call, 1) for _ in range(PILOT_CALLS)]))
+    return float(np.median([_sample(call, 1, clock) for _ in range(PILOT_CALLS)]))
 
 
-def _sample(call: Call, calls: int) -> float:
+def _sample(call: Call, calls: int, clock: str) -> float:
     time.sleep(PAUSE_SECONDS)
-    start = time.perf_counter()
+    start = CLOCKS[clock]()
     for _ in range(calls):
         call()
-    return (time.perf_counter() - start) / calls
+    return (CLOCKS[clock]() - start) / calls
 
 
 def use_cores(count: int | None) -> int:

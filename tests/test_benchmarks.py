@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from experiments.benchmarks import conversion, loader
+from experiments.benchmarks import conversion, input_stalls, loader, moe_ratio, turns
+from vita_jax.data.lanes import Reading
 from vita_jax.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -43,3 +46,76 @@ def test_every_modality_is_read_by_both_loaders():
     assert table.count("\n") == 5 and "one chip trains 4,026 tokens/s" in table
     with pytest.raises(UserError, match="'smell' is unknown"):
         next(loader.run(2, ["smell"]))
+
+
+def test_ratios_are_taken_within_turns(monkeypatch):
+    """The second side takes three times as long, whatever the machine does to both."""
+    now, begun, slow = [0.0], [], [1.0]
+
+    def call(name: str, seconds: float) -> None:
+        begun.append(name)
+        now[0] += seconds * slow[0]
+        slow[0] *= 1.001  # other jobs come in as time goes by
+
+    class Clock:
+        perf_counter = staticmethod(lambda: now[0])
+        sleep = staticmethod(lambda seconds: None)
+
+    monkeypatch.setattr(turns, "time", Clock)
+    ratio = turns.take_turns(lambda: call("a", 0.5), lambda: call("b", 1.5), turns=9, sample_seconds=0.0)
+    assert abs(ratio.median - 3) < 0.01 and 2.98 < ratio.lower <= ratio.median <= ratio.upper < 3.02
+    assert begun[-6:] == ["a", "b", "b", "a", "a", "b"]
+
+
+def test_the_results_of_a_benchmark_keep_what_a_person_wrote(tmp_path):
+    output = tmp_path / "folder" / "page"
+    turns.write_page(output, "# Old\n", "## Why", {"rows": []})
+    page = output.with_suffix(".md")
+    page.write_text(page.read_text() + "\n## Why\n\nBecause.\n")
+    turns.write_page(output, "# New\n", "## Why", {"rows": [1]})
+    assert page.read_text() == "# New\n\n## Why\n\nBecause.\n"
+    assert json.loads(output.with_suffix(".json").read_text()) == {"rows": [1]}
+
+
+def test_every_operation_gives_what_transformers_gives(tmp_path):
+    from experiments.benchmarks import torch_ratio  # it imports transformers, which takes seconds
+
+    assert torch_ratio.main(["--quick", "--output", str(tmp_path / "ratio")]) == 0
+    rows = json.loads((tmp_path / "ratio.json").read_text())["rows"]
+    language = ["train", "forward", "prefill", "decode 1", "decode 8", "stepwise"]
+    wanted = [(case, name) for case in ("qwen2", "mixtral") for name in language] + [("tower", "train")]
+    assert [(row["case"], row["operation"]) for row in rows] == [*wanted, ("tower", "forward")]
+    assert all(row["difference"] <= 1e-4 and row["ratio"] > 0 for row in rows)
+    assert (tmp_path / "ratio.md").read_text().count("\n| qwen2 ") == len(language) + 1
+    assert torch_ratio.main(["--quick", "--cases", "gpt"]) == 2
+
+
+def test_two_models_that_differ_are_not_timed():
+    from experiments.benchmarks import torch_ratio, torch_sides
+
+    case = torch_ratio.quick_cases()["qwen2"]
+    operation = torch_sides.language_operations(case.config, case.shape)["forward"]()
+    assert torch_sides.fastest(operation, "equal").difference <= 1e-4
+    operation.model.model.layers[1].self_attn.k_proj.bias.data[0] += 1.0
+    with pytest.raises(UserError, match=r"changed: PyTorch \(sdpa\) differs from ours by"):
+        torch_sides.fastest(operation, "changed")
+
+
+def test_a_mixture_is_held_against_a_dense_layer(tmp_path):
+    assert moe_ratio.main(["--quick", "--output", str(tmp_path / "moe")]) == 0
+    rows = json.loads((tmp_path / "moe.json").read_text())["rows"]
+    assert [row["timed"] for row in rows] == [name for name in moe_ratio.TIMED for _ in moe_ratio.IMPLEMENTATIONS]
+    (dense,) = (row for row in rows if row["implementation"] == "dense" and row["timed"] == "forward")
+    assert 2 < dense["compiled"] < 3  # four experts in place of two, and what is around them
+
+
+def test_waiting_for_data_is_told_for_the_planned_step():
+    step = input_stalls.planned_step("image", "v5p")
+    matrices = 6 * 7.0e9 * step.rows * step.length / (0.4 * 459e12)  # the language model's layers alone
+    assert (step.rows, step.length, step.clips) == (4, 6656, 0) and matrices < step.seconds < 2 * matrices
+    assert input_stalls.planned_step("audio", "v5p").clips == 8
+    (stall,) = input_stalls.run(["text"], Reading(1), records=4, steps=2, step_seconds=0.01)
+    assert stall.rows == 4 and stall.step_seconds == 0.01 and 0 <= stall.share < 1
+    assert "| text " in input_stalls.format_stalls([stall], markdown=True)
+    with pytest.raises(UserError, match="'smell' is unknown"):
+        next(input_stalls.run(["smell"], Reading(1), records=4, steps=2))

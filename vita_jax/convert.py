@@ -16,6 +16,7 @@ MODELS = (
     "vita_1_0",
     "qwen2",
     "mixtral",
+    "llama",
     "internvit",
     "whale",
     "projector",

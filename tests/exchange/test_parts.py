@@ -31,6 +31,7 @@ from vita_jax.training.checkpoint import load_params
 from vita_jax.training.portable import PortableModel, write_portable
 
 LANGUAGE, SPARSE = tiny_vita().language, tiny_vita(sparse=True).language
+LLAMA = replace(LANGUAGE, qkv_bias=False)
 AUDIO, VISION = tiny_vita().audio, tiny_vita().vision
 VOICE = replace(SPEECH, contiguous_positions=False, initial_head=False, nar_layers=None)
 
@@ -49,6 +50,12 @@ def write_public(folder, model):
             decoder_weights.weight_table(SPARSE),
             "config.json",
             decoder_weights.config_to_hf(SPARSE),
+        ),
+        "llama": lambda: (
+            "language",
+            decoder_weights.weight_table(LLAMA),
+            "config.json",
+            decoder_weights.config_to_hf(LLAMA),
         ),
         "internvit": lambda: (
             "vision",
@@ -76,7 +83,7 @@ def write_public(folder, model):
     return name
 
 
-@pytest.mark.parametrize("model", ["qwen2", "mixtral", "internvit", "whale", "codec", "speech_decoder"])
+@pytest.mark.parametrize("model", ["qwen2", "mixtral", "llama", "internvit", "whale", "codec", "speech_decoder"])
 def test_round_trip_of_a_part(tmp_path, model):
     source, run = tmp_path / "public", tmp_path / "run"
     component = write_public(source, model)
@@ -86,8 +93,8 @@ def test_round_trip_of_a_part(tmp_path, model):
     loaded = load_params(run)
     assert list(loaded.params) == [component]
     config = getattr(loaded.config.model, component)
-    want = {"qwen2": LANGUAGE, "mixtral": SPARSE, "internvit": VISION, "whale": AUDIO, "codec": CODEC}.get(model, VOICE)
-    assert config == want
+    want = {"qwen2": LANGUAGE, "mixtral": SPARSE, "llama": LLAMA, "internvit": VISION, "whale": AUDIO, "codec": CODEC}
+    assert config == want.get(model, VOICE)
     export_checkpoint(open_checkpoint(run), tmp_path / "back")
     assert_same_tensors(source, tmp_path / "back")
     assert open_and_verify(run, model, source, quiet) == len(TensorFiles(source))

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from vita_jax.errors import UnsupportedOption
 
 HERE = Path(__file__).parent
-BUILT_AREAS = ("audio", "vision", "vita", "speech_out")
+BUILT_AREAS = ("audio", "vision", "vita", "speech_out", "llava_flamingo")
 
 
 class CaseError(Exception):

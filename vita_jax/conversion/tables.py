@@ -37,6 +37,8 @@ class Rule:
       shape: shape of the parameter, without the stacked axes; default the transposed `split`.
       layers: number of stacked layers; None where `torch` has no `{i}`.
       experts: number of stacked experts; None where `torch` has no `{e}`.
+      numbers: what `{i}` counts, where that is not 0, 1, ... up to `layers`: (3, 7, 11) if every fourth layer has such
+        a tensor.
     """
 
     torch: str
@@ -47,11 +49,14 @@ class Rule:
     shape: tuple[int, ...] | None = None
     layers: int | None = None
     experts: int | None = None
+    numbers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for axis, mark in (("layers", LAYER), ("experts", EXPERT)):
             if (mark in self.torch) != (getattr(self, axis) is not None):
                 raise ValueError(f"rule {self.torch!r}: `{axis}` goes together with {mark} in the name")
+        if self.numbers is not None and len(self.numbers) != self.layers:
+            raise ValueError(f"rule {self.torch!r}: {len(self.numbers)} numbers were given for {self.layers} layers")
         sizes = {math.prod(s) for s in (self.torch_shape, self.split, self.shape) if s is not None}
         if len(sizes) != 1:
             shapes = f"{self.torch_shape}, {self.split}, {self.shape}"
@@ -61,6 +66,7 @@ class Rule:
     def names(self) -> list[str]:
         """Torch names, in the order of the stacked axes."""
         layers, experts = (range(1 if number is None else number) for number in (self.layers, self.experts))
+        layers = layers if self.numbers is None else self.numbers
         return [self.torch.replace(LAYER, str(i)).replace(EXPERT, str(e)) for i in layers for e in experts]
 
     @property
@@ -263,7 +269,7 @@ def iter_import(table: Table, tensors: Mapping[str, np.ndarray], prefix: str = "
     last = {rule.path: rule.names[-1] for rule in table.rules}
     for rule, index, part in iter_parts(table, tensors, prefix):
         if not rule.stack:
-            yield rule.path, np.ascontiguousarray(part)
+            yield rule.path, np.ascontiguousarray(part).reshape(part.shape)  # it makes scalars vectors
             continue
         name = rule.names[int(np.ravel_multi_index(index, rule.stack))]
         if stacked is None:

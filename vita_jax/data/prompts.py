@@ -8,7 +8,7 @@ frame and -500 for every sound. Follows `preprocess_multimodal` and the template
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -22,14 +22,14 @@ from vita_jax.data.prompt_tokens import (
     IMAGE,
     IMAGE_TOKEN,
     VIDEO,
-    Span,
     encode_spans,
     encode_string,
     tokenize_with_placeholders,
 )
+from vita_jax.data.rendering import Message, Sentence, alternating, checked, render_spans
 from vita_jax.data.templates import MODALITIES, SystemTexts, Template
 from vita_jax.data.tokenizer import Tokenizer
-from vita_jax.errors import UnsupportedOption, UserError
+from vita_jax.errors import UserError
 
 __all__ = [
     "AUDIO",
@@ -58,7 +58,6 @@ __all__ = [
     "with_media",
 ]
 
-Message = Mapping[str, str]
 # What a state head has to say: `vita_jax.models.state_head` numbers its classes so.
 STATE_LABELS = {"audio": -101, "noise": -102, "text": -103}
 _MEDIA = re.compile(f"{IMAGE}|{VIDEO}")
@@ -116,17 +115,6 @@ class EncodedPrompt:
     media: tuple[MediaSlot, ...]
 
 
-@dataclass(frozen=True)
-class _Sentence:
-    role: str  # "human" or "gpt"
-    text: str
-    symbol: str = ""
-
-    @property
-    def value(self) -> str:
-        return self.symbol + self.text
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Questions about a conversation
 
@@ -139,7 +127,7 @@ def modality_of(conversations: Sequence[Message]) -> str:
 
 def count_placeholders(conversations: Sequence[Message]) -> tuple[int, int, int]:
     """Numbers of `<image>`, `<video>` and `<audio>` in all messages."""
-    values = [_checked(message, position)[1] for position, message in enumerate(conversations)]
+    values = [checked(message, position)[1] for position, message in enumerate(conversations)]
     return tuple(sum(value.count(marker) for value in values) for marker in (IMAGE, VIDEO, AUDIO))
 
 
@@ -175,13 +163,13 @@ def state_labels(conversations: Sequence[Message], inserted_id: int | None = Non
     labels: list[int] = []
     for position, message in enumerate(conversations):
         label = STATE_LABELS["noise" if position + 1 == inserted_id else "audio"]
-        labels += [label] * _checked(message, position)[1].count(AUDIO)
+        labels += [label] * checked(message, position)[1].count(AUDIO)
     return labels
 
 
 def answer_states(conversations: Sequence[Message], inserted_id: int | None = None) -> list[str]:
     """What each answer but a leading one answers: "noise" at `inserted_id`, "audio" after an `<audio>`, or "text"."""
-    messages = [_checked(message, position) for position, message in enumerate(conversations)]
+    messages = [checked(message, position) for position, message in enumerate(conversations)]
     return [_state(messages, i, inserted_id) for i, (role, _) in enumerate(messages) if i and role == "gpt"]
 
 
@@ -220,11 +208,11 @@ def encode_conversation(
     lacks the template's markers.
     """
     sentences, media = _prepare(conversations, template, tile_counts, frame_counts, inserted_id, options)
-    sentences = _alternating(sentences)
+    sentences = alternating(sentences)
     if modality is None:
         modality = modality_of(conversations)
     system = _system_text(template, system_texts, modality, sentences)
-    spans = _render_spans(template, system, sentences, open_turn=False, end_tag=end_tag)
+    spans = render_spans(template, system, sentences, open_turn=False, end_tag=end_tag)
     prompt = "".join(span.text for span in spans)
     miscounted = False
     if options.retokenise_rounds:
@@ -261,18 +249,18 @@ def encode_prompt(
     if isinstance(conversations, str):
         conversations = [{"from": "human", "value": conversations}]
     if prepared:
-        sentences, media = [_Sentence(*_checked(message, i)) for i, message in enumerate(conversations)], ()
+        sentences, media = [Sentence(*checked(message, i)) for i, message in enumerate(conversations)], ()
     else:
         sentences, media = _prepare(
             conversations, template, tile_counts, frame_counts, None, options, answers_have_symbols=True
         )
-    sentences = _alternating(sentences)
+    sentences = alternating(sentences)
     if sentences[-1].role != "human":
         raise UserError('the last message of a prompt must be from "human": there is nothing to answer')
     if modality is None:
         modality = modality_of(conversations)
     system = _system_text(template, system_texts, modality, sentences)
-    spans = _render_spans(template, system, sentences, open_turn=True, end_tag=True)
+    spans = render_spans(template, system, sentences, open_turn=True, end_tag=True)
     prompt = "".join(span.text for span in spans)
     if options.retokenise_rounds:
         ids = tokenize_with_placeholders(prompt, tokenizer)
@@ -299,8 +287,8 @@ def render(
     conversations: Sequence[Message], template: Template, system: str, *, open_turn: bool = False, end_tag: bool = True
 ) -> str:
     """The prompt string of prepared messages. open_turn: end with the header of an answer still to come."""
-    sentences = _alternating([_Sentence(*_checked(message, i)) for i, message in enumerate(conversations)])
-    spans = _render_spans(template, system, sentences, open_turn=open_turn, end_tag=end_tag)
+    sentences = alternating([Sentence(*checked(message, i)) for i, message in enumerate(conversations)])
+    spans = render_spans(template, system, sentences, open_turn=open_turn, end_tag=end_tag)
     return "".join(span.text for span in spans)
 
 
@@ -316,8 +304,8 @@ def _prepare(
     inserted_id: int | None,
     options: PromptOptions,
     answers_have_symbols: bool = False,
-) -> tuple[list[_Sentence], tuple[MediaSlot, ...]]:
-    messages = [_checked(message, position) for position, message in enumerate(conversations)]
+) -> tuple[list[Sentence], tuple[MediaSlot, ...]]:
+    messages = [checked(message, position) for position, message in enumerate(conversations)]
     if inserted_id is not None and not (0 <= inserted_id < len(messages) and messages[inserted_id][0] == "gpt"):
         raise UserError(
             f'inserted_id {inserted_id} is not the index of a message from "gpt" ({len(messages)} messages)'
@@ -342,7 +330,7 @@ def _prepare(
             if state is None:
                 state = _state(messages, position, inserted_id)
             symbol, value = getattr(symbols, state), rest
-        sentences.append(_Sentence(role, value, symbol))
+        sentences.append(Sentence(role, value, symbol))
     return sentences, tuple(media)
 
 
@@ -403,36 +391,11 @@ class _MediaCounts:
         return _MEDIA.sub(repeat, value), slots
 
 
-def _checked(message: Message, position: int) -> tuple[str, str]:
-    """(role, value) of a message."""
-    role, value = message.get("from"), message.get("value")
-    if role not in ("human", "gpt"):
-        raise UserError(f'message {position}: "from" must be "human" or "gpt", got {role!r}')
-    if not isinstance(value, str):
-        raise UserError(f'message {position}: "value" must be text, got {type(value).__name__}')
-    return role, value
-
-
-def _alternating(sentences: Sequence[_Sentence]) -> list[_Sentence]:
-    """Without a leading answer; roles must then alternate, human first."""
-    kept = list(sentences[1:] if sentences and sentences[0].role == "gpt" else sentences)
-    if not kept:
-        raise UserError('a conversation needs at least one message from "human"')
-    for position, sentence in enumerate(kept):
-        expected = ("human", "gpt")[position % 2]
-        if sentence.role != expected:
-            raise UserError(
-                f'turns must alternate: expected "{expected}" at message '
-                f'{position + len(sentences) - len(kept)}, got "{sentence.role}"'
-            )
-    return kept
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Rendering
 
 
-def _system_text(template: Template, system_texts: SystemTexts, modality: str, sentences: Sequence[_Sentence]) -> str:
+def _system_text(template: Template, system_texts: SystemTexts, modality: str, sentences: Sequence[Sentence]) -> str:
     """The system text for the modality. Templates with one slot take `lang`, those with none take nothing."""
     if modality not in MODALITIES:
         raise UserError(f"modality {modality!r} is unknown; expected one of {', '.join(MODALITIES)}")
@@ -448,70 +411,6 @@ def _system_text(template: Template, system_texts: SystemTexts, modality: str, s
     if any(marker in system for marker in (IMAGE, VIDEO, AUDIO)):
         raise UserError(f"the system text for {modality!r} holds a media placeholder; media belong into messages")
     return system
-
-
-def _render_spans(
-    template: Template, system: str, sentences: Sequence[_Sentence], *, open_turn: bool, end_tag: bool
-) -> list[Span]:
-    if template.style == "Qwen2p5Instruct":
-        spans = list(_qwen_spans(template, system, sentences, open_turn))
-    elif template.style in ("MixtralTwo", "MixtralZh"):
-        spans = list(_mixtral_spans(template, system, sentences, open_turn))
-    elif template.style == "PLAIN":
-        return list(_plain_spans(template, sentences, open_turn))
-    else:
-        raise UnsupportedOption(
-            f"prompts of template {template.name!r} (style {template.style}) are not offered; "
-            "use qwen2p5_instruct, mixtral_two, mixtral_zh or plain"
-        )
-    return spans if end_tag else spans[:-1]  # the last span is the last end marker
-
-
-def _qwen_spans(template: Template, system: str, sentences: Sequence[_Sentence], open_turn: bool) -> Iterator[Span]:
-    start, end = template.sep, template.end_marker
-    yield Span(f"{start}system\n", trusted=True)
-    yield Span(system)
-    yield Span(end, trusted=True)
-    for sentence in sentences:
-        yield Span(f"\n{start}{_role(template, sentence)}\n", trusted=True)
-        yield from _content(sentence, end)
-    if open_turn:
-        yield Span(f"\n{start}{template.roles[1]}\n", trusted=True)
-
-
-def _mixtral_spans(template: Template, system: str, sentences: Sequence[_Sentence], open_turn: bool) -> Iterator[Span]:
-    end = template.end_marker
-    yield Span("system:", trusted=True)
-    yield Span(system)
-    yield Span(end, trusted=True)
-    for sentence in sentences:
-        yield Span(f"\n{_role(template, sentence)}:", trusted=True)
-        yield from _content(sentence, end)
-    if open_turn:
-        yield Span(f"\n{template.roles[1]}:", trusted=True)
-
-
-def _content(sentence: _Sentence, end: str) -> Iterator[Span]:
-    answer = sentence.role == "gpt"
-    yield Span(sentence.symbol, trusted=True, supervised=answer)
-    yield Span(sentence.text, supervised=answer)
-    yield Span(end, trusted=True, supervised=answer)
-
-
-def _plain_spans(template: Template, sentences: Sequence[_Sentence], open_turn: bool) -> Iterator[Span]:
-    """Pictures and their caption, nothing else (a form of pre-training that the released models do not use)."""
-    if len(sentences) > 2 or (len(sentences) == 2) == open_turn:
-        raise UserError(
-            f"template {template.name!r} takes one picture message and one caption, got {len(sentences)} messages"
-        )
-    yield Span(IMAGE * sentences[0].text.count(IMAGE))
-    for caption in sentences[1:]:
-        yield Span(caption.text, supervised=True)
-        yield Span(template.sep, trusted=True, supervised=True)
-
-
-def _role(template: Template, sentence: _Sentence) -> str:
-    return template.roles[sentence.role == "gpt"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

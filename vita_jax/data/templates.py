@@ -1,8 +1,9 @@
-"""Chat templates of the VITA family and the three system texts, as immutable data.
+"""Chat templates of VITA and LLaVA and the three system texts, as immutable data.
 
-Source: the original conversation definitions (`vita/conversation.py`), restated as values. System texts are no part of
-a template: the user supplies them, selected by modality. Nothing here is ever modified in place; the original writes
-the selected system text into its shared template and so has to copy it before every use.
+Source: the original conversation definitions (`vita/conversation.py`, `llava/conversation.py`), restated as values.
+System texts are no part of a template: the user supplies them, VITA's selected by modality. Nothing here is ever
+modified in place; the original writes the selected system text into its shared template and so has to copy it before
+every use.
 """
 
 import difflib
@@ -110,6 +111,10 @@ def _two(name: str, end: str) -> Template:
     return Template(name, ("USER", "ASSISTANT"), " ", end, "TWO", name, 1)
 
 
+def _llava(name: str, style: str, sep: str, sep2: str, version: str) -> Template:
+    return Template(name, ("USER", "ASSISTANT"), sep, sep2, style, version, 1)
+
+
 TEMPLATES: Mapping[str, Template] = MappingProxyType(
     {
         template.name: template
@@ -132,6 +137,10 @@ TEMPLATES: Mapping[str, Template] = MappingProxyType(
             Template("plain", ("", ""), "\n", None, "PLAIN", "Unknown", 0),
             _two("minicpm", "</s>"),
             _two("llama", "<|end_of_text|>"),
+            # LLaVA's; v1 and vicuna_v1 are two names, and llava_v1 differs by its system text only.
+            *(_llava(name, "TWO", " ", "</s>", "v1") for name in ("v1", "vicuna_v1", "llava_v1")),
+            Template("llava_v0", ("Human", "Assistant"), "###", None, "SINGLE", "Unknown", 1),
+            _llava("llava_llama_2", "LLAMA_2", "<s>", "</s>", "llama_v2"),
         )
     }
 )

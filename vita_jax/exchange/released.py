@@ -124,7 +124,7 @@ def guess_model(folder: str | Path) -> str:
     if EMBEDDING in names:
         if has("model.vision_tower."):
             return "vita_1_0" if sparse else "vita_1_5"
-        return "mixtral" if sparse else "qwen2"
+        return "mixtral" if sparse else "qwen2" if has(".q_proj.bias") else "llama"
     for model, start in (
         ("projector", "mm_projector."),
         ("audio_adapter", "audio_encoder.adpter."),
@@ -256,6 +256,7 @@ MODELS: dict[str, Callable[[Path, TensorSource], Released]] = {
     "vita_1_0": _vita("vita_1_0"),
     "qwen2": _language("qwen2"),
     "mixtral": _language("mixtral"),
+    "llama": _language("llama"),
     "internvit": _internvit,
     "whale": _whale,
     "projector": _projector,

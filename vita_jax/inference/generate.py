@@ -6,7 +6,7 @@ come and go, are answered by `engine.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from vita_jax.errors import UserError
 from vita_jax.inference.sampling import GREEDY, Greedy, Sampler
 from vita_jax.models.language.cache import KVCache, last_valid
 from vita_jax.models.language.decoder import Decoder, make_cache
+from vita_jax.models.llava import Llava
 from vita_jax.models.vita import Vita, VitaInputs
 
 Params = Mapping[str, Any]
@@ -107,29 +108,68 @@ def generate_from_embeds(
       key: random key; needed unless the sampler is `Greedy`.
       pad_token: fills the rest of a row that has stopped.
     """
+    key = checked_key(max_new_tokens, sampler, key)
+    batch, length = segment_ids.shape
+    cache = make_cache(decoder.config, batch, length + max_new_tokens, inputs_embeds.dtype)
+    logits, cache = prefill(decoder, params, inputs_embeds, positions, segment_ids, cache)
+    return continue_rows(
+        partial(decode_step, decoder, params),
+        logits,
+        cache,
+        empty=~jnp.any(segment_ids > 0, axis=1),
+        max_new_tokens=max_new_tokens,
+        stop_tokens=stop_tokens,
+        sampler=sampler,
+        key=key,
+        pad_token=pad_token,
+    )
+
+
+def checked_key(max_new_tokens: int, sampler: Sampler, key: jax.Array | None) -> jax.Array:
+    """The random key, or one that nothing is drawn from. Raises UserError for arguments that do not go together."""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens {max_new_tokens} must be at least 1")
     if key is None and not isinstance(sampler, Greedy):
         raise UserError(f"{sampler} draws at random; give a random key")
-    key = jax.random.key(0) if key is None else key
-    batch, length = segment_ids.shape
-    stops = jnp.asarray(stop_tokens or (-1,), jnp.int32)  # -1 equals no token
-    cache = make_cache(decoder.config, batch, length + max_new_tokens, inputs_embeds.dtype)
-    logits, cache = prefill(decoder, params, inputs_embeds, positions, segment_ids, cache)
+    return jax.random.key(0) if key is None else key
 
-    def choose(step: jax.Array, logits: jax.Array, done: jax.Array, out: jax.Array) -> tuple:
-        token = sampler(logits, jax.random.fold_in(key, step))
+
+def continue_rows(
+    step: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
+    logits: jax.Array,
+    cache: Any,
+    *,
+    empty: jax.Array,
+    max_new_tokens: int,
+    stop_tokens: tuple[int, ...],
+    sampler: Sampler,
+    key: jax.Array,
+    pad_token: int,
+) -> Generated:
+    """The loop of generation, for any model.
+
+    Args:
+      step: (tokens (b,), cache) -> (logits (b v) of the token after, cache).
+      logits: (b v), what follows the prompts.
+      cache: a pytree, what `step` continues.
+      empty: (b,) bool, rows that stay empty.
+      max_new_tokens, stop_tokens, sampler, key, pad_token: see `generate_from_embeds`.
+    """
+    batch = logits.shape[0]
+    stops = jnp.asarray(stop_tokens or (-1,), jnp.int32)  # -1 equals no token
+
+    def choose(number: jax.Array, logits: jax.Array, done: jax.Array, out: jax.Array) -> tuple:
+        token = sampler(logits, jax.random.fold_in(key, number))
         done = done | jnp.any(token[:, None] == stops, axis=1)
         token = jnp.where(done, pad_token, token)
-        return token, done, out.at[:, step].set(token)
+        return token, done, out.at[:, number].set(token)
 
     def body(state: tuple) -> tuple:
-        step, token, done, lengths, out, cache = state
-        logits, cache = decode_step(decoder, params, token, cache)
-        token, done, out = choose(step, logits, done, out)
-        return step + 1, token, done, lengths + ~done, out, cache
+        number, token, done, lengths, out, cache = state
+        logits, cache = step(token, cache)
+        token, done, out = choose(number, logits, done, out)
+        return number + 1, token, done, lengths + ~done, out, cache
 
-    empty = ~jnp.any(segment_ids > 0, axis=1)
     out = jnp.full((batch, max_new_tokens), pad_token, jnp.int32)
     first = jnp.zeros((), jnp.int32)
     token, done, out = choose(first, logits, empty, out)
@@ -140,7 +180,7 @@ def generate_from_embeds(
 
 @partial(jax.jit, static_argnames=("model", "max_new_tokens", "stop_tokens", "sampler", "pad_token"))
 def generate(
-    model: Vita,
+    model: Vita | Llava,
     params: Params,
     inputs: VitaInputs,
     *,

@@ -13,6 +13,7 @@ with static shapes, any number of pictures and clips per row, and rows packed wi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import chex
@@ -266,6 +267,34 @@ def append_pooled(features: jax.Array, grids: tuple[int, ...]) -> jax.Array:
     return jnp.concatenate([features, *pooled], axis=1) if pooled else features
 
 
+def features_of_tiles(
+    tiles: jax.Array,
+    encode: Callable[[jax.Array], jax.Array],
+    width: int,
+    dtype: jnp.dtype,
+    *,
+    initializing: bool,
+) -> jax.Array:
+    """The tiles' part of the feature table, tile by tile.
+
+    Args:
+      tiles: (b t S S 3); t may be 0, and then nothing is encoded unless parameters are to be made.
+      encode: (n S S 3) -> (n k d).
+      width, dtype: d, and of the result.
+      initializing: whether parameters are being made.
+
+    Returns:
+      (b t*k d).
+    """
+    b, t = tiles.shape[:2]
+    if t == 0 and not initializing:
+        return jnp.zeros((b, 0, width), dtype)
+    if t == 0:
+        tiles = jnp.zeros((b, 1, *tiles.shape[2:]), tiles.dtype)
+    features = rearrange(encode(rearrange(tiles, "b t ... -> (b t) ...")), "(b t) k d -> b (t k) d", b=b)
+    return features if t else features[:, :0]
+
+
 class Vita(nn.Module):
     """The whole model. Parameters: `vision/...`, `projector/...`, `language/...`; `audio/...` if it hears,
     `ctc_head/...` if it was taught by transcripts, `state_head/...` if it has one, and `codec/...`, `speech/...` if it
@@ -310,15 +339,13 @@ class Vita(nn.Module):
         Returns:
           (b t*k d), or (b t*(k + pooled) d) with `pooled_grids`; tile by tile.
         """
-        b, t = tiles.shape[:2]
-        if t == 0 and not self.is_initializing():
-            return jnp.zeros((b, 0, self.config.language.hidden_size), self.dtype)
-        if t == 0:
-            tiles = jnp.zeros((b, 1, *tiles.shape[2:]), tiles.dtype)
-        projected = self.projector(self.tower_features(rearrange(tiles, "b t ... -> (b t) ..."), deterministic))
-        features = append_pooled(projected, self.config.pooled_grids)
-        features = rearrange(features, "(b t) k d -> b (t k) d", b=b)
-        return features if t else features[:, :0]
+
+        def encode(tiles: jax.Array) -> jax.Array:
+            projected = self.projector(self.tower_features(tiles, deterministic))
+            return append_pooled(projected, self.config.pooled_grids)
+
+        width = self.config.language.hidden_size
+        return features_of_tiles(tiles, encode, width, self.dtype, initializing=self.is_initializing())
 
     def audio_features(self, features: jax.Array, lengths: jax.Array, deterministic: bool = True) -> AudioFeatures:
         """What the audio tower makes of clips: features (n f m), lengths (n,) -> see `AudioFeatures`.

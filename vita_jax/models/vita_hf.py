@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from vita_jax.errors import UserError
+from vita_jax.errors import UnsupportedOption, UserError
 from vita_jax.models.audio import tower_weights
 from vita_jax.models.connectors.projectors import DEFAULT_PROJECTOR, ProjectorConfig
 from vita_jax.models.language import decoder_weights
@@ -75,6 +75,8 @@ def config_to_hf(config: VitaConfig) -> dict[str, Any]:
     """
     language = decoder_weights.config_to_hf(config.language)
     sparse = config.language.num_experts > 0
+    if not sparse and not config.language.qkv_bias:
+        raise UnsupportedOption("the original VITA has no LLaMA (qkv_bias=False, dense); export it in parts")
     fields = {
         **language,
         "architectures": ["VITAMixtralForCausalLM" if sparse else "VITAQwen2ForCausalLM"],

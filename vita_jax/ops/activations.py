@@ -25,6 +25,11 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+def squared_relu(x: jax.Array) -> jax.Array:
+    """relu(x)^2 (So et al. 2021)."""
+    return jnp.square(jax.nn.relu(x))
+
+
 def hard_sigmoid(x: jax.Array) -> jax.Array:
     """relu6(x + 3) / 6."""
     return jnp.clip(x + 3.0, 0.0, 6.0) / 6.0
@@ -41,6 +46,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": quick_gelu,
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
+    "squared_relu": squared_relu,
 }
 
 

@@ -88,6 +88,18 @@ def warmup_cosine(step: Any, total_steps: int, warmup_ratio: float, peak: float,
     return peak * xp.where(xp.asarray(step) < warmup, rising, falling)
 
 
+def warmup_constant(step: Any, warmup: int, peak: float, xp: Any = jnp) -> Any:
+    """Learning rate of optimiser step `step` (from 0): linear from 0 over `warmup` steps, then `peak`.
+
+    Args:
+      step: () or (n) integer.
+      warmup: steps it takes to reach the peak.
+      peak: largest rate.
+      xp: as in `warmup_cosine`.
+    """
+    return peak * xp.minimum(1.0, xp.asarray(step) / max(1, warmup))
+
+
 def learning_rate_multipliers(scales: tuple[tuple[str, float], ...], paths: list[str]) -> dict[str, float]:
     """The multiplier of every path: that of the first pattern that matches it (`re.search`), else 1.
 
@@ -119,6 +131,7 @@ def make_optimizer(
     matrices: Mapping[str, MuonDimensionNumbers] | None = None,
     *,
     factored: bool = False,
+    decayed: re.Pattern[str] = DECAYED,
 ) -> optax.GradientTransformation:
     """Clipping, the direction of Adam, Muon or Adafactor, weight decay, multipliers; without the learning rate.
 
@@ -127,14 +140,15 @@ def make_optimizer(
       multipliers: flat path -> factor on the learning rate, for every trainable parameter.
       matrices: what Muon trains, see `muon_matrices`; None: Adam trains everything.
       factored: Adafactor trains everything instead.
+      decayed: of the paths that weight decay acts on.
     """
-    decayed = {path: bool(DECAYED.search(path)) for path in multipliers}
+    decays = {path: bool(decayed.search(path)) for path in multipliers}
     direction = _adafactor() if factored else _adam(config)
     if matrices is not None:
         direction = _divided(direction, _muon(config, dict(matrices)), frozenset(matrices))
     parts = [
         direction,
-        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.add_decayed_weights(config.weight_decay, mask=decays),
         _scale_by(dict(multipliers)),
     ]
     if config.clip_norm is not None:

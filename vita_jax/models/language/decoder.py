@@ -1,7 +1,7 @@
 """The one decoder: a pre-norm transformer with grouped-query attention, rotary positions and SwiGLU feed-forwards.
 
 Qwen2 (arXiv 2407.10671, section 2) as published: biases on q, k and v only, RMS norms, an untied output head. Mixtral
-(arXiv 2401.04088) as published: no biases, and a feed-forward per expert. A layer:
+(arXiv 2401.04088) as published: no biases, and a feed-forward per expert. LLaMA: no biases (`llama.py`). A layer:
 
     x = x + attention(norm(x));  x = x + feed_forward(norm(x))
 

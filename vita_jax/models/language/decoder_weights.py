@@ -1,8 +1,10 @@
-"""Published names and fields of the decoder, in transformers' Qwen2 and Mixtral layouts (one tensor per expert)."""
+"""Published names and fields of the decoder: transformers' Qwen2, Mixtral (one tensor per expert) and LLaMA layouts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from vita_jax.conversion.tables import Rule, Table, copy, linear, norm
@@ -68,60 +70,129 @@ def _feed_forward_rules(config: DecoderConfig, layer: str, path: str) -> tuple[R
     return (*router, *rules) if config.num_experts else rules
 
 
-# Defaults of the public configuration classes (transformers 4.41.1), for fields that a `config.json` leaves out.
-QWEN2_DEFAULTS = {
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 22016,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-6,
-}
-MIXTRAL_DEFAULTS = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 4096 * 32,
-    "rope_theta": 1e6,
-    "rms_norm_eps": 1e-5,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "router_aux_loss_coef": 0.001,
-    "output_router_logits": False,
-}
-# Switches that no model of VITA sets, and the only value offered here.
-QWEN2_FIXED = {"hidden_act": "silu", "use_sliding_window": False, "tie_word_embeddings": False}
-MIXTRAL_FIXED = {
-    "hidden_act": "silu",
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "router_jitter_noise": 0.0,
-}
+@dataclass(frozen=True)
+class Family:
+    """How one family writes its `config.json`.
+
+    Attributes:
+      model_type: word that its `model_type` holds, whatever the case and what is around it.
+      architecture: name of its public class.
+      defaults: of the public configuration class (transformers 4.41.1), for fields that a file leaves out. Without a
+        default for `num_key_value_heads` every query head has its own.
+      fixed: switches that none of the models here sets, and the only value offered.
+    """
+
+    model_type: str
+    architecture: str
+    defaults: Mapping[str, Any]
+    fixed: Mapping[str, Any]
+
+
+QWEN2 = Family(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    MappingProxyType(
+        {
+            "vocab_size": 151936,
+            "hidden_size": 4096,
+            "intermediate_size": 22016,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 32768,
+            "rope_theta": 10000.0,
+            "rms_norm_eps": 1e-6,
+        }
+    ),
+    MappingProxyType({"hidden_act": "silu", "use_sliding_window": False, "tie_word_embeddings": False}),
+)
+MIXTRAL = Family(
+    "mixtral",
+    "MixtralForCausalLM",
+    MappingProxyType(
+        {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 4096 * 32,
+            "rope_theta": 1e6,
+            "rms_norm_eps": 1e-5,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "router_aux_loss_coef": 0.001,
+            "output_router_logits": False,
+        }
+    ),
+    MappingProxyType(
+        {"hidden_act": "silu", "sliding_window": None, "tie_word_embeddings": False, "router_jitter_noise": 0.0}
+    ),
+)
+LLAMA = Family(
+    "llama",
+    "LlamaForCausalLM",
+    MappingProxyType(
+        {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "max_position_embeddings": 2048,
+            "rope_theta": 10000.0,
+            "rms_norm_eps": 1e-6,
+        }
+    ),
+    MappingProxyType(
+        {
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "rope_scaling": None,
+            "tie_word_embeddings": False,
+        }
+    ),
+)
+FAMILIES = (MIXTRAL, LLAMA, QWEN2)
+
+
+def family_of(values: Mapping[str, Any]) -> Family:
+    """The family of a `config.json`: by its `model_type`; without one a Mixtral if it has experts, else a Qwen2.
+
+    Raises:
+      UnsupportedOption: another family, such as MPT, GPT-NeoX or OPT, whose layers are not this decoder's.
+    """
+    said = str(values.get("model_type") or "").lower()
+    for family in FAMILIES:
+        if family.model_type in said:
+            return family
+    if said:
+        known = ", ".join(family.model_type for family in FAMILIES)
+        raise UnsupportedOption(
+            f"decoder config: model_type {values['model_type']!r} is not offered: its layers differ from the decoder's "
+            f"(RMS norms, rotary positions, SwiGLU); use a checkpoint of one of {known}"
+        )
+    return MIXTRAL if "num_local_experts" in values else QWEN2
 
 
 def config_from_hf(values: Mapping[str, Any]) -> DecoderConfig:
     """The configuration from the fields of a public `config.json`; absent fields take that class's defaults.
 
-    It is a Mixtral's if `model_type` says so or a number of experts is given, else a Qwen2's. The load-balancing loss
-    has a weight only if `output_router_logits` is set, as in the original.
+    The load-balancing loss has a weight only if `output_router_logits` is set, as in the original.
 
     Raises:
-      UnsupportedOption: a switch that no model of VITA sets: another activation, a sliding window, a tied output head,
-        noise on the router.
+      UnsupportedOption: another family, see `family_of`; or a switch that none of the models here sets: another
+        activation, a sliding window, a tied output head, scaled positions, noise on the router.
     """
-    sparse = "mixtral" in str(values.get("model_type", "")).lower() or "num_local_experts" in values
-    for name, fixed in (MIXTRAL_FIXED if sparse else QWEN2_FIXED).items():
+    family = family_of(values)
+    for name, fixed in family.fixed.items():
         if values.get(name, fixed) != fixed:
             raise UnsupportedOption(f"decoder config: {name} {values[name]!r} is not offered; only {fixed!r} is")
-    v = {**(MIXTRAL_DEFAULTS if sparse else QWEN2_DEFAULTS), **values}
+    v = {**family.defaults, **values}
     experts: dict[str, Any] = {}
-    if sparse:
+    if family is MIXTRAL:
         experts = {
             "num_experts": v["num_local_experts"],
             "experts_per_token": v["num_experts_per_tok"],
@@ -132,12 +203,12 @@ def config_from_hf(values: Mapping[str, Any]) -> DecoderConfig:
         hidden_size=v["hidden_size"],
         num_layers=v["num_hidden_layers"],
         num_heads=v["num_attention_heads"],
-        num_kv_heads=v["num_key_value_heads"],
+        num_kv_heads=v.get("num_key_value_heads") or v["num_attention_heads"],
         head_dim=v.get("head_dim") or v["hidden_size"] // v["num_attention_heads"],
         intermediate_size=v["intermediate_size"],
         rope_theta=v["rope_theta"],
         rms_norm_eps=v["rms_norm_eps"],
-        qkv_bias=not sparse,
+        qkv_bias=family is QWEN2,
         max_positions=v["max_position_embeddings"],
         **experts,
     )
@@ -147,16 +218,17 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     """The fields of a public `config.json`, as `config_from_hf` reads them.
 
     Raises:
-      UnsupportedOption: neither a Qwen2 (biases, dense) nor a Mixtral (no biases, experts).
+      UnsupportedOption: biases and experts, which no published family has together.
     """
-    sparse = config.num_experts > 0
-    if config.qkv_bias == sparse:
+    if config.qkv_bias and config.num_experts:
         raise UnsupportedOption(
-            f"decoder: qkv_bias={config.qkv_bias} with num_experts={config.num_experts} is neither Qwen2 nor Mixtral"
+            f"decoder: qkv_bias=True with num_experts={config.num_experts} is neither Qwen2 (biases, dense) nor "
+            "Mixtral (no biases, experts) nor LLaMA (no biases, dense)"
         )
+    family = QWEN2 if config.qkv_bias else MIXTRAL if config.num_experts else LLAMA
     fields = {
-        "architectures": ["MixtralForCausalLM" if sparse else "Qwen2ForCausalLM"],
-        "model_type": "mixtral" if sparse else "qwen2",
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
@@ -166,15 +238,15 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "rms_norm_eps": config.rms_norm_eps,
         "max_position_embeddings": config.max_positions,
-        **(MIXTRAL_FIXED if sparse else QWEN2_FIXED),
+        **family.fixed,
     }
     if config.head_dim != config.hidden_size // config.num_heads:
         fields["head_dim"] = config.head_dim
-    if sparse:
+    if family is MIXTRAL:
         fields |= {
             "num_local_experts": config.num_experts,
             "num_experts_per_tok": config.experts_per_token,
-            "router_aux_loss_coef": config.router_aux_loss_coef or MIXTRAL_DEFAULTS["router_aux_loss_coef"],
+            "router_aux_loss_coef": config.router_aux_loss_coef or MIXTRAL.defaults["router_aux_loss_coef"],
             "output_router_logits": config.router_aux_loss_coef > 0,
         }
     return fields

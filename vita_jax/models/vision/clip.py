@@ -1,7 +1,7 @@
-"""CLIP's vision transformer (Radford et al. 2021), LLaVA's tower and an option of VITA's.
+"""CLIP's vision transformer (Radford et al. 2021), the tower of LLaVA and open Flamingo and an option of VITA's.
 
-A class token in front, a norm before the first layer and quick GELU. Users read the hidden state before the last layer
-without the class token. Images must have the configured size.
+A class token in front, a norm before the first layer and quick GELU. LLaVA reads the hidden state before the last layer
+without the class token, Flamingo the one after it. Images must have the configured size.
 """
 
 from __future__ import annotations
@@ -15,6 +15,14 @@ from vita_jax.errors import UserError
 from vita_jax.models.vision.encoder import Encoder, ViTConfig, check_image_size
 from vita_jax.nn.layers import Dense, LayerNorm, normal_init
 from vita_jax.ops.patches import cut_patches
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def clip_vit_large_224px() -> ViTConfig:
+    """CLIP ViT-L/14 at 224 pixels."""
+    return ViTConfig(1024, 24, 16, 4096, 224, 14, hidden_act="quick_gelu", layer_norm_eps=1e-5)
 
 
 def clip_vit_large_336px() -> ViTConfig:
@@ -56,7 +64,7 @@ class ClipEmbeddings(nn.Module):
 
 
 class ClipVision(nn.Module):
-    """The tower; parameters `embeddings`, `pre_norm`, `encoder/layers`, `post_norm`."""
+    """The tower; parameters `embeddings`, `pre_norm`, `encoder/layers`, `post_norm`, and `projection` if it has one."""
 
     config: ViTConfig
     dtype: jnp.dtype = jnp.float32
@@ -71,8 +79,9 @@ class ClipVision(nn.Module):
           capture: also return intermediates.
 
         Returns:
-          `selected` and `last_hidden_state` (b 1+p d), `pooler_output` (b d). With `capture` also `embeddings` (before
-          the norm) and, stacked, `hidden_states` (l+1 b 1+p d), `self_attn` and `mlp` (l b 1+p d).
+          `selected` and `last_hidden_state` (b 1+p d), `pooler_output` (b d); `image_embeds` (b e), e the
+          `projection_size`, if there is one. With `capture` also `embeddings` (before the norm) and, stacked,
+          `hidden_states` (l+1 b 1+p d), `self_attn` and `mlp` (l b 1+p d).
 
         Raises:
           UserError: images of another size, or no such layer.
@@ -84,6 +93,11 @@ class ClipVision(nn.Module):
         last, selected, captured = Encoder(config, self.dtype, name="encoder")(x, select_layer, capture)
         pooled = LayerNorm(config.layer_norm_eps, self.dtype, name="post_norm")(last[:, 0])
         out = {"selected": selected, "last_hidden_state": last, "pooler_output": pooled}
+        if config.projection_size:
+            project = Dense(
+                (config.projection_size,), axes=("embed", None), use_bias=False, dtype=self.dtype, name="projection"
+            )
+            out["image_embeds"] = project(pooled)
         return out | captured | ({"embeddings": embeddings} if capture else {})
 
 

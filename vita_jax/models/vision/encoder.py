@@ -19,7 +19,10 @@ from vita_jax.ops.attention import dot_product_attention
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Sizes of a square-image tower with learned positions; `hidden_act` is a name in `ops/activations.py`."""
+    """Sizes of a square-image tower with learned positions; `hidden_act` is a name in `ops/activations.py`.
+
+    `projection_size` is the width of the space that CLIP's images and texts share, 0 for a tower without that matrix.
+    """
 
     hidden_size: int
     num_layers: int
@@ -30,6 +33,7 @@ class ViTConfig:
     hidden_act: str
     layer_norm_eps: float
     num_channels: int = 3
+    projection_size: int = 0
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:

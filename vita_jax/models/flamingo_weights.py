@@ -1,0 +1,131 @@
+"""Names of open_flamingo checkpoints around a LLaMA.
+
+    vision_encoder.<open_clip>, perceiver.<resampler>
+    lang_encoder.model.embed_tokens.weight, lang_encoder.model.norm.weight, lang_encoder.lm_head.weight
+    lang_encoder.model.layers.<i>.decoder_layer.<LLaMA layer>
+    lang_encoder.model.layers.<i>.gated_cross_attn_layer.<block>        for layers that have one
+
+A file may give layers and blocks a second time, or only, under shorter names, start every name with `module.`, and
+stack q, k and v of the tower; `view` gives the names of the tables. What training saves lacks everything that was
+frozen (`trained_table`); the language model and the tower then come from files of their own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from vita_jax.conversion.tables import Rule, Table, copy, iter_export, linear, norm
+from vita_jax.conversion.views import Source, View, joined
+from vita_jax.errors import UnsupportedOption, UserError
+from vita_jax.models.connectors import perceiver_resampler_weights
+from vita_jax.models.flamingo import FlamingoConfig
+from vita_jax.models.language import gated_cross_attention_weights
+from vita_jax.models.language.decoder_weights import layer_rules
+from vita_jax.models.language.gated_decoder import block_numbers
+from vita_jax.models.vision import clip_weights
+
+VISION_PREFIX, LANGUAGE_PREFIX = "vision_encoder.", "lang_encoder."
+LAYER = f"{LANGUAGE_PREFIX}model.layers.{{i}}."
+# Second names of layers and of blocks.
+ALIASES = (
+    (re.compile(r"lang_encoder\.old_decoder_blocks\.(\d+)\.(.*)"), "decoder_layer"),
+    (re.compile(r"lang_encoder\.gated_cross_attn_layers\.(\d+)\.(.*)"), "gated_cross_attn_layer"),
+)
+# Where other language models keep their layers.
+OTHER_MODELS = {
+    "transformer.blocks.": "MPT",
+    "gpt_neox.layers.": "GPT-NeoX",
+    "model.decoder.layers.": "OPT",
+    "transformer.h.": "GPT-J",
+}
+# Buffers that follow from the config, and what training saves of a frozen tower because its name has "embed" in it.
+IGNORED = (r".*rotary_emb\.inv_freq",)
+SAVED_BY_NAME = (r"vision_encoder\.(class_embedding|positional_embedding)",)
+
+
+def weight_table(config: FlamingoConfig) -> Table:
+    """The table of the whole model, for the names that `view` gives."""
+    c = config.language
+    language = (
+        _embedding(config),
+        *_layers(config),
+        *norm(f"{LANGUAGE_PREFIX}model.norm", "norm", c.hidden_size, bias=False),
+        *linear(f"{LANGUAGE_PREFIX}lm_head", "lm_head", (c.hidden_size,), (c.vocab_size,), bias=False),
+    )
+    table = clip_weights.open_clip_table(config.vision).prefixed(torch=VISION_PREFIX, path="vision/")
+    return table + _trained(config) + Table(language, IGNORED).prefixed(path="language/")
+
+
+def trained_table(config: FlamingoConfig) -> Table:
+    """The table of a training checkpoint: resampler, gated blocks, and the embedding table with the new tokens."""
+    return _trained(config) + Table((_embedding(config),), SAVED_BY_NAME).prefixed(path="language/")
+
+
+def _trained(config: FlamingoConfig) -> Table:
+    resampler = perceiver_resampler_weights.weight_table(config.resampler)
+    numbers = block_numbers(config.language.num_layers, config.cross_attention_every)
+    blocks = gated_cross_attention_weights.weight_table(
+        config.cross_attention, f"{LAYER}gated_cross_attn_layer.", numbers
+    )
+    return resampler.prefixed(torch=perceiver_resampler_weights.FLAMINGO_PREFIX, path="resampler/") + blocks.prefixed(
+        path="cross_attention/"
+    )
+
+
+def _layers(config: FlamingoConfig) -> tuple[Rule, ...]:
+    rules = layer_rules(config.language, "layers")
+    return tuple(replace(rule, torch=rule.torch.replace("layers.{i}.", f"{LAYER}decoder_layer.")) for rule in rules)
+
+
+def _embedding(config: FlamingoConfig) -> Rule:
+    shape = (config.language.vocab_size, config.language.hidden_size)
+    return copy(f"{LANGUAGE_PREFIX}model.embed_tokens.weight", "embed_tokens/embedding", shape)
+
+
+def view(tensors: Mapping[str, np.ndarray]) -> View:
+    """A file's tensors under the names of the tables.
+
+    Raises:
+      UnsupportedOption: a language model whose layers are not the decoder's.
+      UserError: two tensors for one name.
+    """
+    sources: dict[str, Source] = {}
+    aliases: dict[str, Source] = {}
+    for name, source in clip_weights.open_clip_sources(tensors).items():
+        plain = name.removeprefix("module.")
+        _check_language_model(plain)
+        canonical = _canonical(plain)
+        target = sources if canonical == plain else aliases
+        if canonical in target:
+            raise UserError(f"the checkpoint has two tensors for {canonical}: {target[canonical].name}, {source.name}")
+        target[canonical] = source
+    return View(tensors, {**aliases, **sources})
+
+
+def _canonical(name: str) -> str:
+    for pattern, part in ALIASES:
+        if match := pattern.fullmatch(name):
+            return f"{LAYER.replace('{i}', match[1])}{part}.{match[2]}"
+    return name
+
+
+def _check_language_model(name: str) -> None:
+    for start, model in OTHER_MODELS.items():
+        if name.startswith(LANGUAGE_PREFIX + start):
+            raise UnsupportedOption(
+                f"the checkpoint's language model is {model} ({name}), whose layers are not this decoder's; only "
+                "Flamingo around a LLaMA is offered"
+            )
+
+
+def export_tensors(config: FlamingoConfig, params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """(torch name, array) of every tensor of a whole checkpoint, in the published layout; the inverse of an import
+    through `view`.
+    """
+    table = weight_table(config)
+    return joined(iter_export(table, params), clip_weights.open_clip_stacks(table.torch_names))

@@ -204,7 +204,9 @@ class CodecStreamer:
         self._params = {name: params[name] for name in ("quantizer", "generator")}
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
-        """A whole utterance at once: (t,) int32 -> (t * hop,) samples."""
+        """A whole utterance at once: (t,) int32 -> (t * hop,) samples; no tokens are no sound."""
+        if not len(tokens):
+            return np.zeros((0,), np.float32)
         codes = jnp.asarray(tokens, jnp.int32)[None, :, None]
         return np.asarray(decode_codes(self.codec, self._params, codes, self._voice)[0])
 

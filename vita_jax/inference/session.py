@@ -286,6 +286,8 @@ class Session:
             # The model's table may have more rows than the tokenizer has entries; those spell nothing.
             spelt = (token for token in self._marked(tokens) if token < self.tokenizer.vocab_size)
             for text in self._pieces(spelt, decoder):
+                if self._answered is not asked:  # interrupted, or something else was asked
+                    return
                 asked.raw += text
                 if not symbol_done and asked.raw.strip():
                     # The symbol is one character, so the first one decides.

@@ -15,9 +15,10 @@ from vita_jax.conversion.tables import export_params, flatten, import_params
 from vita_jax.errors import UnsupportedOption, UserError
 from vita_jax.models.language.decoder import Decoder, DecoderConfig, make_cache, mixtral_8x7b
 from vita_jax.models.language.decoder_weights import config_from_hf, weight_table
-from vita_jax.models.language.experts import ROUTER, router_logits
+from vita_jax.models.language.experts import ROUTER, expert_axes, router_logits
+from vita_jax.ops.expert_parallel import ExpertAxes
 from vita_jax.parallel.mesh import MESH_AXES
-from vita_jax.parallel.rules import param_shardings
+from vita_jax.parallel.rules import LOGICAL_RULES, param_shardings
 
 CONFIG = DecoderConfig(
     vocab_size=19,
@@ -122,12 +123,24 @@ def test_experts_are_spread_over_their_mesh_axis():
     assert specs["layers/moe/router/kernel"] == PartitionSpec(None, "fsdp", None)
 
 
+def test_experts_are_computed_where_the_rule_table_has_them():
+    """But for kernels that the mesh does not divide, which are whole everywhere."""
+    mesh = AbstractMesh((1, 2, 2, 2, 2), MESH_AXES)
+    with nn.logical_axis_rules(tuple(LOGICAL_RULES.items())):
+        all_cut = ExpertAxes(("fsdp", "expert"), ("context",), ("expert",), ("fsdp",), ("tensor",))
+        assert expert_axes(mesh, 4, 12, 10) == all_cut
+        assert expert_axes(mesh, 3, 9, 5) == ExpertAxes(("fsdp", "expert"), ("context",))
+        assert expert_axes(AbstractMesh((), ()), 4, 12, 10) == ExpertAxes()
+    assert expert_axes(mesh, 4, 12, 10) == ExpertAxes()  # no table, nothing is cut
+
+
 def test_sizes_that_the_mesh_does_not_divide_are_refused():
     """An odd vocabulary, or one key head, cannot be cut in two; the message names the parameter and the axis."""
-    mesh = AbstractMesh((2, 2, 2, 2, 1), MESH_AXES)
-    for change, word in (({"num_kv_heads": 2}, "'vocab' of size 19"), ({"vocab_size": 20}, "'kv_heads' of size 1")):
+    mesh, large = AbstractMesh((2, 2, 2, 2, 1), MESH_AXES), replace(CONFIG, hidden_size=1 << 18)
+    odd = {"num_kv_heads": 2}, "'vocab' of size 19"
+    for change, word in (odd, ({"vocab_size": 20}, "'kv_heads' of size 1")):
         with pytest.raises(UserError, match=rf"{word} cannot be cut in 2 parts \(mesh axis tensor\)"):
-            param_shardings(abstract_params(replace(CONFIG, **change)), mesh)
+            param_shardings(abstract_params(replace(large, **change)), mesh)
 
 
 def test_full_size_has_the_published_number_of_parameters_and_can_be_cut():
@@ -153,6 +166,7 @@ def test_config_of_a_published_mixtral():
         ({"experts_per_token": 5}, "between 1 and num_experts 4"),
         ({"num_experts": 0, "router_aux_loss_coef": 0.1}, "needs experts"),
         ({"expert_implementation": "fast"}, "ragged, dense"),
+        ({"expert_buffer_factor": 0.5}, "expert_buffer_factor 0.5 must be at least 1"),
     ],
 )
 def test_bad_configs_say_what_is_wrong(change, word):

@@ -127,9 +127,9 @@ def test_model_parameters_do_not_depend_on_the_objective(model_and_params):
 
 @pytest.mark.slow
 def test_load_balancing_loss_is_added_with_its_weight():
-    """The released models leave it out; what the router does is reported in any case."""
+    """The released models leave it out; what the router does is reported in any case, and what bounded buffers drop."""
     config = model_config()
-    language = dataclasses.replace(config.language, num_experts=4, remat="full")
+    language = dataclasses.replace(config.language, num_experts=4, remat="full", expert_buffer_factor=1.0)
     batch = make_batch(0, rows=2)
     models = [
         Vita(dataclasses.replace(config, language=dataclasses.replace(language, router_aux_loss_coef=weight)))
@@ -146,5 +146,6 @@ def test_load_balancing_loss_is_added_with_its_weight():
     metrics = {name: float(value / count) for name, (value, count) in sums.metrics.items()}
     assert float(total) == pytest.approx(float(plain) + 0.5 * metrics["router_balance"], rel=1e-5)
     assert sum(metrics[f"expert_load_{i}"] for i in range(4)) == pytest.approx(1.0, rel=1e-5)
+    assert metrics["dropped"] == 0  # nothing is sent on one device
     router, plain_router = (g["language"]["layers"]["moe"]["router"]["kernel"] for g in (grads, plain_grads))
     assert float(jnp.abs(router - plain_router).max()) > 1e-6

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh
 from vita_jax.nn.layers import Dense, Initializer, low_rank_factors, torch_linear_uniform
 from vita_jax.ops.expert_parallel import ExpertAxes, apply_sharded_experts
 from vita_jax.ops.experts import ExpertLinear, Experts, apply_experts, route
-from vita_jax.ops.meshes import used_axes
+from vita_jax.ops.meshes import num_parts, used_axes
 
 # Collection that receives what the router did when a caller makes it mutable: its logits, which the load-balancing loss
 # needs, and where buffers are bounded how many assignments of each token were dropped.
@@ -102,7 +102,7 @@ class SparseMoE(nn.Module):
     def _apply_experts(self, x: jax.Array, logits: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array]:
         """x (b s d), logits (b s e) -> (b s d), and how many assignments of each token were dropped (b s) int32."""
         mesh = jax.sharding.get_abstract_mesh()
-        axes = expert_axes(mesh)
+        axes = expert_axes(mesh, *experts.gate.kernel.shape)
         # What `init` runs the model on is one short row, which no mesh could divide.
         if axes == ExpertAxes() or self.implementation == "dense" or self.is_initializing():
             routing = route(logits.reshape(-1, self.num_experts), self.experts_per_token)
@@ -125,16 +125,23 @@ class SparseMoE(nn.Module):
             self.sow(ROUTER, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
-def expert_axes(mesh: AbstractMesh) -> ExpertAxes:
-    """The mesh axes larger than 1 over which the current rule table cuts tokens and experts; none without a mesh."""
+def expert_axes(mesh: AbstractMesh, num_experts: int, width: int, hidden: int) -> ExpertAxes:
+    """The mesh axes larger than 1 over which the current rule table cuts tokens and kernels; none without a mesh.
 
-    def axes_of(name: str) -> tuple[str, ...]:
-        return used_axes(mesh, *nn.logical_to_mesh_axes((name,)))
+    Args:
+      mesh: the current one.
+      num_experts, width, hidden: e, d, f. Kernels that a mesh does not divide are whole at rest, if they are allowed to
+        be (`vita_jax.parallel.rules`), and so they are here.
+    """
+
+    def axes_of(name: str, size: int = 0) -> tuple[str, ...]:
+        axes = used_axes(mesh, *nn.logical_to_mesh_axes((name,)))
+        return () if size % num_parts(mesh, axes) else axes
 
     batch, length = axes_of("batch"), axes_of("length")
-    # Kernels cut over devices that have the same tokens are made whole before the layer, which is then the same on all.
-    embed = tuple(axis for axis in axes_of("embed") if axis in batch + length)
-    return ExpertAxes(batch, length, experts=axes_of("experts"), embed=embed, mlp=axes_of("mlp"))
+    # What is cut over devices that have the same tokens is made whole before the layer, where all of them need all.
+    embed = tuple(axis for axis in axes_of("embed", width) if axis in batch + length)
+    return ExpertAxes(batch, length, axes_of("experts", num_experts), embed, axes_of("mlp", hidden))
 
 
 def router_logits(variables: Mapping[str, Any]) -> jax.Array:

@@ -23,7 +23,7 @@ from vita_jax.errors import UserError
 FlatParams = Mapping[str, jax.Array]
 
 # Weight decay acts on matrices only, as in the original's trainer: not on biases, norm weights or layer scales.
-DECAYED = re.compile(r"(^|/)(kernel|embedding)$")
+DECAYED = re.compile(r"(^|/)(kernel|embedding|lora_[ab])$")
 
 # Muon is for the matrices inside of a model; what gives logits is none of them, nor is an embedding.
 KERNEL = re.compile(r"(^|/)kernel(_v)?$")

@@ -33,6 +33,7 @@ from vita_jax.training.checkpoint import checkpoint_folder, complete_steps, load
 from vita_jax.training.experiment import ExperimentConfig, build_model
 from vita_jax.training.flops import stage_flops
 from vita_jax.training.loop import describe
+from vita_jax.training.metrics import read_metrics
 from vita_jax.training.objectives import OBJECTIVES, model_inputs
 from vita_jax.training.plan import initial_params, plan_stage
 from vita_jax.training.stages import flatten, trained_so_far, unflatten
@@ -108,7 +109,7 @@ def test_what_is_printed(finished):
     planned = plan_stage(config, build_model(config), config.stages[2], make_mesh(MeshConfig()))
     number = sum(leaf.size for path, leaf in planned.shapes.items() if path.endswith(("lora_a", "lora_b")))
     (line,) = [line for line in describe(config, [planned]).splitlines() if " language " in line]
-    assert line.split()[1] == f"{number:,}"
+    assert f"{number:,}" in line.split()
 
 
 @pytest.mark.parametrize(("stage_name", "at"), [("tuned", 1), ("tuned", 5), ("more", 1), ("after", 1)])
@@ -168,6 +169,7 @@ def test_to_peft_and_back(finished, tmp_path):
     assert first.keys() == kept.keys() and lines == [f"stage own: goes on with the adapters of {tmp_path / 'kept'}\n"]
     with pytest.raises(UserError, match="rank 3 and scale .* for 7 layers, but .* rank 2 and scale 2 for 7 layers"):
         other = dataclasses.replace(own, lora=LoraConfig(rank=3))
+        config = dataclasses.replace(config, stages=(other,))
         initial_params(config, model, plan_stage(config, model, other, make_mesh(MeshConfig())))
 
 
@@ -180,19 +182,14 @@ def test_the_loss_falls(tmp_path):
     tuned = dataclasses.replace(config.stages[1], trainable=(), steps=20)
     config = dataclasses.replace(config, stages=(config.stages[0], tuned))
     run(config, lambda config, own: Same(0, own.batch_size, own.row_length, own.row_tiles))
-    records = [r for r in loop_records(tmp_path) if r["stage"] == "tuned" and r["event"] == "step"]
-    assert records[-1]["loss"] < records[0]["loss"] - 0.1
-
-
-def loop_records(run_dir: Path) -> list[dict]:
-    from vita_jax.training.metrics import read_metrics
-
-    return list(read_metrics(run_dir))
+    records = [r for r in read_metrics(tmp_path) if r["stage"] == "tuned" and r["event"] == "step"]
+    losses = [record["loss"] for record in records]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.05
 
 
 def test_several_starts_give_merged_weights(tmp_path):
     stages = (
-        stage("text", trainable=(), lora=LORA, steps=1),
+        stage("text", trainable=(), lora=LORA, steps=3),
         stage("tower", objective="cell_naming", trainable=("^vision/",), steps=1),
         stage("both", trainable=("^projector/",), steps=1, start_from=("text", "tower")),
     )
@@ -315,19 +312,18 @@ def test_every_layer_that_may_have_an_adapter_uses_it():
     batch = make_batch(0)
     audio = rng.normal(size=(4, 1, 40, 80)).astype(np.float32)
     index = batch["feature_index"].copy()
-    index[:, -2] = 4  # the first token of the clip, behind the tile's four
+    index[:, 5] = 3 + config.audio.num_tokens(40)  # the last token of the clip, behind the tile's four
     batch |= {"audio": audio, "audio_lengths": np.full((4, 1), 40, np.int32), "feature_index": index}
     batch["state_labels"] = np.where(np.arange(16) == 5, -101, -100).astype(np.int32) * np.ones((4, 1), np.int32)
-    objective, model = OBJECTIVES["language_modeling"], Vita(config)
+    loss, model = OBJECTIVES["language_modeling"].loss, Vita(config)
 
     @jax.jit
     def gradient(adapters):
-        loss = lambda tree: objective.loss(model, lora.attach(params, tree), batch, jax.random.key(1)).loss  # noqa: E731
-        return jax.grad(loss)(adapters)
+        return jax.grad(lambda tree: loss(model, lora.attach(params, tree), batch, jax.random.key(1)).loss)(adapters)
 
     grads = {path: np.abs(leaf).max() for path, leaf in flatten(gradient(adapters)).items() if path.endswith("lora_b")}
     assert len(grads) > 20
-    assert not [path for path, largest in grads.items() if not largest > 0]
+    assert [path for path, largest in grads.items() if not largest > 0] == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

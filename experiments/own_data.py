@@ -22,7 +22,16 @@ may have any common format, rate and number of channels (the first is taken). Fo
 speaker (per language: the first recording in each is the voice it speaks with). Its texts are written out as replies
 are before they are spoken: lower case, no punctuation, digits one by one.
 
-Tokenizer and recogniser's characters are those of the data. Talk to the result with
+To adapt a model that is there already, a run or what `vita_jax.convert` has imported, name it; the language model then
+keeps its weights if adapters (LoRA) are asked for. Model, tokenizer, prompts and voices are that model's:
+
+        --config.stages.own_data.start_from=runs/vita_1_5 --config.stages.own_data.lora.rank=16
+
+Adapters take the place of `^language/` in `.trainable`; what else that names trains along, and can be left out:
+`--config.stages.own_data.trainable=^projector/`, or `=` for the adapters alone. `.lora.alpha` and `.lora.targets` are
+as in `vita_jax/models/lora.py`; a learning rate for adapters is some ten times that for the weights.
+
+Otherwise tokenizer and recogniser's characters are those of the data. Talk to the result with
 `python -m vita_jax.chat --checkpoint runs/mine`, `--audio FILE` asks aloud, `--speak FILE.wav` has it answer aloud.
 Without records the language model learns nothing, so that there is a recogniser or a voice, but nobody to talk to.
 
@@ -37,6 +46,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -55,6 +65,7 @@ from vita_jax.errors import UserError
 from vita_jax.models.audio.ctc_head import CtcTraining
 from vita_jax.models.codec.losses import codec_training_small
 from vita_jax.models.vita import VitaConfig, vita_1_5_with_voice, vita_small_with_voice
+from vita_jax.training.checkpoint import load_config
 from vita_jax.training.experiment import (
     CTC_VOCABULARY,
     DataConfig,
@@ -63,6 +74,7 @@ from vita_jax.training.experiment import (
     data_folder,
     tokenizer_folder,
 )
+from vita_jax.training.portable import TOKENIZER, extra_files
 from vita_jax.training.stages import Stage, starts_of
 
 RECORDS = "records"
@@ -77,6 +89,8 @@ NEEDED = (
     "texts), or several of them"
 )
 
+# Of the configuration, what comes from a model that is there already, unless it is set on the command line.
+INHERITED = ("image", "template", "system_texts", "video_rule", "prompt", "audio", "dtypes")
 # The stages of size `small` that train by Muon, as in the quickstart; all others by AdamW.
 MUON = ("speech_encoder", "codec")
 # Steps, rows and peak learning rate of every stage.
@@ -206,6 +220,7 @@ def prepare(config: ExperimentConfig) -> ExperimentConfig:
         raise UserError(f"--config.data.{given} is given without --config.data.{missing}; records need both")
     if data.json is None and data.asr is None and data.speech is None:
         raise UserError(NEEDED)
+    config = like_its_start(config)
     folder = data_folder(config)
     texts: list[str] = []
     counts: dict[str, int] = {}
@@ -234,6 +249,34 @@ def prepare(config: ExperimentConfig) -> ExperimentConfig:
         fixed = [*dataclasses.astuple(config.system_texts), "system\n", "user\n", "assistant\n"] * 20
         train_sentencepiece([*texts, *fixed], config.tokenizer.vocab_size, tokenizer_folder(config), at_most=True)
     return fitted(config, counts)
+
+
+def base_of(config: ExperimentConfig) -> str | None:
+    """The folder of the model that the records are to adapt; None where they train one of their own."""
+    names = {stage.name for stage in config.stages}
+    return next((start for start in starts_of(config.stage("own_data")) if start not in names), None)
+
+
+def like_its_start(config: ExperimentConfig) -> ExperimentConfig:
+    """The configuration with model, tokenizer and prompts of the model it starts from, if it does; small files that
+    belong to that model are copied to the run.
+    """
+    base = base_of(config)
+    if base is None:
+        return config
+    begun, run_dir = load_config(base)
+    for file in extra_files(begun, run_dir):
+        target = Path(config.run_dir) / file.name
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+    plain = get_config(config.size)
+    kept = {name: getattr(begun, name) for name in INHERITED if getattr(config, name) == getattr(plain, name)}
+    # How much is computed twice is no matter of the weights.
+    language = dataclasses.replace(begun.model.language, remat=config.model.language.remat)
+    model = dataclasses.replace(begun.model, language=language)
+    tokenizer = dataclasses.replace(begun.tokenizer, folder=str(run_dir / TOKENIZER))
+    return dataclasses.replace(config, model=model, tokenizer=tokenizer, **kept)
 
 
 def _record_texts(source: RecordsFile) -> Iterator[str]:
@@ -289,13 +332,7 @@ def fitted(config: ExperimentConfig, counts: dict[str, int]) -> ExperimentConfig
         "codec": data.speech is not None,
         "speech_decoders": data.speech is not None,
     }
-    model = config.model
-    if not hears:
-        model = dataclasses.replace(model, state_head=None)
-    if data.asr is None:
-        model = dataclasses.replace(model, audio=model.audio if hears else None, ctc_vocab_size=0)
-    if data.speech is None:
-        model = dataclasses.replace(model, codec=None, speech=None)
+    model = config.model if base_of(config) else _trimmed(config, hears)
 
     def starts_given(stage: Stage) -> tuple[str, ...]:
         """What the stage starts from; in place of a stage without data, what that would have started from."""
@@ -309,25 +346,41 @@ def fitted(config: ExperimentConfig, counts: dict[str, int]) -> ExperimentConfig
             continue
         starts = starts_given(stage)
         if stage.name == "own_data":
-            stage = _own_stage(stage, sees, hears, trains_encoder=data.asr is None)
+            encoder = data.asr is None and base_of(config) is None
+            stage = _own_stage(stage, sees, hears, trains_encoder=encoder, has_state=model.state_head is not None)
         stages.append(dataclasses.replace(stage, start_from=starts or None))
     return dataclasses.replace(config, model=model, stages=tuple(stages))
 
 
-def _own_stage(stage: Stage, sees: bool, hears: bool, trains_encoder: bool) -> Stage:
+def _trimmed(config: ExperimentConfig, hears: bool) -> VitaConfig:
+    """The model without the parts that the data has nothing for."""
+    data, model = config.data, config.model
+    if not hears:
+        model = dataclasses.replace(model, state_head=None)
+    if data.asr is None:
+        model = dataclasses.replace(model, audio=model.audio if hears else None, ctc_vocab_size=0)
+    if data.speech is None:
+        model = dataclasses.replace(model, codec=None, speech=None)
+    return model
+
+
+def _own_stage(stage: Stage, sees: bool, hears: bool, trains_encoder: bool, has_state: bool) -> Stage:
     """The stage on the records, of the modalities that they have. A trained speech encoder is frozen, so that it stays
-    the recogniser it is.
+    the recogniser it is; so is the language model where it gets adapters.
     """
     trainable = {
         "^vision/": sees,
         "^projector/": sees,
+        "^language/": stage.lora is None,
         "^audio/": hears,
-        "^state_head/": hears,
+        "^state_head/": hears and has_state,
     }
     kept = [pattern for pattern in stage.trainable if trainable.get(pattern, True)]
     if not trains_encoder:
         kept = ["^audio/adapter/" if pattern == "^audio/" else pattern for pattern in kept]
     changes: dict[str, Any] = {} if sees else {"row_tiles": 0}
     if not hears:
-        changes |= {"row_clips": 0, "clip_frames": 0, "state_labels": False}
+        changes |= {"row_clips": 0, "clip_frames": 0}
+    if not (hears and has_state):
+        changes["state_labels"] = False
     return dataclasses.replace(stage, trainable=tuple(kept), **changes)

@@ -15,18 +15,20 @@ from vita_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
+class Inner:
+    learning_rate: float = 1e-3
+    clip: float | None = 1.0
+    folder: Path = Path("a")
+
+
+@dataclasses.dataclass(frozen=True)
 class Part:
     name: str
     steps: int = 1
     scale: tuple[tuple[str, float], ...] = ()
     start_from: str | tuple[str, ...] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Inner:
-    learning_rate: float = 1e-3
-    clip: float | None = 1.0
-    folder: Path = Path("a")
+    inner: Inner | None = None
+    other: Part | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,8 @@ def apply(**overrides: str) -> Config:
         ("names", "a, b", lambda c: c.names == ("a", "b")),
         ("names", "", lambda c: c.names == ()),
         ("stages", '[{"name": "only", "steps": 3}]', lambda c: c.stages == (Part("only", 3),)),
+        ("stages.0.inner.clip", "3", lambda c: [s.inner for s in c.stages] == [Inner(clip=3.0), None]),
+        ("stages.0.inner", '{"clip": 3.0}', lambda c: c.stages[0].inner == Inner(clip=3.0)),
     ],
 )
 def test_override(path, text, read):
@@ -103,6 +107,8 @@ def test_override(path, text, read):
         ("betas", "0.5", ["1 entries", "[float, float]"]),
         ("optimizer", "x", ["group of fields", "learning_rate"]),
         ("flag.x", "1", ["no field 'x'"]),
+        ("stages.first.inner.clup", "1", ["--config.stages.first.inner.clip (float or none)", "learning_rate, clip"]),
+        ("stages.first.other.steps", "1", ["stages.first.other is a single value of type Part or none"]),
         ("stages", "[{", ["JSON"]),
         ("stages", '[{"name": "a", "stepz": 1}]', ["stepz", "steps"]),
         ("stages", '[{"steps": 1}]', ["missing", "name"]),

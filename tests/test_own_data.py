@@ -16,16 +16,18 @@ from PIL import Image
 from tests.data.media import talk, tone, write_wav
 from tests.training.hearing import hearing_model
 from tests.training.voice import CODEC, SPEECH, training
-from vita_jax import chat
-from vita_jax.config import load_module
+from vita_jax import chat, train
+from vita_jax.config import apply_overrides, load_module
 from vita_jax.data.images import ImageConfig
 from vita_jax.data.manifests import SpokenText, read_manifest
 from vita_jax.data.tokenizer import load_tokenizer
 from vita_jax.errors import UserError
 from vita_jax.inference.session import Session
+from vita_jax.models.lora import detach
 from vita_jax.training import loop
-from vita_jax.training.experiment import ExperimentConfig, data_folder, tokenizer_folder, validate
-from vita_jax.training.stages import starts_of
+from vita_jax.training.checkpoint import load_params
+from vita_jax.training.experiment import CTC_VOCABULARY, ExperimentConfig, data_folder, tokenizer_folder, validate
+from vita_jax.training.stages import flatten, starts_of
 
 own_data = load_module(str(Path(__file__).parents[1] / "experiments" / "own_data.py"))
 
@@ -168,6 +170,42 @@ def test_records_train_what_they_show(records, kinds, trained, source, tmp_path)
     assert (prepared.model.audio is not None) == (records == "spoken" or "asr" in kinds)
     assert starts_of(stage) == (("speech_encoder",) if "asr" in kinds else ())
     validate(prepared, 1)
+
+
+@pytest.mark.slow
+def test_adapters_for_a_model_that_is_there_already(source, tmp_path, capsys):
+    """The command of the README, at size smoke: on a run, and on that as an exported folder."""
+    base = own_data.prepare(config_for(tmp_path / "base", **places(source, "json", "asr")))
+    loop.run(base, stream=io.StringIO())
+    vocabulary = tmp_path / "base" / "data" / CTC_VOCABULARY
+    arguments = [f"--config={own_data.__file__}", "--config.size=smoke", "--config.stages.own_data.steps=2"]
+    arguments += [f"--config.data.{field}={value}" for field, value in places(source, "json", records="seen").items()]
+    arguments += ["--config.stages.own_data.trainable=", "--config.stages.own_data.lora.rank=2"]
+    run_dir = tmp_path / "adapted"
+    start = f"--config.stages.own_data.start_from={tmp_path / 'base'}"
+    assert train.main([*arguments, start, f"--config.run_dir={run_dir}"]) == 0
+    assert "language   " in capsys.readouterr().out
+    loaded, before = load_params(run_dir), load_params(tmp_path / "base")
+    assert loaded.config.model == before.config.model and loaded.config.model.audio is not None
+    assert loaded.config.stage("own_data").lora.rank == 2
+    assert (run_dir / CTC_VOCABULARY).read_bytes() == vocabulary.read_bytes()
+    same, adapters = detach(loaded.params)
+    assert len(flatten(adapters)) == 7 * 3
+    for path, leaf in flatten(before.params).items():
+        assert np.asarray(leaf).tobytes() == np.asarray(flatten(same)[path]).tobytes(), path
+    session = Session.load(run_dir)
+    assert session.tokenizer.vocab_size == Session.load(tmp_path / "base").tokenizer.vocab_size
+    assert isinstance("".join(session.ask("Кто?", [str(source / "1.jpg")], [])), str)
+
+
+def test_adapters_take_the_place_of_the_language_model(source, tmp_path):
+    config = config_for(tmp_path / "run", **places(source, "json", records="seen"))
+    config = apply_overrides(config, {"stages.own_data.lora.rank": "4"})
+    assert own_data.prepare(config).stage("own_data").trainable == ("^vision/", "^projector/")
+    plain = config_for(tmp_path / "plain", **places(source, "json", records="plain"))
+    plain = own_data.prepare(apply_overrides(plain, {"stages.own_data.lora.rank": "4"}))
+    loop.run(plain, stream=io.StringIO())
+    assert len(flatten(detach(load_params(plain.run_dir).params)[1])) == 7 * 3
 
 
 @pytest.mark.slow

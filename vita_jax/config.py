@@ -6,7 +6,8 @@ truth: a value from the command line or from a file is read by the annotation of
 fit is a `UserError` that names the field, the value, the type expected and the nearest existing field.
 
 Command line: `--config=experiments/x.py --config.size=smoke --config.stages.vision_sft.steps=10`. Entries of a tuple
-are addressed by index or, for dataclasses with a field `name`, by that name.
+are addressed by index or, for dataclasses with a field `name`, by that name. A group of fields that is `None` appears,
+with its defaults, when one of its fields is set: `--config.stages.vision_sft.lora.rank=16`.
 """
 
 from __future__ import annotations
@@ -264,6 +265,7 @@ def _replace(node: Any, annotation: Any, changes: Sequence[_Change], where: str,
     if not groups:
         return node
     full = next(change.path for change in changes if change.keys)
+    node = _opened(node, annotation)
     if dataclasses.is_dataclass(node):
         kinds = field_types(type(node))
         fields = {}
@@ -284,6 +286,16 @@ def _replace(node: Any, annotation: Any, changes: Sequence[_Change], where: str,
         f"--config.{full}: {where} is a single value of type {type_name(annotation)}, it has no field "
         f"{next(iter(groups))!r}; the nearest is --config.{nearest_path(root, full)}"
     )
+
+
+def _opened(node: Any, annotation: Any) -> Any:
+    """The node; in place of a None that may be one dataclass whose fields all have defaults, that."""
+    if node is not None or not _is_union(annotation):
+        return node
+    classes = [member for member in get_args(annotation) if dataclasses.is_dataclass(member)]
+    if len(classes) != 1 or not all(_has_default(field) for field in dataclasses.fields(classes[0]) if field.init):
+        return None
+    return classes[0]()
 
 
 def _entry_annotation(annotation: Any, index: int) -> Any:
@@ -314,7 +326,7 @@ def _unknown_field(full: str, where: str, key: str, known: list[str], root: Any)
 
 def nearest_path(config: Any, wanted: str) -> str:
     """The existing dotted field most like `wanted`: by its full path, a matching last word counting most."""
-    paths = list(_walk_paths(config))
+    paths = list(_walk_paths(config, type(config)))
     last = wanted.split(".")[-1]
 
     def likeness(path: str) -> float:
@@ -336,17 +348,20 @@ def _children(node: Any) -> list[tuple[str, Any]]:
     return []
 
 
-def _walk_paths(node: Any, prefix: str = "") -> list[str]:
-    paths = []
-    for name, child in _children(node):
+def _walk_paths(node: Any, annotation: Any, prefix: str = "") -> list[str]:
+    paths, node = [], _opened(node, annotation)
+    kinds = field_types(type(node)) if dataclasses.is_dataclass(node) else {}
+    for index, (name, child) in enumerate(_children(node)):
+        below = kinds[name] if kinds else _entry_annotation(annotation, index)
         paths.append(prefix + name)
-        paths += _walk_paths(child, f"{prefix}{name}.")
+        paths += _walk_paths(child, below, f"{prefix}{name}.")
     return paths
 
 
 def _annotation_at(root: Any, path: str) -> Any:
     node, annotation = root, type(root)
     for key in path.split("."):
+        node = _opened(node, annotation)
         if dataclasses.is_dataclass(node):
             annotation, node = field_types(type(node))[key], getattr(node, key)
         else:

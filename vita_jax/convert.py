@@ -83,7 +83,7 @@ def make_parser() -> ArgumentParser:
         choices=("pytorch", "vita_jax", "peft"),
         default="pytorch",
         help="pytorch: names, config and tokenizer of public checkpoints; vita_jax: for this package, without the run; "
-        "peft: the adapters alone",
+        "peft: the adapters (LoRA) alone, which the other two merge",
     )
     out.add_argument("--dtype", choices=DTYPES, help="default: as they are; with --layout vita_jax of matrices only")
     out.add_argument("--shard-gb", type=float, default=1.0, metavar="N", help="largest file of weights; default 1")

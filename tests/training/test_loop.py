@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -71,7 +72,7 @@ def finished(tmp_path_factory):
     return run_dir, printed, calls
 
 
-def assert_same_run(got: Path, want: Path, stages: tuple[str, ...] = ("naming", "joint")) -> None:
+def assert_same_run(got: Path, want: Path, stages: Sequence[str] = ("naming", "joint")) -> None:
     """Parameters, optimiser state and data position of the last checkpoints are equal bit for bit."""
     for name in stages:
         a, b = (checkpoint_folder(run_dir, name) for run_dir in (got, want))

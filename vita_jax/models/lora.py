@@ -4,8 +4,8 @@
 
 An adapter is three leaves beside the kernel it changes: `lora_a` (*stack *inputs r), `lora_b` (*stack r *outputs) and
 `lora_scale` (*stack); `stack` are the leading axes of layers and experts. `nn.Dense` and the experts use them when they
-find them, so a model with adapters is the same module with a larger tree, and a training stage chooses them with the
-pattern `lora_[ab]$`. Adapters start at zero: A as `torch.nn.Linear` draws it, B zero (as `peft` does).
+find them, so a model with adapters is the same module with a larger tree. `vita_jax.training.adapters` trains them.
+Adapters start at zero: A as `torch.nn.Linear` draws it, B zero (as `peft` does).
 
 Which leaves are linear layers, and which of their axes are inputs, is read from the model's weight table.
 """
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from vita_jax.conversion.tables import Rule, Table, flatten, unflatten
-from vita_jax.errors import UserError
+from vita_jax.errors import UnsupportedOption, UserError
 from vita_jax.nn.layers import LORA_DOWN, LORA_SCALE, LORA_UP
 
 KERNEL = "/kernel"
@@ -44,19 +44,30 @@ class LoraConfig:
       rank: r.
       alpha: the update is multiplied by alpha / rank.
       targets: regular expressions searched in the paths of layers, such as `language/layers/attention/q_proj`.
+      dropout: of what an adapter reads, which peft offers; here it is 0.
     """
 
     rank: int = 64
     alpha: float = 16.0
     targets: tuple[str, ...] = (LANGUAGE_MODEL,)
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UserError(f"LoRA rank {self.rank} must be at least 1")
+        if not 0 < self.alpha < math.inf:
+            raise UserError(f"LoRA alpha {self.alpha:g} must be above 0")
+        if self.dropout:
+            raise UnsupportedOption(f"LoRA dropout {self.dropout:g} is not offered; set lora.dropout to 0")
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a parameter is a part of an adapter."""
+    return _leaf_of(path) in LEAVES
 
 
 @dataclass(frozen=True)
@@ -165,7 +176,7 @@ def attach(params: Params, adapters: Params) -> dict[str, Any]:
       UserError: an adapter whose layer the model lacks or whose shape does not fit, or the model has adapters already.
     """
     leaves = flatten(params)
-    present = [path for path in leaves if _leaf_of(path) in LEAVES]
+    present = [path for path in leaves if is_adapter(path)]
     if present:
         raise UserError(f"the model has adapters already ({present[0]}, ...); merge or detach them first")
     for path, (down, up, scale) in _by_layer(adapters).items():
@@ -176,7 +187,7 @@ def attach(params: Params, adapters: Params) -> dict[str, Any]:
 def detach(params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
     """Inverse of `attach`: the tree of the model alone, and that of the adapters."""
     leaves = flatten(params)
-    adapters = {path: leaf for path, leaf in leaves.items() if _leaf_of(path) in LEAVES}
+    adapters = {path: leaf for path, leaf in leaves.items() if is_adapter(path)}
     base = {path: leaf for path, leaf in leaves.items() if path not in adapters}
     return unflatten(iter(base.items())), unflatten(iter(adapters.items()))
 
@@ -224,7 +235,7 @@ def _leaf_of(path: str) -> str:
 def _by_layer(adapters: Params) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
     """Path of a layer -> its three leaves."""
     leaves = flatten(adapters)
-    stray = sorted(path for path in leaves if _leaf_of(path) not in LEAVES)
+    stray = sorted(path for path in leaves if not is_adapter(path))
     if stray:
         raise UserError(f"{stray[0]} is not a part of an adapter; adapters consist of {', '.join(LEAVES)}")
     layers = dict.fromkeys(path.rpartition("/")[0] for path in leaves)

@@ -161,9 +161,15 @@ def export_adapters(table: Table, adapters: Mapping[str, Any]) -> tuple[dict[str
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": rank,
-        "lora_alpha": scale * rank,
+        "lora_alpha": _alpha_of(scale, rank),
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": "|".join(patterns),
     }
     return tensors, fields
+
+
+def _alpha_of(scale: float, rank: int) -> float:
+    """The alpha that gives a float32 scale again: as someone would have written it, where that does."""
+    alpha = round(scale * rank, 4)
+    return alpha if np.float32(alpha / rank) == np.float32(scale) else scale * rank

@@ -36,10 +36,11 @@ from jax.sharding import SingleDeviceSharding
 
 from vita_jax import config as config_lib
 from vita_jax.errors import UserError
+from vita_jax.training.adapters import adapter_layout
 from vita_jax.training.experiment import ExperimentConfig
 from vita_jax.training.objectives import OBJECTIVES
-from vita_jax.training.portable import is_portable, read_portable
-from vita_jax.training.stages import Stage
+from vita_jax.training.portable import is_portable, portable_config, read_portable
+from vita_jax.training.stages import Stage, flatten, unflatten
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -414,7 +415,8 @@ def load_params(path: str | Path, shardings: Any = None) -> LoadedModel:
 
     Args:
       path: see `find_checkpoint`; or a folder as in `vita_jax.training.portable`, which is its own run directory.
-      shardings: nested dict of shardings to restore into; None puts everything on the first device.
+      shardings: nested dict of shardings to restore into; adapters (LoRA) that it lacks go where their kernels do, and
+        what else it lacks goes to the first device, as everything does with None.
 
     Raises:
       UserError: nothing there, damaged, or of another format.
@@ -425,28 +427,37 @@ def load_params(path: str | Path, shardings: Any = None) -> LoadedModel:
         return LoadedModel(model.params, model.config, model.stage, model.step, folder, folder)
     folder = find_checkpoint(path).absolute()
     meta = read_meta(folder)
-    try:
-        config = config_lib.from_dict(ExperimentConfig, meta["config"])
-    except UserError as error:
-        raise UserError(
-            f"checkpoint {folder} was saved with a configuration this program does not know: {error}"
-        ) from None
+    config = _config_of(folder, meta)
     # The handler alone: a checkpointer would look for metadata that only whole checkpoints have.
     handler = ocp.StandardCheckpointHandler()
-    saved = handler.metadata(folder / "params").tree
-    default = SingleDeviceSharding(jax.local_devices()[0])
-    if shardings is None:
-        shardings = jax.tree.map(lambda _: default, saved)
-    else:
-        shardings = {name: shardings.get(name, jax.tree.map(lambda _: default, saved[name])) for name in saved}
-    abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), saved, shardings
-    )
-    params = handler.restore(folder / "params", args=ocp.args.StandardRestore(abstract))
+    saved = flatten(handler.metadata(folder / "params").tree)
+    layout, default = adapter_layout(saved, flatten(shardings or {})), SingleDeviceSharding(jax.local_devices()[0])
+    abstract = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.get(path, default))
+        for path, leaf in saved.items()
+    }
+    params = handler.restore(folder / "params", args=ocp.args.StandardRestore(unflatten(abstract)))
     handler.close()
     extra = OBJECTIVES[config.stage(meta["stage"]).objective].extra_names
     params = {name: tree for name, tree in params.items() if name not in extra}
     return LoadedModel(params, config, meta["stage"], meta["step"], folder, folder.parents[3])
+
+
+def load_config(path: str | Path) -> tuple[ExperimentConfig, Path]:
+    """What `load_params` would say of configuration and run directory, without the parameters. Raises as it does."""
+    if is_portable(path):
+        return portable_config(path), Path(path).absolute()
+    folder = find_checkpoint(path).absolute()
+    return _config_of(folder, read_meta(folder)), folder.parents[3]
+
+
+def _config_of(folder: Path, meta: Mapping[str, Any]) -> ExperimentConfig:
+    try:
+        return config_lib.from_dict(ExperimentConfig, meta["config"])
+    except UserError as error:
+        raise UserError(
+            f"checkpoint {folder} was saved with a configuration this program does not know: {error}"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

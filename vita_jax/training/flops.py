@@ -10,6 +10,7 @@ Counted, with 2 FLOPs for a multiplication and its addition:
   language model that trains. Rows count with their full `row_length`, which is an upper bound where they are packed
   with several conversations; encoders that draw chunks count with the full context;
 * of a mixture of experts, the `experts_per_token` that a token goes to;
+* adapters (LoRA) as the kernels they are, beside the frozen one that they adapt;
 * the output head at every position of a row, and every tile and clip that the stage's shapes have room for, padding
   included: all of it is computed. (Chunks of a row without any label are passed over, which is not counted.)
 
@@ -34,14 +35,17 @@ from vita_jax.models.audio.tower import AudioTowerConfig
 from vita_jax.models.codec.config import CodecConfig
 from vita_jax.models.codec.discriminators import SCALE_CONVS, STFT_DILATIONS, DiscriminatorConfig
 from vita_jax.models.connectors.projectors import ProjectorConfig
+from vita_jax.models.lora import LoraConfig
 from vita_jax.models.vita import Vita, VitaConfig
+from vita_jax.nn.layers import LORA_UP
 from vita_jax.ops.filter_bank import encoder_length
 from vita_jax.parallel.rules import unbox
+from vita_jax.training.adapters import with_adapters
 from vita_jax.training.experiment import ExperimentConfig
 from vita_jax.training.objectives import OBJECTIVES, init_params
 from vita_jax.training.stages import Stage, flatten, trainable_paths
 
-KERNEL = re.compile(r"(^|/|_)kernel(_v)?$")
+KERNEL = re.compile(r"((^|/|_)kernel(_v)?|/lora_[ab])$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +105,7 @@ def stage_flops(config: ExperimentConfig, stage: Stage) -> StageFlops:
       UserError: a pattern of the stage's `trainable` matches nothing.
     """
     objective = OBJECTIVES[stage.objective]
-    sizes = _parameter_sizes(config.model, stage.objective)
+    sizes = _parameter_sizes(config.model, stage.objective, stage.lora)
     trains = set(trainable_paths(stage, list(sizes)))
     trains.update(path for path in sizes if path.split("/")[0] in objective.extra_names)
 
@@ -118,16 +122,19 @@ def stage_flops(config: ExperimentConfig, stage: Stage) -> StageFlops:
         fitting = [use for use in uses if path.startswith(use.path)] if KERNEL.search(path) else []
         if fitting:
             use = max(fitting, key=lambda use: len(use.path))
-            passes = use.positions * (1 + (path in trains) + reached(use.upstream)) + use.others
+            # In front of `lora_b` is `lora_a`, which trains.
+            passed_on = path.endswith(f"/{LORA_UP}") or reached(use.upstream)
+            passes = use.positions * (1 + (path in trains) + passed_on) + use.others
             parts[use.part] += 2.0 * size * passes
     return StageFlops(parts)
 
 
 @functools.lru_cache
-def _parameter_sizes(config: VitaConfig, objective: str) -> Mapping[str, int]:
+def _parameter_sizes(config: VitaConfig, objective: str, lora: LoraConfig | None) -> Mapping[str, int]:
     """Elements of every parameter by path, from shapes alone."""
     model, chosen = Vita(config), OBJECTIVES[objective]
     shapes = jax.eval_shape(lambda key: init_params(model, chosen, key), jax.random.key(0))
+    shapes = with_adapters(shapes, config, lora)
     return {path: math.prod(leaf.shape) for path, leaf in flatten(unbox(shapes)).items()}
 
 

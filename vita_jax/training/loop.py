@@ -292,7 +292,7 @@ def starting_state(
     abstract = plan.abstract_state(run.mesh)
     window = None if plan.loss_window is None else empty_window(plan.loss_window)
     if meta is None:
-        trainable, frozen = plan.split(initial_params(run.config, run.model, plan))
+        trainable, frozen = plan.split(initial_params(run.config, run.model, plan, run.stream.write))
         layout = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
         opt_state = jax.jit(plan.optimizer.init, out_shardings=layout)(trainable)
         step, rng = np.int32(0), plan.rng

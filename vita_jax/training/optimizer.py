@@ -25,7 +25,7 @@ Moments = Literal["float32", "bfloat16"]
 MOMENTS = list(get_args(Moments))
 
 # Weight decay acts on matrices only, as in the original's trainer: not on biases, norm weights or layer scales.
-DECAYED = re.compile(r"(^|/)(kernel|embedding)$")
+DECAYED = re.compile(r"(^|/)(kernel|embedding|lora_[ab])$")
 
 # Muon is for the matrices inside of a model; what gives logits is none of them, nor is an embedding.
 KERNEL = re.compile(r"(^|/)kernel(_v)?$")

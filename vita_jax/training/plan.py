@@ -15,9 +15,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from vita_jax.errors import UserError
+from vita_jax.models.lora import is_adapter
 from vita_jax.models.vita import Vita
 from vita_jax.parallel.mesh import replicated
 from vita_jax.parallel.rules import check_whole, param_shardings, unbox
+from vita_jax.training.adapters import Say, check_objective, draw_adapters, settle_adapters, with_adapters
 from vita_jax.training.checkpoint import checkpoint_folder, load_params
 from vita_jax.training.experiment import ExperimentConfig, peak_learning_rate
 from vita_jax.training.objectives import OBJECTIVES, Objective, init_extra, init_model, init_params
@@ -27,6 +29,7 @@ from vita_jax.training.step import FlatParams, Metrics, TrainState, init_state, 
 
 # Purposes of the random keys drawn from the seed of the run; stages count on from the last.
 PARAMETERS, FIRST_STAGE = 0, 1
+ADAPTERS = (1 << 31) - 1  # from the key of a stage, whose steps count on from 0
 DRAWN_AS_A_WHOLE = 1 << 26  # parameters: models up to 256 MB
 
 
@@ -37,7 +40,7 @@ class StagePlan:
     Attributes:
       stage: as configured.
       objective: its functions.
-      shapes: path -> shape and dtype of all parameters, the objective's included.
+      shapes: path -> shape and dtype of all parameters, the objective's and the stage's adapters included.
       shardings: path -> layout.
       trainable: paths that train, in tree order.
       optimizer: update direction for these.
@@ -98,10 +101,12 @@ def plan_stage(config: ExperimentConfig, model: Vita, stage: Stage, mesh: Mesh) 
     """Resolves layout, trainable parameters, optimiser and schedule of a stage.
 
     Raises:
-      UserError: a pattern matches nothing, a parameter does not fit the mesh, or two starts trained the same parameter.
+      UserError: a pattern matches nothing or a kernel that has an adapter, a parameter does not fit the mesh, or two
+        starts trained the same parameter.
     """
     objective = OBJECTIVES[stage.objective]
-    boxed = parameter_shapes(model, objective)
+    check_objective(stage)
+    boxed = with_adapters(parameter_shapes(model, objective), model.config, stage.lora)
     check_whole(boxed, mesh, config.mesh)
     shapes = flatten(unbox(boxed))
     chosen = set(trainable_paths(stage, list(shapes)))
@@ -114,7 +119,7 @@ def plan_stage(config: ExperimentConfig, model: Vita, stage: Stage, mesh: Mesh) 
     purpose = FIRST_STAGE + config.stages.index(stage)
     matrices = muon_matrices({path: shapes[path] for path in trainable}) if stage.optimizer == "muon" else None
     if matrices is not None and not matrices:
-        raise UserError(f'stages.{stage.name}.optimizer="muon", but it trains no matrix; use "adamw"')
+        raise UserError(f'stages.{stage.name}.optimizer="muon", but it trains no matrix of the model; use "adamw"')
     return StagePlan(
         stage=stage,
         objective=objective,
@@ -188,13 +193,20 @@ def _check_starts(config: ExperimentConfig, stage: Stage, paths: Sequence[str]) 
             owner[path] = start
 
 
-def initial_params(config: ExperimentConfig, model: Vita, plan: StagePlan) -> FlatParams:
+def initial_params(config: ExperimentConfig, model: Vita, plan: StagePlan, say: Say = lambda line: None) -> FlatParams:
     """The parameters a stage starts with, in their layout: what its starts contribute, the rest newly drawn.
+
+    Args:
+      config, model, plan: of the stage.
+      say: takes a line about what becomes of adapters that it starts from.
 
     Raises:
       UserError: a start has no finished checkpoint, or its parameters have other shapes.
     """
-    given = contributions(config, plan)
+    given = contributions(config, plan, say)
+    if plan.stage.lora is not None and not any(is_adapter(path) for path in given):
+        key = jax.random.fold_in(jax.random.wrap_key_data(plan.rng), ADAPTERS)
+        given |= draw_adapters(model.config, plan.stage.lora, key, plan.shardings)
     missing = [path for path in plan.shapes if path not in given]
     extra = {path for path in missing if path.split("/")[0] in plan.objective.extra_names}
     key = jax.random.fold_in(jax.random.key(config.seed), PARAMETERS)
@@ -209,7 +221,8 @@ def initial_params(config: ExperimentConfig, model: Vita, plan: StagePlan) -> Fl
     if extra:
         given |= draw(lambda key: init_extra(model, plan.objective, key), sorted(extra))
     if len(missing) > len(extra):
-        whole = [path for path in plan.shapes if path.split("/")[0] not in plan.objective.extra_names]
+        extra_names = plan.objective.extra_names
+        whole = [path for path in plan.shapes if path.split("/")[0] not in extra_names and not is_adapter(path)]
         # Compiling takes longer than drawing a small model; a program that draws all of it serves all stages.
         small = sum(math.prod(plan.shapes[path].shape) for path in whole) <= DRAWN_AS_A_WHOLE
         drawn = draw(lambda key: init_model(model, key), whole if small else [p for p in missing if p not in extra])
@@ -217,9 +230,9 @@ def initial_params(config: ExperimentConfig, model: Vita, plan: StagePlan) -> Fl
     return {path: given[path] for path in plan.shapes}
 
 
-def contributions(config: ExperimentConfig, plan: StagePlan) -> FlatParams:
-    """What the starts of a stage give it. Of several, a later one wins where both give (never where both were
-    trained).
+def contributions(config: ExperimentConfig, plan: StagePlan, say: Say) -> FlatParams:
+    """What the starts of a stage give it, adapters as `settle_adapters` says. Of several, a later one wins where both
+    give (never where both were trained).
     """
     starts = starts_of(plan.stage)
     names = {stage.name for stage in config.stages}
@@ -227,7 +240,9 @@ def contributions(config: ExperimentConfig, plan: StagePlan) -> FlatParams:
     for start in starts:
         own = start in names
         folder = checkpoint_folder(config.run_dir, start) if own else Path(start)
-        loaded = flatten(load_params(folder, unflatten(plan.shardings)).params)
+        saved = flatten(load_params(folder, unflatten(plan.shardings)).params)
+        loaded = {path: leaf.astype(jnp.float32) for path, leaf in saved.items()}
+        loaded = settle_adapters(plan.stage, loaded, plan.shapes, start, say)
         paths = set(loaded)
         if own and len(starts) > 1:
             paths = trained_so_far(config.stage(start), config.stages, list(loaded))
@@ -238,5 +253,5 @@ def contributions(config: ExperimentConfig, plan: StagePlan) -> FlatParams:
                     f"stages.{plan.stage.name}.start_from: {folder} has {path} with shape {loaded[path].shape}, "
                     f"the model of this run expects {want}"
                 )
-            given[path] = loaded[path].astype(jnp.float32)
+            given[path] = loaded[path]
     return given

@@ -30,6 +30,7 @@ from vita_jax.conversion.tables import flatten, iter_export, iter_import, unflat
 from vita_jax.conversion.torch_files import INDEX_NAME, SINGLE_NAME, TensorFiles, write_tensors
 from vita_jax.data.loader import SourceConfig
 from vita_jax.errors import UserError
+from vita_jax.models.lora import detach, merge
 from vita_jax.models.vita_weights import weight_table
 from vita_jax.training.experiment import CTC_VOCABULARY, VOICES, ExperimentConfig, data_folder
 from vita_jax.training.stages import Stage
@@ -81,7 +82,7 @@ def write_portable(
 
     Args:
       folder: must not exist, or be empty.
-      model: what to write; its leaves may be numpy or jax arrays.
+      model: what to write; its leaves may be numpy or jax arrays. Adapters (LoRA) are merged.
       run_dir: the run that the parameters come from, for its tokenizer and the files of `EXTRA_FILES`.
       dtype: of matrices and larger; vectors (norms, biases, statistics), which are few and sensitive, keep theirs.
         None keeps all.
@@ -97,7 +98,9 @@ def write_portable(
     if not (run_dir / TOKENIZER).is_dir():
         raise UserError(f"{run_dir} has no folder {TOKENIZER!r}; a model without its tokenizer is of no use")
     with new_folder(folder) as partial:
-        tensors = iter_export(weight_table(model.config.model), model.params)
+        base, adapters = detach(model.params)
+        params = merge(base, adapters) if adapters else base
+        tensors = iter_export(weight_table(model.config.model), params)
         write_tensors(partial, as_dtype(tensors, dtype))
         shutil.copytree(run_dir / TOKENIZER, partial / TOKENIZER)
         for file in extra_files(model.config, run_dir):
@@ -238,11 +241,7 @@ def read_portable(folder: str | Path, shardings: Mapping[str, Any] | None = None
       UserError: written by another version, damaged, or weights that are not those of its configuration.
     """
     folder = Path(folder)
-    content = _read_model_file(folder / MODEL_FILE)
-    try:
-        config = config_lib.from_dict(ExperimentConfig, content["config"])
-    except UserError as error:
-        raise UserError(f"{folder / MODEL_FILE}: a configuration this program does not know: {error}") from None
+    content, config = _read_model_file(folder / MODEL_FILE), portable_config(folder)
     if not (folder / SINGLE_NAME).is_file() and not (folder / INDEX_NAME).is_file():
         raise UserError(f"{folder} has a {MODEL_FILE} but no {SINGLE_NAME}; copy the whole folder again")
     layout = flatten(shardings or {})
@@ -256,6 +255,16 @@ def read_portable(folder: str | Path, shardings: Mapping[str, Any] | None = None
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     return PortableModel(params, config, content["stage"], content["step"])
+
+
+def portable_config(folder: str | Path) -> ExperimentConfig:
+    """The configuration alone. Raises `UserError` as `read_portable`."""
+    path = Path(folder) / MODEL_FILE
+    content = _read_model_file(path)
+    try:
+        return config_lib.from_dict(ExperimentConfig, content["config"])
+    except UserError as error:
+        raise UserError(f"{path}: a configuration this program does not know: {error}") from None
 
 
 def _read_model_file(path: Path) -> dict[str, Any]:

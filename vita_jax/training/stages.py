@@ -12,6 +12,8 @@ from flax import traverse_util
 
 from vita_jax.data.loader import SourceConfig
 from vita_jax.errors import UserError
+from vita_jax.models.lora import KERNEL, LoraConfig, is_adapter
+from vita_jax.nn.layers import LORA_SCALE
 
 Optimizer = Literal["adamw", "muon", "adafactor"]
 OPTIMIZERS = list(get_args(Optimizer))
@@ -48,6 +50,8 @@ class Stage:
         starts trained.
       codec_frames: codec frames of a crop (objective `codec`) or of the longest sentence (`speech_decoder`, where
         row_length counts the tokens of its text); 0 for all other objectives.
+      lora: adapters that train beside whatever `trainable` names, in place of the kernels they adapt, see
+        `vita_jax.training.adapters`; `--config.stages.NAME.lora.rank=16` is enough. None: no adapters.
     """
 
     name: str
@@ -70,6 +74,7 @@ class Stage:
     start_from: str | tuple[str, ...] | None = None
     codec_frames: int = 0
     optimizer: Optimizer = "adamw"
+    lora: LoraConfig | None = None
 
 
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,17 +99,24 @@ STATISTICS = re.compile(r"(^|/)cmvn/|^audio/.*/running_(mean|var)$")
 
 
 def trainable_paths(stage: Stage, paths: Sequence[str]) -> list[str]:
-    """The paths the stage trains, in the given order; statistics never train.
+    """The paths the stage trains, in the given order: what its patterns match, and adapters. Statistics never train.
+
+    Args:
+      stage: what is asked for.
+      paths: of all parameters, with those of the stage's adapters.
 
     Raises:
-      UserError: a pattern is no regular expression or matches nothing, or there is no pattern.
+      UserError: a pattern is no regular expression, matches nothing, or matches a kernel that has an adapter; or there
+        is neither a pattern nor an adapter.
     """
-    if not stage.trainable:
+    adapters = {path for path in paths if is_adapter(path)}
+    if not stage.trainable and not adapters:
         raise UserError(f"stage {stage.name!r} trains nothing: give at least one pattern in `trainable`")
-    chosen: set[str] = set()
+    adapted = {path.rpartition("/")[0] + KERNEL for path in adapters}
+    chosen = {path for path in adapters if not path.endswith(f"/{LORA_SCALE}")}
     for pattern in stage.trainable:
         try:
-            matching = [path for path in paths if re.search(pattern, path)]
+            matching = [path for path in paths if re.search(pattern, path) and path not in adapters]
         except re.error as error:
             raise UserError(f"stage {stage.name!r}: {pattern!r} is not a regular expression: {error}") from None
         if not matching:
@@ -112,8 +124,23 @@ def trainable_paths(stage: Stage, paths: Sequence[str]) -> list[str]:
             raise UserError(
                 f"stage {stage.name!r}: trainable pattern {pattern!r} matches no parameter; components are {components}"
             )
+        both = [path for path in matching if path in adapted]
+        if both:
+            others = ",".join(other for other in stage.trainable if other != pattern)
+            raise UserError(
+                f"stage {stage.name!r}: trainable pattern {pattern!r} trains {both[0]}, which has an adapter "
+                f"(stages.{stage.name}.lora) and stays as it is; leave the pattern out, as in "
+                f"--config.stages.{stage.name}.trainable={others}"
+            )
         chosen.update(matching)
     return [path for path in paths if path in chosen and not STATISTICS.search(path)]
+
+
+def adapts(stage: Stage, path: str) -> bool:
+    """Whether adapters of the stage change what this parameter does: it is one, or the kernel one is added to."""
+    if stage.lora is None or not (path.endswith(KERNEL) or is_adapter(path)):
+        return False
+    return any(re.search(target, path.rpartition("/")[0]) for target in stage.lora.targets)
 
 
 def trained_so_far(stage: Stage, stages: Sequence[Stage], paths: Sequence[str]) -> set[str]:
@@ -122,7 +149,7 @@ def trained_so_far(stage: Stage, stages: Sequence[Stage], paths: Sequence[str]) 
     """
     by_name = {other.name: other for other in stages}
     # Not `trainable_paths`: a pattern may be for a head that was dropped when its stage ended.
-    trained = {path for path in paths if any(re.search(pattern, path) for pattern in stage.trainable)}
+    trained = {path for path in paths if any(re.search(p, path) for p in stage.trainable) or adapts(stage, path)}
     for start in starts_of(stage):
         # A path contributes a whole model.
         trained |= trained_so_far(by_name[start], stages, paths) if start in by_name else set(paths)

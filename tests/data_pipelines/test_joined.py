@@ -17,7 +17,7 @@ from vita_jax.errors import UserError
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return train_sentencepiece(["what is this", "a red apple", "write it down"] * 9, 60, None, at_most=True)
+    return train_sentencepiece(["what is this", "a red apple", "write it down"] * 9, 300, None, at_most=True)
 
 
 @pytest.fixture

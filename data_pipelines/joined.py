@@ -99,7 +99,9 @@ def joined_group(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]
         return list(records)
     files = sum(len(_listed(record.get(kind))) for record in records for kind in PLACEHOLDERS)
     named = sum(len(_listed(record.get("set"))) for record in records)
-    return [join_records(records)] if named in (0, files) else list(records)
+    if named not in (0, files):
+        return list(records)
+    return [{name: value for name, value in join_records(records).items() if name != "set" or value}]
 
 
 def _with_sets(record: Mapping[str, Any], checked: CheckedRecord) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def source(tmp_path):
     picture = {"image": "a.png", "conversations": talk("<image>\nwhat is this", "a red apple")}
     entries += [{"id": f"p{i}", **picture} for i in range(2)]
     entries += [{"id": "s", "audio": "a.wav", "conversations": talk("<audio>", "write it down")}]
-    noise = {"audio": "a.wav", "inserted_id": 1, "conversations": talk("<audio>", "")}
+    noise = {"audio": "a.wav", "inserted_id": 1, "conversations": talk("<audio>", "no")}
     entries += [{"id": "n", **noise}, {"id": "broken", "image": "none.png", "conversations": talk("<image>", "a")}]
     (tmp_path / "my.json").write_text(json.dumps(entries), encoding="utf-8")
     return RecordsFile(tmp_path / "my.json", root)

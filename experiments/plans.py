@@ -1,4 +1,4 @@
-"""Plans every full-size stage on its recommended slices and writes the table of docs/plans.md.
+"""Plans every full-size stage on its recommended slices and writes a table.
 
     python -m experiments.plans                          # all: 32 compilations of about a minute each on two cores
     python -m experiments.plans stage_1_3 stage_2_2      # only these stages
@@ -28,7 +28,7 @@ HEAD = """\
 Written by `python -m experiments.plans`: the training step of every stage, compiled by XLA's TPU compiler for the slice
 that its configuration recommends. `rows` are packed rows of a step x tokens of a row / micro-batches; `state`, `peak`
 and `headroom` are of one device; a step takes at least the time given, and MFU is at most the share given.
-[How these numbers are computed](plan.md).
+How these numbers are computed is said in docs/plan.md.
 """
 
 
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit status."""
     parser = ArgumentParser(prog="python -m experiments.plans", description=__doc__)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="names of stage files, such as stage_1_3")
-    parser.add_argument("--output", default=str(ROOT / "docs" / "plans.md"), metavar="FILE", help="the document")
+    parser.add_argument("--output", default="plans.md", metavar="FILE", help="the document")
     return run_command(plan_all, parser, argv)
 
 

@@ -240,7 +240,7 @@ def test_the_resampler_reads_any_number_of_tokens_and_tells_frames_apart():
 
 
 def test_gradients_reach_new_embeddings_only(params):
-    inputs = make_inputs([3, TAG, 4, 27], make_images(1))
+    inputs = make_inputs([3, TAG, 27, 4], make_images(1))  # what is read last teaches nothing
     batch = {f"pairs/{name}": value for name, value in vars(inputs).items()} | {"pairs/labels": inputs.tokens}
     objective = partial(flamingo_loss, MODEL, batch=batch, key=None, weights={"pairs": 0.5}, new_tokens=(27, TAG))
     grads = jax.jit(jax.grad(lambda params: objective(params).loss))(params)

@@ -14,7 +14,7 @@ import pytest
 
 from vita_jax.conversion.tables import export_params, import_params
 from vita_jax.errors import UserError
-from vita_jax.models.language.decoder import Block, Decoder, DecoderConfig, make_cache, qwen2_7b
+from vita_jax.models.language.decoder import REMAT_POLICIES, Block, Decoder, DecoderConfig, make_cache, qwen2_7b
 from vita_jax.models.language.decoder_weights import weight_table
 from vita_jax.ops.losses import next_token_loss, next_token_scores, shift_labels
 from vita_jax.ops.masks import make_attention_mask
@@ -147,7 +147,7 @@ def test_packed_segments_equal_separate_rows(params):
         start += size
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", sorted(set(REMAT_POLICIES) - {"none"}))
 def test_remat_changes_neither_values_nor_gradients(params, remat):
     embeds, positions, segments = inputs()
 
@@ -289,7 +289,13 @@ def test_full_size_has_the_published_number_of_parameters():
 
 
 @pytest.mark.parametrize(
-    ("change", "word"), [({"num_kv_heads": 3}, "multiple"), ({"head_dim": 5}, "even"), ({"remat": "some"}, "dots")]
+    ("change", "word"),
+    [
+        ({"num_kv_heads": 3}, "multiple"),
+        ({"head_dim": 5}, "even"),
+        ({"remat": "some"}, "none, full, attention, dots, offload"),
+        ({"attention": "flash"}, "attention 'flash' is unknown"),
+    ],
 )
 def test_bad_configs_say_what_is_wrong(change, word):
     with pytest.raises(UserError, match=word):

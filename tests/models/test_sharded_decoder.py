@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
 from vita_jax.errors import UserError
 from vita_jax.models.language.decoder import Decoder, DecoderConfig
 from vita_jax.ops.attention import segment_attention
+from vita_jax.ops.embedding import lookup
 from vita_jax.ops.losses import next_token_scores
 from vita_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh
-from vita_jax.parallel.rules import LOGICAL_RULES, param_shardings, use_mesh
+from vita_jax.parallel.rules import LOGICAL_RULES, param_shardings, unbox, use_mesh
 from vita_jax.training.objectives.language import loss_axes
 
 ROOT = Path(__file__).parents[2]
@@ -126,6 +132,71 @@ def compare_kernel() -> None:
         values("splash", True, axes)
 
 
+def compare_lookup() -> None:
+    """Rows of a table that is cut both ways, for rows of tokens that the devices do and do not divide."""
+    table = jax.random.normal(jax.random.key(0), (12, 8))
+    axes = {"table_axes": ("tensor", "fsdp"), "token_axes": (("data", "fsdp"), "context")}
+    for rows, exchanged in ((4, True), (3, False)):
+        tokens = jax.random.randint(jax.random.key(rows), (rows, 6), 0, 12)
+        with use_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2, context=2))):
+            found = jax.jit(partial(lookup, dtype=jnp.float32, **axes))
+            np.testing.assert_array_equal(found(table, tokens), table[tokens])
+            assert ("all_to_all" in found.lower(table, tokens).as_text()) == exchanged
+    print("lookup ok")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled for TPUs, which needs none
+# ---------------------------------------------------------------------------------------------------------------------
+
+TPU_CONFIG = replace(
+    CONFIG, vocab_size=4096, hidden_size=256, num_heads=4, num_kv_heads=2, head_dim=64, intermediate_size=384
+)
+SHAPE = re.compile(r"\b(?:pred|bf16|[fsu]\d+)\[([\d,]+)\]")
+
+
+def compile_for_tpu(sizes: tuple[int, ...], rows: int, length: int, config: DecoderConfig = TPU_CONFIG) -> Any:
+    """The compiled bfloat16 loss and gradients for eight chips."""
+    boxed, mesh = boxed_params(config), make_mesh(MeshConfig(*sizes), tpu_devices())
+    layout, place = param_shardings(boxed, mesh), batch_sharding(mesh)
+    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), unbox(boxed), layout)
+    batch = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=place) for name in make_batch()}
+
+    def half(params: Any, batch: Any) -> jax.Array:
+        return loss(params, batch, config, jnp.bfloat16, chunk=128)
+
+    with use_mesh(mesh):
+        return jax.jit(jax.value_and_grad(half), out_shardings=(None, layout)).lower(params, batch).compile()
+
+
+@functools.cache
+def tpu_devices() -> list[Any]:
+    return topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
+
+
+def check_compiled_for_tpu() -> None:
+    """Runs in a process that may load the TPU compiler: what exists in memory, and what travels."""
+    length = 1280  # 640 on a device, which the kernel makes 1024, and 1536 keys
+    compiled = compile_for_tpu((1, 2, 1, 2, 2), 4, length, replace(TPU_CONFIG, remat="full"))
+    text = compiled.as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 4, "forward, forward again, dq, dk and dv"
+    shapes = [[int(size) for size in found.split(",")] for found in SHAPE.findall(text)]
+    positions, vocabulary = {640, 1024, 1280, 1536}, {2048, 4096}
+    scores = [shape for shape in shapes if sum(size in positions for size in shape) > 1]
+    assert not scores, f"scores of a row exist: {scores[0]}"
+    logits = [shape for shape in shapes if positions & set(shape) and vocabulary & set(shape)]
+    assert not logits, f"logits of a row exist: {logits[0]}"
+    full = re.findall(r"= f32\[[\d,]+\]\S* all-gather(?:-start)?\(.*", text)
+    assert not full, f"gathered in float32: {full[0]}"
+    print("memory ok")
+    for remat, calls in (("attention", 3), ("offload", 3)):
+        compiled = compile_for_tpu((1, 1, 1, 1, 8), 1, 8 * 1024, replace(TPU_CONFIG, remat=remat))
+        text, memory = compiled.as_text(), compiled.memory_analysis()
+        assert text.count('custom_call_target="tpu_custom_call"') == calls, "the forward kernel runs once"
+        assert (memory.host_temp_size_in_bytes > 0) == (remat == "offload")
+        print(f"{remat} ok")
+
+
 def run_with_devices(function: str, **environment: str) -> str:
     """Runs a function of this file in a process of its own; returns what it printed."""
     code = f"from tests.models.test_sharded_decoder import {function}; {function}()"
@@ -150,5 +221,16 @@ def test_every_mesh_gives_the_numbers_of_one_device():
 
 
 @pytest.mark.slow
+def test_the_tpu_compiler_finds_neither_scores_nor_logits():
+    shared = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    assert run_with_devices("check_compiled_for_tpu", **shared).count(" ok") == 3
+
+
+@pytest.mark.slow
 def test_the_kernel_on_parts_of_rows_gives_the_numbers_of_whole_rows():
     assert "splash ok" in run_with_devices("compare_kernel", **EIGHT)
+
+
+@pytest.mark.slow
+def test_lookup_in_a_table_that_is_cut():
+    assert "lookup ok" in run_with_devices("compare_lookup", **EIGHT)

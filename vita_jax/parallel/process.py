@@ -9,10 +9,10 @@ from pathlib import Path
 
 import jax
 
-# Parameters of glibc's mallopt: arenas, mapped blocks, bytes free at the end of the heap before it shrinks, and by how
-# many it grows.
+# Parameters of glibc's mallopt: mapped blocks, bytes free at the end of the heap before it shrinks, and by how many it
+# grows. Threads keep arenas of their own: a single one makes large blocks cheaper still, but after many compilations it
+# is in so many pieces that looking for a free one took half of a step of small operations.
 _MALLOPT = {
-    "M_ARENA_MAX": (-8, 1),
     "M_MMAP_MAX": (-4, 0),
     "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
     "M_TOP_PAD": (-2, 2**28),

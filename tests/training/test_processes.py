@@ -25,28 +25,42 @@ ROOT = Path(__file__).parents[2]
 # Of a loss: sums over devices are taken in another order when they are in several processes.
 ROUNDING = 1e-6
 
-SCRIPT = """
+AGREE = """
 import json, sys
-import jax
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from pathlib import Path
+from tests.training.tiny import experiment
 from vita_jax.errors import UserError
-from vita_jax.parallel.processes import on_first
+from vita_jax.parallel.mesh import MeshConfig, check_processes, make_mesh
+from vita_jax.parallel.processes import DistributedConfig, Largest, join_processes, on_first
 from vita_jax.training.checkpoint import newest_usable
+from vita_jax.training.experiment import join_others
 from vita_jax.training.loop import gathered_state
+
+place, number, *folders = sys.argv[1:]
+number = int(number)
+join_processes(DistributedConfig(place, 2, number))
 
 class Batches:
     def get_state(self):
-        return {"lanes": {str(jax.process_index()): {"taken": 7 ** (jax.process_index() + 1)}}, "given": 0}
+        return {"lanes": {str(number): {"taken": 7 ** (number + 1)}}, "given": 0}
 
-found = []
-for folder in sys.argv[3:]:
+def told(action, *arguments):
     try:
-        meta = on_first(lambda: newest_usable(Path(folder), lambda line: None))
-        found.append(meta and meta["step"])
+        return action(*arguments)
     except UserError as error:
-        found.append(str(error))
-print(json.dumps([gathered_state(Batches()), found]))
+        return str(error)
+
+def step_of(folder):
+    return on_first(lambda: (newest_usable(Path(folder), print) or {"step": None})["step"])
+
+largest = Largest(make_mesh(MeshConfig()), delay=2)
+print(json.dumps({
+    "state": gathered_state(Batches()),
+    "steps": [told(step_of, folder) for folder in folders],
+    "meshes": [told(check_processes, make_mesh(MeshConfig(tensor=t))) for t in (1, 2, 4, 8)],
+    "largest": [largest(asked) for asked in ([0, 15, 0, 2, 0, 0], [3, 0, 0, 0, 9, 0])[number]],
+    "seeds": told(join_others, experiment("run", seed=5 * number)),
+}))
 """
 
 
@@ -56,21 +70,42 @@ def free_place() -> str:
         return f"localhost:{free.getsockname()[1]}"
 
 
+def start(command: list[str], processes: int, **environment: str) -> subprocess.Popen:
+    """One of the processes that have eight devices together."""
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
+            **environment,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 @pytest.mark.slow
-def test_what_is_found_or_gathered_is_the_same_for_all(tmp_path):
-    """Lanes of both; and checkpoints of which the newest is damaged, or all are, or there is none."""
+def test_what_two_processes_agree_on(tmp_path):
+    """Among the folders, the newest checkpoint of the first is damaged, all of the second are, the third has none."""
     some, none = tmp_path / "some", tmp_path / "none"
     some_folder, _, _ = save_some(some, steps=(2, 4))
     all_folder, _, _ = save_some(none, steps=(2, 4))
     for folder in (some_folder / "4", all_folder / "4", all_folder / "2"):
         (folder / "meta" / "metadata").write_text("{")
-    command = [sys.executable, "-c", SCRIPT, free_place()]
-    folders = [str(folder) for folder in (some_folder, all_folder, tmp_path / "nothing")]
-    running = [subprocess.Popen([*command, str(i), *folders], stdout=subprocess.PIPE, text=True) for i in range(2)]
-    told = [json.loads(process.communicate(timeout=300)[0].splitlines()[-1]) for process in running]
-    assert [state for state, _ in told] == [{"lanes": {"0": {"taken": 7}, "1": {"taken": 49}}, "given": 0}] * 2
-    for _, (newest, damaged, nothing) in told:
-        assert newest == 2 and nothing is None and f"checkpoint {all_folder}/4 is damaged" in damaged
+    place, folders = free_place(), [str(folder) for folder in (some_folder, all_folder, tmp_path / "nothing")]
+    running = [start(["-c", AGREE, place, str(number), *folders], 2) for number in range(2)]
+    ended = [process.communicate(timeout=300) for process in running]
+    for out, error in ended:
+        assert out, error
+        told = json.loads(out.splitlines()[-1])
+        assert told["state"] == {"lanes": {"0": {"taken": 7}, "1": {"taken": 49}}, "given": 0}
+        assert told["steps"][::2] == [2, None] and f"checkpoint {all_folder}/4 is damaged" in told["steps"][1]
+        assert told["largest"] == [0, 0, 3, 15, 0, 2]
+        assert told["meshes"][:3] == [None] * 3 and "a batch in 1 parts" in told["meshes"][3]
+        assert "different configurations (seed: 0 and 5)" in told["seeds"]
     assert (some_folder / "damaged-4").is_dir() and not (all_folder / "damaged-4").exists()
 
 
@@ -84,27 +119,16 @@ class Ended:
 
 
 def train(*run_dirs: Path, processes: int, stop_at: str | None = None) -> list[Ended]:
-    """Runs `together` on eight devices."""
+    """Runs `together`."""
     place, running = free_place(), []
+    environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling takes most of the time
+    if stop_at is not None:
+        environment["STOP_AT"] = stop_at
     for number in range(processes):
         flags = {"coordinator": place, "num_processes": processes, "process_id": number} if processes > 1 else {}
-        running.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.training.together", ",".join(map(str, run_dirs))]
-                + [f"--config.distributed.{name}={value}" for name, value in flags.items()],
-                cwd=ROOT,
-                env={
-                    **os.environ,
-                    **({} if stop_at is None else {"STOP_AT": stop_at}),
-                    "JAX_PLATFORMS": "cpu",
-                    "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
-                    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling takes most of the time
-                },
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        command = ["-m", "tests.training.together", ",".join(map(str, run_dirs))]
+        command += [f"--config.distributed.{name}={value}" for name, value in flags.items()]
+        running.append(start(command, processes, **environment))
     told = [process.communicate(timeout=600) for process in running]
     return [Ended(process.returncode, *texts) for process, texts in zip(running, told, strict=True)]
 

@@ -163,6 +163,11 @@ def losses(run_dir: Path) -> np.ndarray:
     return np.array([record["loss"] for record in read_metrics(run_dir) if record["event"] == "step"])
 
 
+def sums_of(process: Ended) -> list[float]:
+    """What the hooks made of the parameters."""
+    return [float(line.split(": ")[1]) for line in process.out.splitlines() if line.startswith("after")]
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(runs):
     place, _ = runs
@@ -176,9 +181,8 @@ def test_only_the_first_process_prepares_reports_and_calls_hooks(runs):
     first, second = ended["two"]
     for text in ("prepared by 0", "after naming by 0", "after joint by 0", "finished by 0", "step 6/6"):
         assert first.out.count(text) == 1, first.out
-    after = [line for line in first.out.splitlines() if line.startswith("after")]
-    assert after == [line for line in ended["one"][0].out.splitlines() if line.startswith("after")][: len(after)]
-    assert not second.out
+    assert sums_of(first) == pytest.approx(sums_of(ended["one"][0])[:2], rel=1e-5)
+    assert all(line.startswith("[Gloo]") for line in second.out.splitlines()), "a library's, which no one can silence"
     steps = [(record["event"], record["stage"], record["step"]) for record in read_metrics(place["two"])]
     assert len(steps) == len(set(steps)) == 10
     assert len(list((place["two"] / "tensorboard").iterdir())) == 1

@@ -27,8 +27,10 @@ T = TypeVar("T")
 
 AUTO = "auto"
 # How long processes wait for one that builds data, measures a model or writes a checkpoint. One that has died is
-# noticed within minutes, by jax.
+# noticed by jax, see below.
 WAIT_SECONDS = 7 * 24 * 3600
+# A process that ends alone waits so long for the others; then jax ends them.
+SHUTDOWN_SECONDS = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +92,9 @@ def join_processes(config: DistributedConfig) -> None:
         return
     # It would take SIGTERM for itself.
     jax.config.update("jax_enable_preemption_service", False)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"shutdown_timeout_seconds": SHUTDOWN_SECONDS}
     if config.coordinator != AUTO:
-        options = {"coordinator_address": config.coordinator, "cluster_detection_method": "deactivate"}
+        options |= {"coordinator_address": config.coordinator, "cluster_detection_method": "deactivate"}
         options |= {"num_processes": config.num_processes, "process_id": config.process_id}
     try:
         jax.distributed.initialize(**options)

@@ -170,9 +170,10 @@ class StageCheckpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        # What went wrong first is what the caller has to hear of.
-        with contextlib.suppress(Exception) if kind is not None else contextlib.nullcontext():
+        if kind is None:
             self.wait()
+        # What went wrong first is what the caller has to hear of; and other processes may not know of it.
+        with contextlib.suppress(Exception) if kind is not None else contextlib.nullcontext():
             self._manager.close()
 
     def latest(self) -> int | None:

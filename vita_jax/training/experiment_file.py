@@ -57,7 +57,7 @@ def prepare_data(module: ModuleType, config: ExperimentConfig) -> ExperimentConf
         prepared = prepare(config)
         return config_lib.to_dict(config if prepared is None else prepared)
 
-    prepared = config_lib.from_dict(ExperimentConfig, on_first(build))
+    prepared = config_lib.from_dict(type(config), on_first(build))
     return dataclasses.replace(prepared, distributed=config.distributed)
 
 

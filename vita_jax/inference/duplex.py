@@ -18,10 +18,11 @@ given goes on; a query stops it in the same round, what the user has heard of it
 swap roles.
 
 Nothing here starts a thread or looks at the time. `hear`, `ask`, `show`, `played`, `cancel` and `end_utterance` only
-note what has happened, in order, and may be called from another thread than `advance`, which does all the work; `events`
-may be called from any one thread. `clock` says what time it is: `time.monotonic` in a program, the time of the simulated
-sound in tests and scripts, so that a scene has the same course each time. A server calls `advance` in a thread of its
-own in a loop, sleeping a few milliseconds whenever it returns False, and hands on what `events` gives.
+note what has happened, in order, and may be called from another thread than `advance`, which does all the work;
+`events` may be called from any one thread. `clock` says what time it is: `time.monotonic` in a program, the time of the
+simulated sound in tests and scripts, so that a scene has the same course each time. A server calls `advance` in a
+thread of its own in a loop, sleeping a few milliseconds whenever it returns False, and hands on what `events` gives.
+Several conversations that share an engine are advanced by one thread, in turn.
 
 What was heard is what the player has played. A client that knows says so by `played`; for one that does not it is
 assumed that sound is played as soon as it is handed out.

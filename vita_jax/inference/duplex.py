@@ -257,18 +257,22 @@ class Duplex:
         """What has happened since the last call, in order."""
         return [self._events.popleft() for _ in range(len(self._events))]
 
+    @property
+    def answering(self) -> bool:
+        """Whether an answer is being given."""
+        return self._response is not None
+
     # ---- the work ---------------------------------------------------------------------------------------------------
 
     def advance(self) -> bool:
         """One round of work: takes in what was heard, moves both streams on by a token, makes a piece of sound.
 
         Returns:
-          Whether there was anything to do.
+          Whether there is more to do now; if not, there will be when more has been heard or played.
         """
-        busy = bool(self._inbox)
         for _ in range(len(self._inbox)):
             self._inbox.popleft()()
-        busy |= self._put()
+        busy = self._put()
         busy |= self._streams.step()
         if self._decide():
             return True  # whoever plays hears of it before more sound is made

@@ -1,4 +1,4 @@
-"""`python -m vita_jax.duplex --script scene.json`: plays a scene to a model that listens while it talks, and scores it."""
+"""`python -m vita_jax.duplex --script scene.json`: plays a scene to a model that listens while it talks; scores it."""
 
 from __future__ import annotations
 

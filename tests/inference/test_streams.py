@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vita_jax.errors import UserError
-from vita_jax.inference.engine import Answer
+from vita_jax.inference.engine import Answer, AnswerOptions
 from vita_jax.inference.prefix import LIVE, Prompt, text_prompt
 from vita_jax.inference.streams import HEAD, TOKEN, Reply, Streams, how_to_decide
 from vita_jax.models.state_head import StateHeadConfig, two_class_head
@@ -57,16 +57,14 @@ class OneSeat:
 
 
 def streams_with(symbols, decides=TOKEN, **more):
-    return SimpleNamespace(
-        seats=[OneSeat()], tokenizer=Words(symbols), symbols=STATES, decides=decides, answer_options=None, **more
-    )
+    return SimpleNamespace(seats=[OneSeat()], tokenizer=Words(symbols), symbols=STATES, decides=decides, **more)
 
 
 @pytest.mark.parametrize("release", SYMBOLS)
 @pytest.mark.parametrize("first", [1, 3])
 def test_a_query_is_decided_by_its_first_token(release, first):
     streams = streams_with(SYMBOLS[release])
-    reply = Reply(streams, 0, text_prompt([5]), None, False)
+    reply = Reply(streams, 0, text_prompt([5]), AnswerOptions())
     assert reply.poll() == "" and not reply.decided
     reply._work.tokens += [first]
     assert reply.poll() == "" and reply.decided and reply.state == STATES[first]
@@ -80,7 +78,7 @@ def test_a_query_is_decided_by_its_first_token(release, first):
 
 @pytest.mark.parametrize("release", SYMBOLS)
 def test_noise_says_nothing_whatever_follows(release):
-    reply = Reply(streams_with(SYMBOLS[release]), 0, text_prompt([5]), None, False)
+    reply = Reply(streams_with(SYMBOLS[release]), 0, text_prompt([5]), AnswerOptions())
     reply._work.tokens += [2, 10, 12]
     assert reply.poll() == "" and reply.state == "noise" and reply.decided
     reply.stop()
@@ -88,7 +86,7 @@ def test_noise_says_nothing_whatever_follows(release):
 
 
 def test_an_answer_without_a_symbol_is_one():
-    reply = Reply(streams_with(SYMBOLS["vita_1_5"]), 0, text_prompt([5]), None, False)
+    reply = Reply(streams_with(SYMBOLS["vita_1_5"]), 0, text_prompt([5]), AnswerOptions())
     reply._work.tokens += [11]
     assert reply.poll() == "" and not reply.decided
     reply._work.tokens += [12]
@@ -96,7 +94,7 @@ def test_an_answer_without_a_symbol_is_one():
 
 
 def test_an_answer_that_takes_the_place_of_another_is_not_decided_again():
-    reply = Reply(streams_with(SYMBOLS["vita_1_5"]), 0, text_prompt([5]), "audio", True)
+    reply = Reply(streams_with(SYMBOLS["vita_1_5"]), 0, text_prompt([5]), AnswerOptions(), decided=True, state="audio")
     reply._work.tokens += [2, 10]
     assert reply.poll() == "seven" and reply.state == "audio" and reply.symbol == "☟"
 
@@ -106,7 +104,7 @@ def test_a_head_decides_before_the_answer_is_begun(state):
     streams = streams_with(
         SYMBOLS["vita_1_5"], HEAD, head_prompt=lambda prompt: prompt.cut(1), read_head=lambda hidden: state
     )
-    reply, seat = Reply(streams, 0, text_prompt([5, 6]), None, False), streams.seats[0]
+    reply, seat = Reply(streams, 0, text_prompt([5, 6]), AnswerOptions()), streams.seats[0]
     assert reply.poll() == "" and not reply.decided and [len(p) for p in seat.prompts] == [1]
     seat.work.reason = "stop"
     assert reply.poll() == "" and reply.decided and reply.state == state

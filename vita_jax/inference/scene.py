@@ -132,8 +132,13 @@ class _Reader:
         floor = content.get("noise_floor", Scene.noise_floor)
         if not isinstance(floor, int | float) or not 0 <= floor < 1:
             raise self.wrong("noise_floor", floor, "a number from 0 to 1")
+        read = tuple(self.sound(entry, f"sounds[{i}]") for i, entry in enumerate(sounds))
+        names = [sound.name for sound in read]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise self.wrong(f"sounds[{i}].name", name, "a name that no other sound has")
         return Scene(
-            tuple(self.sound(entry, f"sounds[{i}]") for i, entry in enumerate(sounds)),
+            read,
             tuple(self.image(entry, f"show[{i}]") for i, entry in enumerate(images)),
             float(floor),
         )

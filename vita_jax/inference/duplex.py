@@ -451,6 +451,7 @@ class Duplex:
         return True
 
     def _stop(self) -> None:
+        self._settle()  # what has just been heard to its end is not broken off
         if self._response is not None:
             self._response.stop()
             self._finish(CANCELLED, self._response.heard(self._clock()))

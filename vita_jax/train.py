@@ -50,6 +50,7 @@ def hooks_of(module: ModuleType) -> dict[str, Any]:
 def train(arguments: config_lib.ConfigArgs) -> int:
     """Resolves the configuration, prepares the data, trains, finishes. Returns the exit status."""
     # Imported here so that --help and a mistyped flag answer at once.
+    from vita_jax.parallel.process import prepare_process
     from vita_jax.training import loop
     from vita_jax.training.experiment_file import open_experiment, prepare_data
 
@@ -57,6 +58,7 @@ def train(arguments: config_lib.ConfigArgs) -> int:
     unknown = [argument for argument in arguments.rest if argument != "--print_config"]
     if unknown:
         raise UserError(f"unknown argument {unknown[0]!r}; configuration fields start with --config., see --help")
+    prepare_process()
     module, config = open_experiment(arguments.file, arguments.overrides)
     if print_only:
         print(config_lib.format_config(config))

@@ -18,14 +18,27 @@ _MALLOPT = {
     "M_TOP_PAD": (-2, 2**28),
 }
 
+# Device files of GPUs and TPUs.
+ACCELERATOR_FILES = ("nvidia[0-9]*", "kfd", "accel*", "vfio/[0-9]*")
+
 
 def prepare_process() -> None:
-    """Settings of a process that is going to compute: compiled programs are kept between runs, and on a CPU so is the
-    memory that a step frees.
+    """Settings of a process that is going to compute: compiled programs are kept between runs, and where the CPU
+    computes so is the memory that a step frees.
+
+    To be called before anything else: threads keep the arenas that they began with, whatever is set later, and jax
+    starts its threads when a backend is first asked for.
     """
-    _enable_compilation_cache()
-    if jax.default_backend() == "cpu":
+    if not _has_accelerator():
         _keep_freed_memory()
+    _enable_compilation_cache()
+
+
+def _has_accelerator() -> bool:
+    """Whether jax will find a GPU or TPU, without asking it."""
+    if jax.config.jax_platforms == "cpu":
+        return False
+    return any(next(Path("/dev").glob(name), None) for name in ACCELERATOR_FILES)
 
 
 def _keep_freed_memory() -> None:

@@ -35,7 +35,6 @@ from vita_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vita_jax.errors import UserError
 from vita_jax.models.vita import Vita
 from vita_jax.parallel.mesh import make_mesh, put_batch, put_replicated
-from vita_jax.parallel.process import prepare_process
 from vita_jax.parallel.rules import use_mesh
 from vita_jax.training.checkpoint import (
     CONFIG,
@@ -145,7 +144,6 @@ def run(
       Stopped: SIGTERM or SIGINT arrived; everything is saved.
     """
     stream = stream or sys.stdout
-    prepare_process()
     validate(config)
     run_dir = Path(config.run_dir)
     claim_run_dir(config)

@@ -54,7 +54,9 @@ class KnownMedia:
         clips = [name for _, _, names in known for name in names]
         self._look(table, tiles)
         self._listen(table, clips)
-        return example_prompt(example, self.context, self.features, tiles, clips)
+        # A prompt keeps what it needs, whatever is forgotten or grows before it has been fed.
+        features = {name: self.features[name] for name in (*tiles, *clips)}
+        return example_prompt(example, self.context, features, tiles, clips)
 
     def begin_sound(self) -> Media:
         """A sound that is about to be spoken; it has one part, of no meaning, until `grow_sound` gives it some."""
@@ -66,6 +68,16 @@ class KnownMedia:
     def grow_sound(self, media: Media, tokens: np.ndarray) -> None:
         """All vectors of a spoken sound so far, (p d), p at least 1."""
         self._set_sound(media, tokens)
+
+    def forget_sound(self, media: Media) -> None:
+        """Drops a spoken sound that no prompt will ask for any more."""
+        self._tables.pop(_key(media), None)
+        self.features.pop(self.sound_name(media), None)
+
+    def look(self, media: Media) -> None:
+        """Sees a picture or video ahead of the prompt that it will be in. Raises UserError if it is damaged."""
+        table, tiles, _ = self._known(media)
+        self._look(table, tiles)
 
     def sound_name(self, media: Media) -> MediaId:
         """What the keys of a prompt call a spoken sound."""

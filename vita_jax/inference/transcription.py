@@ -43,9 +43,16 @@ def _recognise(params: Any, features: jax.Array, lengths: jax.Array, model: Vita
 
 
 def transcribe(
-    model: Vita, params: Mapping[str, Any], vocabulary: CtcVocabulary, waves: Sequence[np.ndarray]
+    model: Vita,
+    params: Mapping[str, Any],
+    vocabulary: CtcVocabulary,
+    waves: Sequence[np.ndarray],
+    *,
+    batch: int = BATCH,
 ) -> list[str]:
     """What the recogniser hears in each wave: (n,) float32 at 16 kHz each -> texts.
+
+    batch: waves that are heard together.
 
     Raises:
       UserError: the model has no recogniser, or a wave is too short for one frame of it.
@@ -53,11 +60,11 @@ def transcribe(
     features = [log_mel(wave) for wave in waves]
     order = np.argsort([len(f) for f in features], kind="stable")
     texts = [""] * len(waves)
-    for start in range(0, len(order), BATCH):
-        chosen = order[start : start + BATCH]
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
         size = -(-max(len(features[i]) for i in chosen) // FRAME_STEP) * FRAME_STEP
-        padded = np.zeros((BATCH, size, RELEASED.num_mel_bins), np.float32)
-        lengths = np.zeros((BATCH,), np.int32)
+        padded = np.zeros((batch, size, RELEASED.num_mel_bins), np.float32)
+        lengths = np.zeros((batch,), np.int32)
         for slot, i in enumerate(chosen):
             padded[slot, : len(features[i])] = features[i]
             lengths[slot] = len(features[i])

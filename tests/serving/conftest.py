@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.speech.synthesizer import Synthesizer
-from tests.serving.server import WEIGHTS, Served, serving, wav
+from tests.serving.server import SMALL, WEIGHTS, Served, serving, wav
 from vita_jax.inference.session import Session
 from vita_jax.ops.filter_bank import resample
 from vita_jax.serving.sounds import RATE
@@ -32,6 +32,13 @@ def loaded(_precise: None) -> Session:
 @pytest.fixture(scope="package")
 def served(loaded: Session) -> Iterator[Served]:
     with serving(loaded) as running:
+        yield running
+
+
+@pytest.fixture(scope="package")
+def small(loaded: Session) -> Iterator[Served]:
+    """A server of narrow limits."""
+    with serving(loaded, SMALL, answers=1) as running:
         yield running
 
 

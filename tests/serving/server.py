@@ -26,6 +26,18 @@ from vita_jax.serving.sounds import encoded, to_bytes
 WEIGHTS = Path(__file__).parents[2] / "experiments/quickstart/weights"
 MODEL = "quickstart"
 LIMITS = Limits()
+SMALL = Limits(
+    body_bytes=200_000,
+    body_seconds=1,
+    messages=3,
+    text_characters=200,
+    images=1,
+    sounds=1,
+    image_pixels=10_000,
+    audio_seconds=1,
+    new_tokens=5,
+    waiting=0,
+)
 WRITTEN = "red/white: 4271\nWhat are the digits?"
 
 

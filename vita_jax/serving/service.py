@@ -46,10 +46,10 @@ class Service:
       stopping: whether nothing new is begun.
     """
 
-    session: Session
+    session: Session = dataclasses.field(repr=False)
     name: str
     limits: Limits = Limits()
-    token: str | None = None
+    token: str | None = dataclasses.field(default=None, repr=False)
     origins: tuple[str, ...] = ()
     answers: int = 4
     stopping: bool = False

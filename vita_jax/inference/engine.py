@@ -77,6 +77,9 @@ class Answer:
       tokens: so far.
       reason: why it ended: "stop", "length", or "interrupted"; None while it runs.
       computed, reused: positions of the prompt that were fed, and that the row held already.
+      hidden: (1 d), the model's state at the prompt's last position, after the final norm; None until that has been
+        fed, or if nothing had to be.
+      needs_last: whether the prompt's last position is fed although the row holds it.
     """
 
     engine: Engine
@@ -86,6 +89,8 @@ class Answer:
     reason: str | None = None
     computed: int = 0
     reused: int = 0
+    hidden: jax.Array | None = None
+    needs_last: bool = True
     _blocks: deque[tuple[int, Block]] = field(default_factory=deque)
     _read: int = 0
 
@@ -137,14 +142,22 @@ class Seat:
         self._check(prompt, room=1)
         return self._ask(Answer(self.engine, prompt, options))
 
-    def feed(self, prompt: Prompt) -> Answer:
-        """Computes a prompt ahead of its question, such as speech while it is spoken. Returns what has been done.
+    def prepare(self, prompt: Prompt, *, needs_last: bool = False) -> Answer:
+        """Begins to compute a prompt ahead of its question, such as speech while it is spoken; the next rounds do it.
+
+        Args:
+          prompt: what is known of it.
+          needs_last: see `Answer`: for somebody who wants its `hidden`.
 
         Raises:
           UserError: as `answer`.
         """
         self._check(prompt, room=0)
-        done = self._ask(Answer(self.engine, prompt, None))
+        return self._ask(Answer(self.engine, prompt, None, needs_last=needs_last))
+
+    def feed(self, prompt: Prompt) -> Answer:
+        """`prepare`, and waits until it is done. Raises as `answer`."""
+        done = self.prepare(prompt)
         for _ in done:  # without options there are no tokens
             raise AssertionError
         return done
@@ -279,12 +292,14 @@ class Engine:
         if work._blocks:
             start, block = work._blocks.popleft()
             stop = start + int(block.real.sum())
-            logits, self._rows = _prefill(self.decoder, self._params, self._rows, np.int32(row), np.int32(start), block)
+            place = np.int32(row), np.int32(start)
+            hidden, logits, self._rows = _prefill(self.decoder, self._params, self._rows, *place, block)
             self._contents[row] = list(work.prompt.keys[:stop])
             self._used[row] = self._round
             if work._blocks:
                 self._waiting.append(seat)  # the others' turn
                 return True
+            work.hidden = hidden
             if work.options is not None:
                 token, self._rows = _begin(self._rows, np.int32(row), logits, self._answering(work))
                 work._receive(int(token), self._limit(work))
@@ -314,7 +329,7 @@ class Engine:
             self._rows = _copy(self._rows, np.int32(best), np.int32(seat.row))
             self._contents[seat.row] = list(self._contents[best])
         # An answer needs what follows the last position, so that one is always fed.
-        work.reused = min(known[best], len(keys) - (work.options is not None))
+        work.reused = min(known[best], len(keys) - work.needs_last)
         work.computed = len(keys) - work.reused
         width, dtype = self.decoder.config.hidden_size, np.dtype(jnp.dtype(self.decoder.dtype))
         work._blocks.extend(blocks(work.prompt, work.reused, width, dtype, self.num_slots))

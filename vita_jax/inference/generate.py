@@ -41,7 +41,7 @@ class Generated:
     lengths: jax.Array
 
 
-def prefill(
+def prefill_hidden(
     decoder: Decoder,
     params: Params,
     inputs_embeds: jax.Array,
@@ -59,13 +59,24 @@ def prefill(
       cache: what came before; `cache.end + s` must not exceed its slots.
 
     Returns:
-      logits that follow each row's last real position (b v), and the new cache.
+      hidden states after the final norm at each row's last real position (b d), and the new cache.
     """
-    variables = {"params": params}
-    hidden, cache = decoder.apply(variables, inputs_embeds, positions, segment_ids, cache)
+    hidden, cache = decoder.apply({"params": params}, inputs_embeds, positions, segment_ids, cache)
     last = jnp.maximum(last_valid(segment_ids), 0)
-    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
-    return decoder.apply(variables, hidden, method="logits")[:, 0], cache
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0], cache
+
+
+def prefill(
+    decoder: Decoder,
+    params: Params,
+    inputs_embeds: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    cache: KVCache,
+) -> tuple[jax.Array, KVCache]:
+    """`prefill_hidden` with the logits that follow each row's last real position (b v) in place of hidden states."""
+    hidden, cache = prefill_hidden(decoder, params, inputs_embeds, positions, segment_ids, cache)
+    return decoder.apply({"params": params}, hidden[:, None], method="logits")[:, 0], cache
 
 
 def decode_step(decoder: Decoder, params: Params, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:

@@ -76,6 +76,16 @@ class KnownMedia:
         """All vectors of a spoken sound so far, (p d), p at least 1."""
         self._set_sound(media, tokens)
 
+    def forget_sound(self, media: Media) -> None:
+        """Drops a spoken sound that no prompt will ask for any more."""
+        self._tables.pop(_key(media), None)
+        self.features.pop(self.sound_name(media), None)
+
+    def look(self, media: Media) -> None:
+        """Sees a picture or video ahead of the prompt that it will be in. Raises UserError if it is damaged."""
+        table, tiles, _ = self._known(media)
+        self._look(table, tiles)
+
     def sound_name(self, media: Media) -> MediaId:
         """What the keys of a prompt call a spoken sound."""
         return LIVE, media.name

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from vita_jax.inference.generate import prefill
+from vita_jax.inference.generate import prefill, prefill_hidden
 from vita_jax.inference.row_sampling import RowSampling, draw_rows, greedy_rows
 from vita_jax.models.language import cache as caches
 from vita_jax.models.language.cache import KVCache
@@ -104,7 +104,7 @@ def empty_rows(decoder: Decoder, batch: int, num_slots: int) -> Rows:
 
 def prefill_row(
     decoder: Decoder, params: Params, rows: Rows, row: jax.Array, start: jax.Array, block: Block
-) -> tuple[jax.Array, Rows]:
+) -> tuple[jax.Array, jax.Array, Rows]:
     """Feeds a block to one row, behind its first positions; what came after those is forgotten.
 
     Args:
@@ -114,14 +114,15 @@ def prefill_row(
       block: at least one real position; `start` and all of them fit into the row.
 
     Returns:
-      logits that follow the block's last position (1 v), and the new state.
+      hidden states at the block's last position (1 d), the logits that follow it (1 v), and the new state.
     """
     embeds = decoder.apply({"params": params}, block.tokens, method="embed")
     embeds = jnp.where(block.is_feature[..., None], block.features.astype(embeds.dtype), embeds)
     cache = caches.cut_row(rows.cache, row, start, block.positions[0, 0])
     one = caches.take_row(cache, row)
-    logits, one = prefill(decoder, params, embeds, block.positions, block.real, one)
-    return logits, rows.replace(cache=caches.put_row(cache, row, one))
+    hidden, one = prefill_hidden(decoder, params, embeds, block.positions, block.real, one)
+    logits = decoder.apply({"params": params}, hidden[:, None], method="logits")[:, 0]
+    return hidden, logits, rows.replace(cache=caches.put_row(cache, row, one))
 
 
 def begin_row(rows: Rows, row: jax.Array, logits: jax.Array, answering: Answering) -> tuple[jax.Array, Rows]:

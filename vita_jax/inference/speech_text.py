@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 # State symbols and what a tokenizer may leave in an answer.
 MARKERS = ("☞", "☟", "☜", "<unk>", "<|im_end|>")
@@ -109,25 +110,38 @@ def clean_for_freeze_omni(text: str) -> str:
     return (text[:-1] if text[-1] in SOFT_STOPS else text) + "。"
 
 
-def speakable_pieces(characters: Iterable[str], min_length: int = MIN_PIECE_LENGTH) -> Iterator[str]:
-    """Cuts a stream of text at punctuation, as soon as a piece is long enough to be spoken.
+@dataclass
+class PieceCutter:
+    """Cuts text at punctuation while it is written, as soon as a piece is long enough to be spoken.
 
-    Args:
-      characters: text as it comes, in strings of any length.
-      min_length: a shorter piece waits for the next mark.
-
-    Yields:
-      Pieces that end with a mark, and what is left at the end (the original drops a tail without a mark).
+    min_length: characters; a shorter piece waits for the next mark. rest: what is not a whole piece yet.
     """
-    piece = ""
-    for text in characters:
+
+    min_length: int = MIN_PIECE_LENGTH
+    rest: str = ""
+
+    def push(self, text: str) -> list[str]:
+        """More text, of any length -> the pieces that it completes."""
+        pieces = []
         for character in text:
-            piece += character
-            if character in PIECE_ENDS and len(piece) >= min_length:
-                yield piece
-                piece = ""
-    if piece.strip():
-        yield piece
+            self.rest += character
+            if character in PIECE_ENDS and len(self.rest) >= self.min_length:
+                pieces.append(self.rest)
+                self.rest = ""
+        return pieces
+
+    def flush(self) -> list[str]:
+        """The text is over -> its tail without a mark, if there is one (the original drops it)."""
+        rest, self.rest = self.rest, ""
+        return [rest] if rest.strip() else []
+
+
+def speakable_pieces(characters: Iterable[str], min_length: int = MIN_PIECE_LENGTH) -> Iterator[str]:
+    """The pieces of a text that comes in strings of any length, each as soon as it is complete; see `PieceCutter`."""
+    cutter = PieceCutter(min_length)
+    for text in characters:
+        yield from cutter.push(text)
+    yield from cutter.flush()
 
 
 def ends_sentence(piece: str, before: str, *, commas: bool = False) -> bool:

@@ -50,7 +50,7 @@ def transcribe(
     *,
     batch: int = BATCH,
 ) -> list[str]:
-    """What the recogniser hears in each wave: (n,) float32 at 16 kHz each -> texts.
+    """What the recogniser hears in each wave: (n,) float32 at 16 kHz each, `batch` at a time -> texts.
 
     batch: waves that are heard together.
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from vita_jax.serving.service import Service
 
 EXAMPLES = """\
-Serves /v1/chat/completions, /v1/audio/transcriptions, /v1/audio/speech and /v1/models as far as the model can
-hear and speak, and /health and /metrics. Only programs on this machine can reach it; with --host it listens elsewhere,
-for which it wants a token. See docs/serving.md.
+Serves /v1/chat/completions, /v1/audio/transcriptions, /v1/audio/speech, /v1/realtime and /v1/models as far as the
+model can hear and speak, and /health and /metrics. Only programs on this machine can reach it; with --host it listens
+elsewhere, for which it wants a token. See docs/serving.md.
 
 examples:
   python -m vita_jax.serve --checkpoint experiments/quickstart/weights
@@ -92,6 +92,8 @@ def serve(arguments: argparse.Namespace) -> int:
         print(f"{service.name}: {scheme}://{shown_host(arguments.host)}:{port}", flush=True)
         for route in app.routes:
             print(f"  {route.path}")
+        if service.mute_reason is not None:
+            print(f"  no realtime sessions: {service.mute_reason}")
         if tls is not None and arguments.certificate is None:
             print("  the certificate is one of this machine's own; a browser asks once whether to trust it")
         sys.stdout.flush()
@@ -175,7 +177,8 @@ def make_service(arguments: argparse.Namespace, limits: Limits, token: str | Non
     from vita_jax.serving.warm_up import warm_up
 
     prepare_process()
-    session = Session.load(arguments.checkpoint, num_rows=arguments.answers)
+    # A realtime session takes two: one that answers, one that listens.
+    session = Session.load(arguments.checkpoint, num_rows=arguments.answers + 2 * limits.sessions)
     if arguments.voice == "espeak":
         session = dataclasses.replace(session, external=espeak_voice)
     service = Service(

@@ -193,6 +193,10 @@ def test_other_pages_and_other_names_are_refused(served: Served, guarded: Served
         ({"Origin": "https://" + own}, 403),
         ({"Origin": "null"}, 403),
         ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "http://["}, 403),
+        ({"Host": "127.evil.example"}, 421),
+        ({"Host": "["}, 421),
+        ({"Host": "127.0.0.1:80"}, 200),
         ({"Host": "evil.example", "Origin": "http://evil.example"}, 421),  # a name that was pointed here
     ):
         assert httpx.get(f"{served.url}/v1/models", headers=headers).status_code == status, headers

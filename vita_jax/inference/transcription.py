@@ -52,8 +52,6 @@ def transcribe(
 ) -> list[str]:
     """What the recogniser hears in each wave: (n,) float32 at 16 kHz each, `batch` at a time -> texts.
 
-    batch: waves that are heard together.
-
     Raises:
       UserError: the model has no recogniser, or a wave is too short for one frame of it.
     """

@@ -9,12 +9,15 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from vita_jax.serving import chat_completions, speech
 from vita_jax.serving.guard import Guard
 from vita_jax.serving.metrics import CONTENT_TYPE
+from vita_jax.serving.pages import page_routes
 from vita_jax.serving.problems import Problem
+from vita_jax.serving.realtime import realtime
+from vita_jax.serving.realtime_events import ENDPOINT
 from vita_jax.serving.responses import json_response
 from vita_jax.serving.service import Service
 
@@ -32,6 +35,8 @@ def create_app(service: Service) -> Starlette:
         routes.append(Route("/v1/audio/transcriptions", speech.transcriptions, methods=["POST"]))
     if service.voices:
         routes.append(Route("/v1/audio/speech", speech.speech, methods=["POST"]))
+    if service.mute_reason is None:
+        routes += [WebSocketRoute(ENDPOINT, realtime), *page_routes()]
     paths = frozenset(route.path for route in routes)
     middleware = [Middleware(Guard, service=service, paths=paths)]
     if service.origins:
@@ -52,7 +57,7 @@ async def no_such_path(request: Request, error: Exception) -> Response:
     """404 and 405 in the form of the API."""
     status = getattr(error, "status_code", 404)
     what = "there is no" if status == 404 else f"{request.method[:20]} is not what is done with"
-    problem = Problem(status, f"{what} {request.url.path[:80]} here", code="unknown_url")
+    problem = Problem(status, f"{what} {request.scope['path'][:80]} here", code="unknown_url")
     return json_response(problem.body, status, getattr(error, "headers", None))
 
 

@@ -76,6 +76,10 @@ class Fields:
             return default
         return value
 
+    def has(self, name: str) -> bool:
+        """Whether it is there, be it null."""
+        return name in self._values
+
     def text(self, name: str, default: Any = _REQUIRED, choices: Sequence[str] = ()) -> Any:
         """Text, one of the choices if there are some."""
         value = self.take(name, default)

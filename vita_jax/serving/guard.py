@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import time
 from collections.abc import Mapping
 from urllib.parse import urlsplit
@@ -16,7 +17,6 @@ from vita_jax.serving.problems import UNAUTHORISED, Problem, as_problem, overloa
 from vita_jax.serving.responses import problem_response
 from vita_jax.serving.service import Service
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # A browser cannot give a WebSocket headers of its own; the API lets it name the token as a subprotocol.
 TOKEN_PROTOCOL = "openai-insecure-api-key."
 API = "/v1/"
@@ -32,8 +32,11 @@ def hostname(host: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or an address is this machine's own."""
-    return host in LOOPBACK or host.startswith("127.")
+    """Whether a name or an address means this machine, whoever is asked."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def given_token(headers: Headers) -> str | None:
@@ -65,9 +68,8 @@ def check_origin(connection: HTTPConnection, service: Service) -> None:
     if service.token is None and not is_loopback(hostname(host)):
         raise Problem(421, "without a token this server answers to localhost only", code="wrong_host")
     if origin is not None:
-        page = urlsplit(origin) if origin.isascii() else urlsplit("")
-        secure = connection.url.scheme in ("https", "wss")
-        if page.netloc.lower() != host.lower() or page.scheme != ("https" if secure else "http"):
+        scheme = "https" if connection.scope["scheme"] in ("https", "wss") else "http"
+        if origin.lower() != f"{scheme}://{host.lower()}":
             raise Problem(
                 403,
                 f"pages of {origin[:80]!r} may not use this server; start it with --origin and their address if they "
@@ -92,7 +94,7 @@ def check_token(headers: Mapping[str, str] | Headers, service: Service) -> None:
 
 def check(connection: HTTPConnection, service: Service) -> None:
     """Everything that decides whether a request is looked at. Raises `Problem`."""
-    path = connection.url.path
+    path = connection.scope["path"]
     if path == "/health":
         return
     check_origin(connection, service)

@@ -21,17 +21,18 @@ class Limits:
       body_bytes: of an HTTP request.
       body_seconds: in which it has to arrive.
       message_bytes: of a WebSocket message.
-      messages: of a chat request, and items of a session that are remembered.
+      messages: of a chat request.
       text_characters: of all text of a request, and of what is to be spoken.
-      images, sounds: of a request; of a session.
+      images, sounds: of a request.
       image_pixels: of one picture.
       audio_seconds: of one sound; never more than the model's own limit.
       new_tokens: of one answer.
       requests_per_minute: of one client address, HTTP and new sessions together.
-      audio_speed: seconds of sound per second that a session may send.
+      audio_speed: seconds of sound per second that a session may send; a quarter of a minute's may come at once.
       waiting: requests that wait for their turn.
       request_seconds: from the beginning of an answer to its end.
       sessions: realtime sessions at a time.
+      session_images: pictures that one may show.
       session_seconds: the longest one.
       idle_seconds: a session in which nothing is sent for so long is over.
       send_seconds: a client that takes nothing for so long is gone.
@@ -52,7 +53,8 @@ class Limits:
     audio_speed: float = 2.0
     waiting: int = 16
     request_seconds: float = 120.0
-    sessions: int = 8
+    sessions: int = 4
+    session_images: int = 200
     session_seconds: float = 1800.0
     idle_seconds: float = 300.0
     send_seconds: float = 15.0

@@ -18,12 +18,13 @@ from vita_jax.data.records import Media
 from vita_jax.data.spoken_words import LANGUAGES, language_of
 from vita_jax.data.templates import SystemTexts
 from vita_jax.errors import UserError
+from vita_jax.inference.duplex import Duplex
 from vita_jax.inference.session import Session
 from vita_jax.inference.transcription import transcribe
 from vita_jax.serving.fields import Fields
 from vita_jax.serving.limits import Limits, Rate
 from vita_jax.serving.metrics import Metrics
-from vita_jax.serving.problems import SERVER, Problem, invalid
+from vita_jax.serving.problems import SERVER, Problem, invalid, not_supported
 from vita_jax.serving.worker import Stream, Worker
 
 T = TypeVar("T")
@@ -89,6 +90,15 @@ class Service:
         file = self.session.ctc_vocabulary_file
         return None if file is None else load_ctc_vocabulary(file)
 
+    @cached_property
+    def mute_reason(self) -> str | None:
+        """Why there are no realtime sessions with this model; None: there are."""
+        try:
+            Duplex.of(self.conversation(), speak=bool(self.voices)).close()
+        except UserError as error:
+            return str(error)
+        return None
+
     def conversation(self, *, system: str | None = None, **settings: Any) -> Session:
         """A new conversation; system: text that replaces the model's own. settings: of `Session`."""
         if system is not None:
@@ -114,7 +124,9 @@ class Service:
             )
 
     def voice(self, fields: Fields, default: Any = AUTO) -> str:
-        """The voice that a request asks for, see `voices`."""
+        """The voice that a request asks for, see `voices`. Raises `Problem`, too, if the model does not speak."""
+        if fields.has("voice") and not self.voices:
+            raise not_supported("this model does not speak; leave voice out", fields.param("voice"))
         return fields.text("voice", default, choices=self.voices)
 
     def language(self, voice: str, text: str) -> str:

@@ -3,7 +3,8 @@
 A job is an iterator. Its thread takes one item of every running job in turn, so that answers go on side by side (the
 engine moves all of them with each of its rounds), and hands items to the event loop, which never waits for a
 computation. A job whose items are not read is left alone until they are; one that is left is closed. Jobs beyond
-those that run wait in order, and beyond those that may wait are refused.
+those that run wait in order, and beyond those that may wait are refused. Realtime sessions are no jobs: each is given
+a turn in every round, as long as it lasts.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from vita_jax.serving.problems import overloaded
 T = TypeVar("T")
 
 UNREAD = 64  # items that a job is ahead of its reader
+IDLE_SECONDS = 0.01  # after which sessions that had nothing to do are asked again: they look at the clock
 FIRST_GUESS = 2.0  # seconds that a job takes, before one has been seen
 
 
@@ -48,14 +50,14 @@ class Stream(Generic[T]):
             await self._arrived.wait()
         item = self._items.popleft()
         if len(self._items) == UNREAD - 1:
-            self._worker._wake()
+            self._worker.wake()
         return item
 
     async def aclose(self) -> None:
         """Ends the job; what it has given and nobody has read is dropped."""
         self._left = True
         self._items.clear()
-        self._worker._wake()
+        self._worker.wake()
 
     # ---- in the worker's thread -------------------------------------------------------------------------------------
 
@@ -109,6 +111,7 @@ class Worker:
         self._running: list[Stream] = []
         self._waiting: deque[Stream] = deque()
         self._calls: deque[Callable[[], None]] = deque()
+        self._turns: dict[object, Callable[[], bool]] = {}
         self._changed = threading.Condition()
         self._awake = self._stopping = False
         self._job_seconds = FIRST_GUESS
@@ -176,6 +179,16 @@ class Worker:
             self._changed.notify()
         return await future
 
+    def attach(self, owner: object, turn: Callable[[], bool]) -> None:
+        """Calls `turn` in every round, until `detach`; it says whether there was anything to do, and raises nothing. To
+        be called in the thread itself (`call`).
+        """
+        self._turns[owner] = turn
+
+    def detach(self, owner: object) -> None:
+        """Ends what `attach` began, in the thread itself, too."""
+        self._turns.pop(owner, None)
+
     def close(self) -> None:
         """Ends all jobs and the thread."""
         with self._changed:
@@ -183,7 +196,8 @@ class Worker:
             self._changed.notify()
         self._thread.join(timeout=30)
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """There is something new to do."""
         with self._changed:
             self._awake = True
             self._changed.notify()
@@ -192,7 +206,9 @@ class Worker:
         while not self._stopping:
             with self._changed:
                 while not self._awake:
-                    self._changed.wait()
+                    self._changed.wait(IDLE_SECONDS if self._turns else None)
+                    if self._turns:
+                        break
                 self._awake = False
             while self._round():
                 pass
@@ -218,4 +234,6 @@ class Worker:
                     self._job_seconds += 0.2 * (time.monotonic() - stream._began - self._job_seconds)
             while self._calls:
                 self._calls.popleft()()
+        for turn in list(self._turns.values()):
+            worked |= turn()
         return worked

@@ -111,3 +111,20 @@ def test_help(command, capsys):
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
     assert "examples:" in printed and "python -m vita_jax." in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "a"], "--text does not go with --duplex"),
+        (["--video", "{clip}"], "--video does not go with --duplex"),
+        (["--speak", "{reply}"], "give the questions by --audio"),
+        ([], "pip install sounddevice"),
+    ],
+)
+def test_duplex_mistakes(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("vita_jax.inference.live.has_sound_card", lambda: False)
+    (tmp_path / "clip.mp4").write_bytes(b"0")
+    filled = [argument.format(clip=tmp_path / "clip.mp4", reply=tmp_path / "reply.wav") for argument in arguments]
+    assert chat.main(["--duplex", *filled]) == 2
+    assert message in error_line(capsys)

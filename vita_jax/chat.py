@@ -1,6 +1,6 @@
 """`python -m vita_jax.chat --checkpoint DIR`: show a model pictures or videos and ask it about them, or speak to it.
 
-`--speak FILE` has it answer aloud.
+`--speak FILE` has it answer aloud. `--duplex` lets both speak at any time.
 """
 
 from __future__ import annotations
@@ -17,12 +17,19 @@ from vita_jax.command_line import ArgumentParser, run_command
 from vita_jax.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from vita_jax.inference.duplex_events import Event
     from vita_jax.inference.session import Session
     from vita_jax.inference.talk import Voice
 
 EXAMPLES = """\
 Without --text it asks for questions until /quit or the end of input; --image, --video, --audio and --speak then belong
 to the first one. Sound alone is a spoken question: it is answered at once.
+
+With --duplex it listens to the microphone all the time, also while it speaks, ignores what is not meant for it and
+stops when it is asked something else; that needs the package sounddevice, and headphones. Files given by --audio are
+heard in place of the microphone, one after another.
 
 examples:
   python -m vita_jax.chat
@@ -32,6 +39,8 @@ examples:
   python -m vita_jax.chat --image digits.png --audio question.wav
   python -m vita_jax.chat --audio sentence.wav --text "Write down what is said."
   python -m vita_jax.chat --image digits.png --audio question.wav --speak reply.wav
+  python -m vita_jax.chat --image digits.png --duplex
+  python -m vita_jax.chat --image digits.png --duplex --audio first.wav second.wav --speak replies.wav
   python -m vita_jax.chat --checkpoint runs/vita_1_0 --text "What is a tensor?" --speak reply.wav --voice espeak
 """
 
@@ -69,6 +78,7 @@ def make_parser() -> ArgumentParser:
         default=VOICES[0],
         help="what speaks: the model itself, or espeak-ng for models without a voice",
     )
+    parser.add_argument("--duplex", action="store_true", help="both may speak at any time, see above")
     return parser
 
 
@@ -86,7 +96,12 @@ def chat(arguments: argparse.Namespace) -> int:
             media_from_file(path, kind)
     if arguments.text is not None and not arguments.text.strip():
         raise UserError("--text is empty; write a question")
+    if arguments.duplex:
+        check_duplex(arguments)
     prepare_process()
+    if arguments.duplex:
+        converse_duplex(Session.load(arguments.checkpoint, num_rows=2), arguments)
+        return 0
     session = Session.load(arguments.checkpoint)
     if arguments.voice == "espeak":
         session.external = espeak_voice
@@ -100,6 +115,103 @@ def chat(arguments: argparse.Namespace) -> int:
     else:
         converse(session, attached)
     return 0
+
+
+def check_duplex(arguments: argparse.Namespace) -> None:
+    """Raises UserError for arguments that say nothing to a duplex conversation, or without anything to listen to."""
+    from vita_jax.inference.live import LIBRARY, has_sound_card
+
+    for name, given in (("--text", arguments.text is not None), ("--video", bool(arguments.video))):
+        if given:
+            raise UserError(f"{name} does not go with --duplex; ask aloud, and show pictures by --image")
+    if arguments.audio:
+        return
+    if arguments.speak is not None:
+        raise UserError("--speak writes the answers to sound files; with --duplex give the questions by --audio, too")
+    if not has_sound_card():
+        raise UserError(
+            f"--duplex listens to the microphone by the package {LIBRARY!r}, which is not installed: `pip install "
+            f"{LIBRARY}`, or give sound files by --audio"
+        )
+
+
+def converse_duplex(session: Session, arguments: argparse.Namespace) -> None:
+    """A conversation in which both may speak at any time, through the sound card or from files."""
+    import time
+
+    from vita_jax.data.audio import read_audio
+    from vita_jax.inference.duplex import Duplex
+    from vita_jax.inference.live import talk_from_files, talk_live
+    from vita_jax.inference.scene_run import SimulatedClock
+
+    if arguments.voice == "espeak":
+        session.external = espeak_voice
+    speaks = session.external is not None or (session.has("speech") and session.has("codec"))
+    if arguments.speak is not None:
+        check_voice(session)
+    waves = [read_audio(path, session.config.audio) for path in arguments.audio]
+    clock = SimulatedClock() if waves else time.monotonic
+    duplex = Duplex.of(session, speak=speaks, clock=clock)
+    for path in arguments.image:
+        duplex.show(path)
+    teller = Teller()
+    if waves:
+        talk_from_files(duplex, clock, waves, teller)
+    else:
+        print("listening; Ctrl-C ends")
+        talk_live(duplex, teller)
+    if arguments.speak is not None:
+        write_replies(teller, arguments.speak)
+
+
+class Teller:
+    """Prints a duplex conversation line by line and keeps what was said aloud."""
+
+    def __init__(self) -> None:
+        self.samples: list[np.ndarray] = []
+        self.rate = 0
+        self._in_line = False
+
+    def __call__(self, event: Event) -> None:
+        from vita_jax.inference import duplex_events as events
+
+        match event:
+            case events.Ignored(state="noise"):
+                self._line(NOT_MEANT)
+            case events.Ignored(reason=reason) if reason:
+                self._line(f"({reason})")
+            case events.ResponseStarted():
+                self._line("> ", end="")
+            case events.TextDelta(text=text):
+                print(text, end="", flush=True)
+            case events.ResponseSent():
+                self._line()
+            case events.AudioDelta(samples=samples, sampling_rate=rate):
+                self.samples.append(samples)
+                self.rate = rate
+            case events.ResponseDone(status=events.CANCELLED, heard=heard):
+                self._line(f"(stopped; heard {heard.strip()!r})")
+
+    def _line(self, text: str = "", end: str = "\n") -> None:
+        if self._in_line:
+            print()
+        if text:
+            print(text, end=end, flush=True)
+        self._in_line = bool(text) and not end
+
+
+def write_replies(teller: Teller, path: str) -> None:
+    """Writes all that was said aloud to one WAV file and says so."""
+    import numpy as np
+
+    from vita_jax.inference.speak import write_wav
+
+    if not teller.samples:
+        print(f"nothing is said: {path} is not written")
+        return
+    samples = np.concatenate(teller.samples)
+    write_wav(path, samples, teller.rate)
+    print(f"spoken: {path} ({len(samples) / teller.rate:.1f} s)")
 
 
 def espeak_voice(language: str) -> Voice:

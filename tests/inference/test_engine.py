@@ -179,6 +179,21 @@ def test_a_prompt_may_be_fed_ahead(params):
         seat.feed(text_prompt(ids))
 
 
+def test_a_prepared_prompt_has_its_last_hidden_state(params):
+    """Also where the row holds all of it; nothing is computed until the rounds do it."""
+    engine = Engine(MODEL, params, num_rows=1, num_slots=SLOTS)
+    seat, ids = engine.join(), prompts(1, seed=4)[0]
+    want = MODEL.apply({"params": params}, text_inputs(jnp.asarray([ids]), image_size=SIDE))[:, -1]
+    for computed in (len(ids), 1):
+        work = seat.prepare(text_prompt(ids), needs_last=True)
+        assert work.hidden is None and work.reason is None and not engine.contents(seat)[len(ids) :]
+        while work.reason is None:
+            assert engine.step()
+        assert (work.reason, work.computed, work.tokens) == ("stop", computed, [])
+        np.testing.assert_allclose(work.hidden, want, atol=2e-5)
+    assert seat.feed(text_prompt(ids)).hidden is None  # nothing had to be fed
+
+
 @pytest.mark.parametrize("heard", [0, 2, 5])
 def test_an_interrupted_answer_goes_on_from_what_was_heard(params, heard):
     """The row is cut, and the continuation is that of a fresh conversation with the shortened history."""

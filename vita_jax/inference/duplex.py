@@ -33,7 +33,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -60,13 +60,14 @@ from vita_jax.inference.duplex_events import (
     SpeechStopped,
     TextDelta,
 )
-from vita_jax.inference.remembered import Exchange, Remembered
+from vita_jax.inference.remembered import Exchange, Remembered, Utterance
 from vita_jax.inference.response import NEARLY_SECONDS, Response
 from vita_jax.inference.session import Session
 from vita_jax.inference.silero import Detector, Silero
-from vita_jax.inference.streams import Reply, Sound, Streams
+from vita_jax.inference.streams import Streams
 from vita_jax.inference.talk import ModelVoice, Voice
 from vita_jax.inference.utterances import CutState, UtteranceOptions
+from vita_jax.inference.vad import RELEASE_MARGIN
 
 Clock = Callable[[], float]
 # (wave of the question or None, beginning of the answer) -> what speaks.
@@ -109,31 +110,6 @@ class DuplexOptions:
             )
         if self.devices not in (1, 2):
             raise UserError(f"duplex devices {self.devices} must be 1 or 2")
-
-
-@dataclass(eq=False)
-class Utterance:
-    """Something that was said, or typed.
-
-    Attributes:
-      number: of the utterance.
-      exchange: with its question.
-      wave: blocks (n,) of it.
-      prepared: tokens of it that the listening stream has been given ahead.
-      asked: turns and media that its decision is made on.
-      reply: what the stream says to it.
-    """
-
-    number: int
-    exchange: Exchange
-    wave: list[np.ndarray] = field(default_factory=list)
-    prepared: int = 0
-    asked: tuple[list[dict[str, str]], list[Media]] | None = None
-    reply: Reply | None = None
-
-    @property
-    def sound(self) -> Sound | None:
-        return self.exchange.sound
 
 
 class Duplex:
@@ -257,18 +233,22 @@ class Duplex:
         """What has happened since the last call, in order."""
         return [self._events.popleft() for _ in range(len(self._events))]
 
+    @property
+    def answering(self) -> bool:
+        """Whether an answer is being given."""
+        return self._response is not None
+
     # ---- the work ---------------------------------------------------------------------------------------------------
 
     def advance(self) -> bool:
         """One round of work: takes in what was heard, moves both streams on by a token, makes a piece of sound.
 
         Returns:
-          Whether there was anything to do.
+          Whether there is more to do now; if not, there will be when more has been heard or played.
         """
-        busy = bool(self._inbox)
         for _ in range(len(self._inbox)):
             self._inbox.popleft()()
-        busy |= self._put()
+        busy = self._put()
         busy |= self._streams.step()
         if self._decide():
             return True  # whoever plays hears of it before more sound is made
@@ -277,7 +257,10 @@ class Duplex:
         return self._settle() or busy
 
     def close(self) -> None:
-        """Breaks off what is going on and gives the places at the engine back; the last events can still be read."""
+        """Breaks off what is going on and gives the places at the engine back; the last events can still be read.
+
+        It is called where `advance` is, and nothing else after it.
+        """
         self._inbox.clear()
         self._end_utterance()
         if self._asked is not None:
@@ -303,6 +286,14 @@ class Duplex:
             self._follow(cuts)
 
     def _end_utterance(self) -> None:
+        # What is no whole chunk belongs to whatever is going on; so likely it is neither a start nor an end.
+        rest, self._chunk = self._chunk, self._chunk[:0]
+        vad = self.options.utterances.vad
+        if len(rest):
+            self._cut, cuts = utterances.cut(
+                self._cut, rest, vad.threshold - RELEASE_MARGIN / 2, self.options.utterances
+            )
+            self._follow(cuts)
         self._cut, cuts = utterances.end(self._cut, self.options.utterances)
         self._follow(cuts)
 
@@ -460,6 +451,7 @@ class Duplex:
         return True
 
     def _stop(self) -> None:
+        self._settle()  # what has just been heard to its end is not broken off
         if self._response is not None:
             self._response.stop()
             self._finish(CANCELLED, self._response.heard(self._clock()))

@@ -54,7 +54,9 @@ class KnownMedia:
         clips = [name for _, _, names in known for name in names]
         self._look(table, tiles)
         self._listen(table, clips)
-        return example_prompt(example, self.context, self.features, tiles, clips)
+        # A prompt keeps what it needs, whatever is forgotten or grows before it has been fed.
+        features = {name: self.features[name] for name in (*tiles, *clips)}
+        return example_prompt(example, self.context, features, tiles, clips)
 
     def decode(self, media: Media) -> None:
         """Does ahead what needs no model: a picture becomes tiles, a sound features. May be called in another thread,

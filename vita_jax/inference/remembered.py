@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from vita_jax.data.prompts import with_media
 from vita_jax.data.records import Media
-from vita_jax.inference.streams import Sound
+from vita_jax.inference.streams import Reply, Sound
 
 
 @dataclass(eq=False)
@@ -31,6 +33,31 @@ class Exchange:
     text: str = ""
     symbol: str = ""
     heard: str = ""
+
+
+@dataclass(eq=False)
+class Utterance:
+    """Something that was said, or typed.
+
+    Attributes:
+      number: of the utterance.
+      exchange: with its question.
+      wave: blocks (n,) of it.
+      prepared: tokens of it that the listening stream has been given ahead.
+      asked: turns and media that its decision is made on.
+      reply: what the stream says to it.
+    """
+
+    number: int
+    exchange: Exchange
+    wave: list[np.ndarray] = field(default_factory=list)
+    prepared: int = 0
+    asked: tuple[list[dict[str, str]], list[Media]] | None = None
+    reply: Reply | None = None
+
+    @property
+    def sound(self) -> Sound | None:
+        return self.exchange.sound
 
 
 @dataclass

@@ -7,6 +7,7 @@ trained: at the last position before the answer (three classes) or at the end of
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -100,10 +101,27 @@ class Reply:
       done: whether it has been read to its end.
     """
 
-    def __init__(self, streams: Streams, stream: int, prompt: Prompt, state: str | None, decided: bool) -> None:
+    def __init__(
+        self,
+        streams: Streams,
+        stream: int,
+        prompt: Prompt,
+        options: AnswerOptions,
+        *,
+        decided: bool = False,
+        state: str | None = None,
+    ) -> None:
+        """
+        Args:
+          streams, stream: who gives it.
+          prompt: to what.
+          options: how it is drawn.
+          decided, state: see `Streams.ask`.
+        """
         self.stream, self.state, self.decided = stream, state, decided
         self.symbol, self.done = "", False
-        self._streams, self._prompt, self._seat = streams, prompt, streams.seats[stream]
+        self._streams, self._seat = streams, streams.seats[stream]
+        self._prompt, self._options = prompt, options
         self._decoder, self._text, self._read, self._given = TextStream(streams.tokenizer), "", 0, 0
         self._first: Answer | None = None  # the prompt as far as the state head has to see it
         self._work: Answer | None = None
@@ -113,7 +131,7 @@ class Reply:
             self._ask()
 
     def _ask(self) -> None:
-        self._work = self._seat.answer(self._prompt, self._streams.answer_options)
+        self._work = self._seat.answer(self._prompt, self._options)
 
     def update(self) -> None:
         """Takes in what the stream has said since the last time."""
@@ -182,13 +200,8 @@ class Streams:
         symbols = context.options.state_symbols and context.template.state_symbols is not None
         self.symbols = state_symbol_ids(self.tokenizer, context.template) if symbols else {}
         self.decides = how_to_decide(decide, self.symbols, self._head_config, session.has("state_head"))
-        self.answer_options = AnswerOptions(
-            session.max_new_tokens,
-            stop_ids(self.tokenizer, context.template),
-            session.sampler,
-            session.penalties,
-            session.seed,
-        )
+        stops = stop_ids(self.tokenizer, context.template)
+        self._options = AnswerOptions(session.max_new_tokens, stops, session.sampler, session.penalties, session.seed)
         self.engines = _engines(session, devices)
         self.seats: tuple[Seat, Seat] = (self.engines[0].join(), self.engines[-1].join())
         self._pool = ThreadPoolExecutor(1) if devices == 2 else None
@@ -268,7 +281,8 @@ class Streams:
         """
         prompt = self.prompt(turns, media)
         self.seats[stream].interrupt()
-        return Reply(self, stream, prompt, state, decided)
+        options = dataclasses.replace(self._options, seed=self._session.seed + len(turns) - 1)
+        return Reply(self, stream, prompt, options, decided=decided, state=state)
 
     def head_prompt(self, prompt: Prompt) -> Prompt:
         """The part of a prompt at whose end the state head is read."""

@@ -1,0 +1,141 @@
+"""`python -m vita_jax.duplex --script scene.json`: plays a scene to a model that listens while it talks; scores it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vita_jax.command_line import ArgumentParser, run_command
+from vita_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vita_jax.inference.scene import Source
+
+EXAMPLES = """\
+A scene is a JSON file that says which sounds are heard when, and which of them are meant for the model; times may also
+be counted from what happens, such as the first sound of an answer (docs/talking.md). Sounds are WAV files ("wav"),
+spoken by espeak-ng ("say", with "voice" and "rate_wpm") or made up ("noise": hum, white, pink, brown, chords, arpeggio,
+babble, with "seconds"). It prints who spoke when, what happened, and the scores.
+
+Time is that of the sound. A round of the model's work takes 20 ms of it, so that the course is the same everywhere;
+--measured has it take as long as it takes here.
+
+examples:
+  python -m vita_jax.duplex --script experiments/quickstart/scene.json --checkpoint experiments/quickstart/weights
+  python -m vita_jax.duplex --script scene.json --picture scene.html
+  python -m vita_jax.duplex --script scene.json --measured --voice espeak
+"""
+
+SAID_LEVEL = 0.07  # root mean square of what is spoken or made up
+NOISE_SECONDS = 2.0
+BABBLE = ("The train was late again.", "She bought some bread.", "It will rain tomorrow.", "They left at noon.")
+BABBLE_VOICES = ("en-us", "en-gb", "en-029", "en-gb-scotland")
+
+
+def make_parser() -> ArgumentParser:
+    """The command's arguments."""
+    parser = ArgumentParser(
+        prog="python -m vita_jax.duplex", description="Plays a scene to a duplex conversation.", epilog=EXAMPLES
+    )
+    parser.add_argument("--script", metavar="FILE.json", required=True, help="the scene")
+    parser.add_argument(
+        "--checkpoint", metavar="DIR", default="runs/quickstart", help="a run or a checkpoint; default runs/quickstart"
+    )
+    parser.add_argument("--picture", metavar="FILE", help="write who spoke when as .png or .html")
+    parser.add_argument(
+        "--voice", choices=("model", "espeak", "none"), default="model", help="what speaks; none: answers are text"
+    )
+    parser.add_argument(
+        "--decide", choices=("auto", "token", "head"), default="auto", help="what tells queries from noise"
+    )
+    parser.add_argument("--devices", type=int, default=1, help="2: the second stream has a device of its own")
+    time = parser.add_mutually_exclusive_group()
+    time.add_argument("--round-ms", type=float, default=20.0, help="what a round of work takes (default 20)")
+    time.add_argument("--measured", action="store_true", help="work takes as long as it takes on this machine")
+    return parser
+
+
+def duplex(arguments: argparse.Namespace) -> int:
+    """Plays the scene, prints its course and its scores."""
+    # Imported here so that --help and a mistyped argument answer at once.
+    from vita_jax.chat import espeak_voice
+    from vita_jax.inference.duplex import Duplex, DuplexOptions
+    from vita_jax.inference.scene import read_scene
+    from vita_jax.inference.scene_picture import check_picture, draw, draw_text, format_happenings
+    from vita_jax.inference.scene_run import RunOptions, run_scene
+    from vita_jax.inference.scene_score import format_scores, score
+    from vita_jax.inference.session import Session
+    from vita_jax.parallel.process import prepare_process
+
+    if arguments.picture is not None:
+        check_picture(arguments.picture)
+    options = DuplexOptions(decide=arguments.decide, devices=arguments.devices)
+    run = RunOptions(round_seconds=None if arguments.measured else arguments.round_ms / 1000)
+    scene = read_scene(arguments.script, sources())
+    prepare_process()
+    session = Session.load(arguments.checkpoint, num_rows=2)
+    if arguments.voice == "espeak":
+        session.external = espeak_voice
+    speak = arguments.voice != "none"
+    if arguments.measured:  # everything is compiled in a run that is not counted
+        run_scene(scene, lambda clock: Duplex.of(session, options, speak=speak, clock=clock), run)
+        session.reset()
+    course = run_scene(scene, lambda clock: Duplex.of(session, options, speak=speak, clock=clock), run)
+    scores = format_scores(score(course))
+    print(draw_text(course), format_happenings(course), scores, sep="\n\n")
+    if arguments.picture is not None:
+        draw(course, arguments.picture, scores)
+        print(f"\npicture: {arguments.picture}")
+    return 0
+
+
+def sources() -> dict[str, Source]:
+    """What a scene's sounds may come from besides files."""
+    from vita_jax.inference.scene import Source
+
+    return {
+        "say": Source(_say, frozenset({"voice", "rate_wpm"})),
+        "noise": Source(_noise, frozenset({"seconds"})),
+    }
+
+
+def _say(entry: Mapping[str, Any]) -> np.ndarray:
+    from data_pipelines.speech.noises import with_loudness
+    from data_pipelines.speech.synthesizer import Synthesizer
+
+    rate = entry.get("rate_wpm", 175)
+    if type(rate) is not int:
+        raise UserError(f"rate_wpm is {rate!r}; expected a whole number of words per minute")
+    return with_loudness(
+        Synthesizer().speak(entry["say"], str(entry.get("voice", "en-us")), rate_wpm=rate)[0], SAID_LEVEL
+    )
+
+
+def _noise(entry: Mapping[str, Any]) -> np.ndarray:
+    import numpy as np
+
+    from data_pipelines.speech.noises import SYNTHETIC_KINDS, babble, synthetic_noise, with_loudness
+    from data_pipelines.speech.synthesizer import Synthesizer
+
+    kind, seconds, rng = entry["noise"], entry.get("seconds", NOISE_SECONDS), np.random.default_rng(0)
+    if not isinstance(seconds, int | float) or not 0.1 <= seconds <= 60:
+        raise UserError(f"seconds of the noise are {seconds!r}; expected a number from 0.1 to 60")
+    if kind == "babble":
+        voices = [Synthesizer().speak(text, voice)[0] for text, voice in zip(BABBLE, BABBLE_VOICES, strict=True)]
+        return with_loudness(babble(voices, float(seconds), rng), SAID_LEVEL)
+    if kind not in SYNTHETIC_KINDS:
+        raise UserError(f"noise {kind!r} is unknown; use one of {', '.join((*SYNTHETIC_KINDS, 'babble'))}")
+    return with_loudness(synthetic_noise(kind, float(seconds), rng), SAID_LEVEL)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0 done, 2 bad input."""
+    return run_command(duplex, make_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -85,13 +85,14 @@ def serve(arguments: argparse.Namespace) -> int:
     with bound_socket(arguments.host, arguments.port, limits) as listening:
         service = make_service(arguments, limits, token)
         from vita_jax.serving.app import create_app
+        from vita_jax.serving.pages import PAGE
 
         app = create_app(service)
         scheme = "http" if tls is None else "https"
         port = listening.getsockname()[1]
         print(f"{service.name}: {scheme}://{shown_host(arguments.host)}:{port}", flush=True)
-        for route in app.routes:
-            print(f"  {route.path}")
+        for path in (route.path for route in app.routes if not route.path.startswith(PAGE)):
+            print(f"  {path}")
         if service.mute_reason is not None:
             print(f"  no realtime sessions: {service.mute_reason}")
         if tls is not None and arguments.certificate is None:

@@ -56,11 +56,13 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(session: Session, limits: Limits = LIMITS, **options: object) -> Iterator[Served]:
+def serving(
+    session: Session, limits: Limits = LIMITS, tls: tuple[str, str] | None = None, **options: object
+) -> Iterator[Served]:
     """Serves a loaded model as long as the block lasts."""
     service = Service(session, MODEL, limits, **options)
     listening = bound_socket("localhost", 0, limits)
-    server = Server(create_app(service), service)
+    server = Server(create_app(service), service, tls=tls)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
     thread.start()
     while not server.started:

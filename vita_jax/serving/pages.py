@@ -11,6 +11,7 @@ from starlette.routing import Route
 
 FOLDER = Path(__file__).parent / "page"
 INDEX = "index.html"
+PAGE = "/page/"  # where its files are
 TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -31,7 +32,7 @@ def page_routes() -> list[Route]:
     """`/` and the files that it is made of."""
     files = {path.name: path for path in sorted(FOLDER.iterdir()) if path.suffix in TYPES}
     routes = [Route("/", _endpoint(files.pop(INDEX)))]
-    return routes + [Route(f"/page/{name}", _endpoint(path)) for name, path in files.items()]
+    return routes + [Route(PAGE + name, _endpoint(path)) for name, path in files.items()]
 
 
 def _endpoint(path: Path) -> Callable[[Request], Awaitable[Response]]:

@@ -26,17 +26,27 @@ def bound_socket(host: str, port: int, limits: Limits) -> socket.socket:
       UserError: the address cannot be used.
     """
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        # localhost has two addresses; whoever asks for it tries both, but only one may be written down somewhere.
+        family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
         listening = socket.socket(family, socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise _unusable(host, port, error) from error
+    try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # what is accepted has it, too
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * limits.send_seconds))
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         listening.bind(address)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"cannot listen on {host}:{port}: {reason}; choose another --host or --port") from error
+    except OSError as error:
+        listening.close()
+        raise _unusable(host, port, error) from error
     return listening
+
+
+def _unusable(host: str, port: int, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return UserError(f"cannot listen on {host}:{port}: {reason}; choose another --host or --port")
 
 
 class Server(uvicorn.Server):

@@ -54,18 +54,21 @@ function problem(text) {
   $("problem").textContent = text || "";
 }
 
-/** The line of an item in the transcript, made where there is none. */
+/** The line of an item in the transcript, made where there is none; its last part is the text. */
 function line(id, who) {
   let entry = page.entries.get(id);
   if (!entry) {
     entry = document.createElement("li");
     entry.className = who;
+    entry.append(document.createElement("span"));
     $("log").append(entry);
     page.entries.set(id, entry);
   }
   entry.scrollIntoView({ block: "nearest" });
   return entry;
 }
+
+function setText(entry, text) { entry.lastChild.textContent = text; }
 
 function milliseconds(value) { return value === undefined ? "–" : `${Math.round(Number(value))} ms`; }
 
@@ -264,21 +267,20 @@ const handlers = {
     page.stoppedAt = null;
     const entry = line(event.item_id, "you");
     entry.classList.add("ignored");
-    entry.textContent = say("notMeant");
+    setText(entry, say("notMeant"));
     setState("ignored");
     setTimeout(() => page.state === "ignored" && settle(), IGNORED_MS);
   },
   "conversation.item.added": (event) => {
-    if (event.item.role !== "user") return;
+    // Pictures are shown with the question that they go with.
+    const content = event.item.content;
+    if (event.item.role !== "user" || content.every((part) => part.type === "input_image")) return;
     const entry = line(event.item.id, "you");
-    if (!entry.childNodes.length) {
-      const text = event.item.content.map((part) => part.text || "").join("\n");
-      entry.append(text || (event.item.content.some((part) => part.type === "input_audio") ? say("spoken") : ""));
-    }
+    if (!entry.lastChild.textContent) setText(entry, content.map((part) => part.text || "").join("\n") || say("spoken"));
     entry.prepend(...page.shown.splice(0));
   },
   "conversation.item.input_audio_transcription.completed": (event) => {
-    if (event.transcript) line(event.item_id, "you").textContent = event.transcript;
+    if (event.transcript) setText(line(event.item_id, "you"), event.transcript);
   },
   "response.created": (event) => {
     page.answering = event.response.id;
@@ -287,8 +289,8 @@ const handlers = {
     if (!["hearing", "ignored"].includes(page.state)) setState("thinking");
   },
   "response.output_item.added": (event) => page.items.set(event.item.id, { done: false, cut: false }),
-  "response.output_audio_transcript.delta": (event) => line(event.item_id, "model").append(event.delta),
-  "response.output_text.delta": (event) => line(event.item_id, "model").append(event.delta),
+  "response.output_audio_transcript.delta": (event) => line(event.item_id, "model").lastChild.append(event.delta),
+  "response.output_text.delta": (event) => line(event.item_id, "model").lastChild.append(event.delta),
   "response.output_audio.delta": (event) => {
     if (page.items.get(event.item_id)?.cut) return;
     const samples = samplesOf(event.delta);

@@ -37,7 +37,7 @@ for name in VITA_JAX_GOLDEN_DIR JAX_COMPILATION_CACHE_DIR; do
 done
 cd "$root"
 # torch, of the extra `convert`: files of torch.save are among what is read.
-bash launch/setup.sh dev convert
+bash launch/setup.sh dev convert serve
 
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$root/.jax_cache}"

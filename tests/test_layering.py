@@ -33,6 +33,7 @@ ALLOWED = {
     "vita_jax.planning": SERVICES | {"vita_jax.training"},  # compiles its step
     "vita_jax.exchange": SERVICES | {"vita_jax.training"},  # writes and reads its checkpoints
     "vita_jax.evaluation": SERVICES | {"vita_jax.inference", "vita_jax.training"},
+    "vita_jax.serving": SERVICES | {"vita_jax.inference"},
     "data_pipelines": FUNCTIONS | {"vita_jax.data", "vita_jax.command_line"},
 }
 # They may import every room.

@@ -12,12 +12,14 @@ normalise).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
 import os
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +172,21 @@ def open_image(source: str | os.PathLike[str] | bytes, *, name: str | None = Non
     Raises:
       UserError: missing, empty, truncated or damaged file, not a picture, or more than MAX_PIXELS pixels.
     """
+    with _opened(source, name) as (image, label):
+        return _to_rgb(image, label)
+
+
+def picture_size(source: str | os.PathLike[str] | bytes, *, name: str | None = None) -> tuple[int, int]:
+    """Width and height of a picture, from its head alone. Raises `UserError` as `open_image`, as far as that shows."""
+    with _opened(source, name) as (image, _):
+        return image.size
+
+
+@contextlib.contextmanager
+def _opened(source: str | os.PathLike[str] | bytes, name: str | None) -> Iterator[tuple[Image.Image, str]]:
+    """The file as Pillow opens it, not decoded, and what to call it; whatever is wrong with it becomes a `UserError`,
+    while it is decoded, too.
+    """
     label = source_name(source, name)
     require_file(source, label)
     file = io.BytesIO(source) if isinstance(source, bytes) else source
@@ -178,7 +195,7 @@ def open_image(source: str | os.PathLike[str] | bytes, *, name: str | None = Non
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise UserError(f"{label}: {width} x {height} pixels; at most {MAX_PIXELS} are accepted, scale it down")
-            return _to_rgb(image, label)
+            yield image, label
     except UnidentifiedImageError as error:
         raise UserError(f"{label}: not a picture in a known format ({', '.join(_available_formats())})") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -58,6 +58,15 @@ class KnownMedia:
         features = {name: self.features[name] for name in (*tiles, *clips)}
         return example_prompt(example, self.context, features, tiles, clips)
 
+    def decode(self, media: Media) -> None:
+        """Does ahead what needs no model: a picture becomes tiles, a sound features. May be called in another thread,
+        as long as it is the only one.
+
+        Raises:
+          UserError: see `tile_table`.
+        """
+        self._known(media)
+
     def begin_sound(self) -> Media:
         """A sound that is about to be spoken; it has one part, of no meaning, until `grow_sound` gives it some."""
         _, number = live_id()

@@ -6,10 +6,12 @@ Several conversations share a model by `beside`: one engine answers them side by
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +42,8 @@ from vita_jax.training.experiment import (
     example_context,
 )
 from vita_jax.training.stages import flatten, trained_so_far
+
+File = str | Path | Media  # of a question: where it lies, or what is in it
 
 # Positions that a conversation has room for where the model was trained for more.
 MAX_SLOTS = 4096
@@ -159,10 +163,15 @@ class Session:
         speaker = self.speaker(language)
         return speaker.speak(text, self.tokenizer, language), speaker.sampling_rate
 
-    def beside(self) -> Session:
-        """Another conversation with the same model, answered by the same engine."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Session(**{**fields, "turns": [], "media": [], "last_state": None})
+    def beside(self, **changes: Any) -> Session:
+        """Another conversation with the same model, answered by the same engine.
+
+        changes: attributes that are others there, such as `sampler` and `seed`.
+        """
+        other = dataclasses.replace(self, **{"turns": [], "media": [], "last_state": None, **changes})
+        if "speakers" in self.__dict__:  # worked out once
+            other.__dict__["speakers"] = self.speakers
+        return other
 
     @cached_property
     def known(self) -> KnownMedia:
@@ -180,12 +189,17 @@ class Session:
         self._seat.interrupt()
         self.turns, self.media, self.last_state, self._answered = [], [], None, None
 
+    def close(self) -> None:
+        """Ends the conversation and gives its place at the engine back."""
+        self.reset()
+        self._seat.leave()
+
     def ask(
         self,
         question: str,
-        images: Sequence[str | Path] = (),
-        videos: Sequence[str | Path] = (),
-        audio: Sequence[str | Path] = (),
+        images: Sequence[File] = (),
+        videos: Sequence[File] = (),
+        audio: Sequence[File] = (),
     ) -> Iterator[str]:
         """Answers in pieces of text as they are produced, without the state symbol in front.
 
@@ -195,7 +209,8 @@ class Session:
 
         Args:
           question: plain text; the files are put in front of it. May be empty if there is sound, which then asks.
-          images, videos, audio: files that this question brings along; those of earlier turns are still there.
+          images, videos, audio: paths of files that this question brings along, or what was in them; those of earlier
+            turns are still there.
 
         Raises:
           UserError: at once, before any text: an empty question, a file that cannot be used, or a conversation that has
@@ -205,7 +220,7 @@ class Session:
             raise UserError("the question is empty; write what you want to know, or give a sound file that asks it")
         return self._begin(self._asked(question, images, videos, audio))
 
-    def ask_aloud(self, images: Sequence[str | Path] = (), videos: Sequence[str | Path] = ()) -> SpokenQuestion:
+    def ask_aloud(self, images: Sequence[File] = (), videos: Sequence[File] = ()) -> SpokenQuestion:
         """A question that is about to be spoken; the files are those of `ask`. Raises as `ask`."""
         return SpokenQuestion(self, self._asked("", images, videos))
 
@@ -239,21 +254,23 @@ class Session:
         """
         if self.external is not None:
             return talk(reply, self.external(language), timeline=self.timeline)
-        speaker = self.speaker(language)
+        speaker = copy.copy(self.speaker(language))  # other conversations speak with it at the same time
         speaker.timeline = self.timeline
         return talk(reply, ModelVoice(speaker, self.tokenizer, language), timeline=self.timeline)
 
     def _asked(
         self,
         question: str,
-        images: Sequence[str | Path],
-        videos: Sequence[str | Path],
-        audio: Sequence[str | Path] | Sequence[Media] = (),
+        images: Sequence[File],
+        videos: Sequence[File],
+        audio: Sequence[File] = (),
     ) -> Asked:
         self._seat.interrupt()
         self._answered, self.timeline = None, Timeline()
         files = (("image", images), ("video", videos), ("audio", audio))
-        media = [media_from_file(path, kind) for kind, paths in files for path in paths]
+        media = [
+            file if isinstance(file, Media) else media_from_file(file, kind) for kind, given in files for file in given
+        ]
         turn = {"from": "human", "value": with_media(question, *(len(paths) for _, paths in files))}
         return Asked(turn, media)
 

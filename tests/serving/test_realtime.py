@@ -209,7 +209,7 @@ def test_sessions_are_refused(loaded: Session):
 
 LIMITS = Limits(
     sessions=2,
-    message_bytes=100_000,
+    message_bytes=2_000_000,
     session_seconds=60,
     idle_seconds=1.5,
     session_images=1,
@@ -222,7 +222,7 @@ LIMITS = Limits(
 
 def test_every_limit_of_a_session_has_its_error(loaded: Session, digits: bytes):
     with serving(loaded, LIMITS) as running, talking(running) as talker:
-        silence = base64.b64encode(bytes(2 * RATE)).decode()
+        silence, long = (base64.b64encode(bytes(2 * RATE * seconds)).decode() for seconds in (1, 16))
 
         def error_of(*events: dict) -> object:
             for event in events:
@@ -243,10 +243,10 @@ def test_every_limit_of_a_session_has_its_error(loaded: Session, digits: bytes):
         truncate = {"type": "conversation.item.truncate", "item_id": "x", "content_index": 0, "audio_end_ms": 1}
         append = {"type": "input_audio_buffer.append", "audio": silence}
         for message, *events in (
-            ("limit message_bytes", {"type": "x" * 100_001}),
+            ("limit message_bytes", {"type": "x" * 2_000_001}),
             ("is unknown; use one of", {"type": "response.dance"}),
             ("type is missing", {"event_id": "a"}),
-            ("limit audio_speed", *[append] * 17),
+            ("limit audio_speed", append | {"audio": long}),
             ("not base64", append | {"audio": "###"}),
             ("samples of pcm16 have two", append | {"audio": "QUJD"}),
             ("limit text_characters", item({"type": "input_text", "text": "a" * 101})),
@@ -271,6 +271,14 @@ def test_every_limit_of_a_session_has_its_error(loaded: Session, digits: bytes):
         assert talker.listen("error")[-1].error.code in ("idle_timeout", "session_expired")
         with pytest.raises(websockets.exceptions.ConnectionClosedOK):
             talker.connection.recv()
+
+
+def test_messages_have_a_rate(loaded: Session):
+    with serving(loaded, Limits(messages_per_minute=40)) as running, talking(running) as talker:
+        for _ in range(11):
+            talker.connection.send({"type": "input_audio_buffer.commit"})
+        errors = [talker.listen("error")[-1].error for _ in range(11)]
+    assert [error.code for error in errors[-2:]] == [None, "rate_limit_exceeded"]
 
 
 def test_a_session_ends_after_its_time(loaded: Session):

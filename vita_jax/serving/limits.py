@@ -28,6 +28,7 @@ class Limits:
       audio_seconds: of one sound; never more than the model's own limit.
       new_tokens: of one answer.
       requests_per_minute: of one client address, HTTP and new sessions together.
+      messages_per_minute: of a session.
       audio_speed: seconds of sound per second that a session may send; a quarter of a minute's may come at once.
       waiting: requests that wait for their turn.
       request_seconds: from the beginning of an answer to its end.
@@ -50,6 +51,7 @@ class Limits:
     audio_seconds: float = 60.0
     new_tokens: int = 1024
     requests_per_minute: int = 240
+    messages_per_minute: int = 6000
     audio_speed: float = 2.0
     waiting: int = 16
     request_seconds: float = 120.0
@@ -87,8 +89,11 @@ def changed_limits(limits: Limits, changes: Sequence[str]) -> Limits:
 class Rate:
     """So many in a minute from each client; a quarter of a minute's may come at once."""
 
-    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.per_minute, self._clock = per_minute, clock
+    def __init__(
+        self, per_minute: int, name: str = "requests_per_minute", clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """name: of the limit."""
+        self.per_minute, self._name, self._clock = per_minute, name, clock
         self._room = max(1.0, per_minute / 4)
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # client -> how many, at which time
 
@@ -104,7 +109,7 @@ class Rate:
         if not allowed:
             raise Problem(
                 429,
-                f"more than {self.per_minute} requests a minute (limit requests_per_minute); slow down",
+                f"more than {self.per_minute} a minute (limit {self._name}); slow down",
                 kind=LIMITED,
                 code="rate_limit_exceeded",
                 retry_after=(1 - left) * 60 / self.per_minute,

@@ -23,6 +23,7 @@ from vita_jax.inference.vad import SAMPLE_RATE
 from vita_jax.serving.content import decoded, picture, plain_text
 from vita_jax.serving.fields import Fields, read_json
 from vita_jax.serving.guard import subprotocols
+from vita_jax.serving.limits import Rate
 from vita_jax.serving.problems import LIMITED, SERVER, Problem, as_problem, invalid, overloaded
 from vita_jax.serving.realtime_events import Narrator, Said, ServerEvent, new_id, user_item
 from vita_jax.serving.realtime_settings import AUDIO, first_settings, updated
@@ -88,6 +89,7 @@ class Realtime:
         self._item: str | None = None  # what is being said, where the client says when it has spoken
         self._buffered, self._committed = 0.0, False  # seconds of it, and whether it is complete
         self._images = 0
+        self._rate = Rate(self._limits.messages_per_minute, "messages_per_minute")
         self._unheard = 0.0  # seconds
         self._sound_room, self._sound_since = AT_ONCE * self._limits.audio_speed, time.monotonic()
         self._began = self._last = time.monotonic()
@@ -177,6 +179,7 @@ class Realtime:
             self._last = time.monotonic()
             event_id = None
             try:
+                self._rate.take(self.id)
                 data = message.get("text") or message.get("bytes") or b""
                 if len(data) > self._limits.message_bytes:
                     raise invalid(
@@ -210,7 +213,8 @@ class Realtime:
             self._narrator.output, self._narrator.tells_turns = self._settings.output, self._settings.detects
             self._resampler = Resampler(self._settings.rate, SAMPLE_RATE)
             self._heard.clear()
-            self._samples, self._unheard, self._item, self._committed = 0, 0.0, None, False
+            self._samples, self._unheard = 0, 0.0
+            self._item, self._buffered, self._committed = None, 0.0, False
         return self._duplex
 
     def _begin(self) -> None:
@@ -330,7 +334,7 @@ class Realtime:
             if self._committed:
                 raise invalid("what was committed has not been answered; send response.create first", "audio")
             if self._item is None:
-                self._item, self._buffered = new_id("item"), 0.0
+                self._item = new_id("item")
                 self._narrator.open_items.append(self._item)
             self._buffered += seconds
         self._service.metrics.heard_seconds.inc(seconds)
@@ -457,7 +461,7 @@ class Realtime:
             )
         duplex = await self._lead()
         if self._committed:
-            self._committed, self._item = False, None
+            self._committed, self._item, self._buffered = False, None, 0.0
             duplex.end_utterance()
         if self._texts:
             texts, self._texts = self._texts, []

@@ -88,13 +88,16 @@ def assert_same_run(got: Path, want: Path, stages: Sequence[str] = ("naming", "j
 
 
 def read_arrays(folder: Path) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint by its path, parameters and optimiser state."""
+    """Every array of a checkpoint by its path, parameters and optimiser state, whatever devices it was saved from."""
     import orbax.checkpoint as ocp
 
     arrays = {}
     with ocp.PyTreeCheckpointer() as checkpointer:
         for item in ("params", "optimizer"):
-            for path, leaf in jax.tree_util.tree_leaves_with_path(checkpointer.restore(folder / item)):
+            saved = checkpointer.metadata(folder / item).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+            restored = checkpointer.restore(folder / item, restore_args=as_numpy)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(restored):
                 arrays[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
     return arrays
 

@@ -148,9 +148,9 @@ SMALL = Size(
         "vision_understanding": (400, 7e-4),
         "vision_sft": (1400, 1.5e-3),
         "speech_encoder": (7000, 2e-3),
-        "speech_alignment": (2400, 1.5e-3),
+        "speech_alignment": (3400, 1.5e-3),
         "audio_sft": (1900, 5e-4),
-        "codec": (14500, 4e-3),
+        "codec": (26000, 4e-3),
         "speech_decoders": (2400, 2e-3),
     },
     # It needs fewer steps, most of all for the codec. Where sound meets the language model it gained nothing: there
@@ -192,8 +192,8 @@ FULL = dataclasses.replace(
     plan=SMALL.plan
     | {"language": (1700, 1e-4), "tower": (900, 1e-4), "vision_alignment": (300, 5e-4)}
     | {"vision_understanding": (400, 2e-5), "vision_sft": (1400, 2e-5)}
-    | {"speech_encoder": (7000, 2e-4), "speech_alignment": (2400, 2e-5), "audio_sft": (1900, 2e-5)}
-    | {"codec": (14500, 2e-4), "speech_decoders": (2400, 5e-4)},
+    | {"speech_encoder": (7000, 2e-4), "speech_alignment": (3400, 2e-5), "audio_sft": (1900, 2e-5)}
+    | {"codec": (26000, 2e-4), "speech_decoders": (2400, 5e-4)},
     muon=(),
     seen=Rows(128, 6144, row_tiles=26),
     cells=Rows(256, 6144, row_tiles=8),

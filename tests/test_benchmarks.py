@@ -57,11 +57,8 @@ def test_ratios_are_taken_within_turns(monkeypatch):
         now[0] += seconds * slow[0]
         slow[0] *= 1.001  # other jobs come in as time goes by
 
-    class Clock:
-        perf_counter = staticmethod(lambda: now[0])
-        sleep = staticmethod(lambda seconds: None)
-
-    monkeypatch.setattr(turns, "time", Clock)
+    monkeypatch.setitem(turns.CLOCKS, "wall", lambda: now[0])
+    monkeypatch.setattr(turns, "PAUSE_SECONDS", 0.0)
     ratio = turns.take_turns(lambda: call("a", 0.5), lambda: call("b", 1.5), turns=9, sample_seconds=0.0)
     assert abs(ratio.median - 3) < 0.01 and 2.98 < ratio.lower <= ratio.median <= ratio.upper < 3.02
     assert begun[-6:] == ["a", "b", "b", "a", "a", "b"]

@@ -58,7 +58,7 @@ def session(drawn, monkeypatch):
     say = Session.say
 
     def noted(self, text, language):
-        self.spoken.append((text, language))
+        drawn.spoken.append((text, language))
         return say(self, text, language)
 
     monkeypatch.setattr(Seat, "answer", lambda *_: iter(drawn.tokenizer.encode(drawn.says)))

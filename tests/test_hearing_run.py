@@ -22,7 +22,7 @@ from vita_jax.evaluation.recognition import load_recogniser
 from vita_jax.evaluation.results import format_result, format_stages, read_evaluation
 from vita_jax.evaluation.runner import evaluate_params
 from vita_jax.evaluation.subject import benchmark_folder
-from vita_jax.inference import session as session_module
+from vita_jax.inference.engine import Seat
 from vita_jax.inference.session import Session
 from vita_jax.inference.speak import Speaker, SpeakOptions, save_voices, voices
 from vita_jax.models.audio.cmvn import RELEASED_MEAN
@@ -183,7 +183,7 @@ def test_chat_hears(config, tmp_path, capsys, monkeypatch):
 def test_what_is_not_meant_for_the_model_has_no_answer(config, session, capsys, monkeypatch):
     sound = benchmark_folder(config, "speech") / "media" / "0.wav"
     session.says = "☟not for me"
-    monkeypatch.setattr(session_module, "stream", lambda *_, **__: iter(session.tokenizer.encode(session.says)))
+    monkeypatch.setattr(Seat, "answer", lambda *_: iter(session.tokenizer.encode(session.says)))
     assert list(session.ask("", audio=[sound])) == [] and session.last_state == "noise"
     assert session.turns == [] and session.media == []
     chat.answer(session, "", chat.Attached(), [sound])

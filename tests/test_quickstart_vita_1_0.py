@@ -18,7 +18,7 @@ from vita_jax.data.prompts import state_symbol_ids, stop_ids
 from vita_jax.data.templates import get_template
 from vita_jax.data.tokenizer import load_tokenizer
 from vita_jax.errors import UserError
-from vita_jax.inference import session as session_module
+from vita_jax.inference.engine import Seat
 from vita_jax.inference.session import Session
 from vita_jax.parallel.mesh import MeshConfig
 from vita_jax.training import loop
@@ -131,7 +131,7 @@ def test_chat_answers_by_the_state_token(run_dir, monkeypatch):
     session = Session.load(run_dir)
     sound = next((run_dir / "data/benchmarks/speech/media").glob("*.wav"))
     said = {"says": "<2>Not for me."}
-    monkeypatch.setattr(session_module, "stream", lambda *_, **__: iter(session.tokenizer.encode(said["says"])))
+    monkeypatch.setattr(Seat, "answer", lambda *_: iter(session.tokenizer.encode(said["says"])))
     assert list(session.ask("", audio=[sound])) == [] and session.last_state == "noise" and not session.turns
     said["says"] = "<1>red"
     assert "".join(session.ask("", audio=[sound])) == "red" and session.last_state == "audio"

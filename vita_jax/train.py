@@ -37,6 +37,10 @@ An experiment file may also define these functions; each is called if it is ther
   prepare(config)                      before training, to build data and tokenizer; may return a changed configuration
   after_stage(config, stage, params)   when a stage is finished
   finish(config)                       when all are
+
+Several processes: the same command for each, with --config.distributed.coordinator=auto where the machine tells them of
+each other (TPU slices, Slurm), else HOST:PORT of the first, and .num_processes and .process_id. The first alone calls
+the functions above and reports; a signal to any stops all.
 """
 
 HOOKS = ("after_stage", "finish")
@@ -50,6 +54,8 @@ def hooks_of(module: ModuleType) -> dict[str, Any]:
 def train(arguments: config_lib.ConfigArgs) -> int:
     """Resolves the configuration, prepares the data, trains, finishes. Returns the exit status."""
     # Imported here so that --help and a mistyped flag answer at once.
+    from vita_jax.parallel.process import prepare_process
+    from vita_jax.parallel.processes import is_first, on_first
     from vita_jax.training import loop
     from vita_jax.training.experiment_file import open_experiment, prepare_data
 
@@ -57,12 +63,14 @@ def train(arguments: config_lib.ConfigArgs) -> int:
     unknown = [argument for argument in arguments.rest if argument != "--print_config"]
     if unknown:
         raise UserError(f"unknown argument {unknown[0]!r}; configuration fields start with --config., see --help")
+    prepare_process()
     module, config = open_experiment(arguments.file, arguments.overrides)
     if print_only:
         print(config_lib.format_config(config))
         return 0
     config, hooks = prepare_data(module, config), hooks_of(module)
-    print(config_lib.format_config(config), flush=True)
+    if is_first():
+        print(config_lib.format_config(config), flush=True)
 
     def after_stage(stage: Any, params: Any) -> None:
         hooks["after_stage"](config, stage, params)
@@ -73,7 +81,7 @@ def train(arguments: config_lib.ConfigArgs) -> int:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signal
     if hooks["finish"] is not None:
-        hooks["finish"](config)
+        on_first(lambda: hooks["finish"](config))
     return 0
 
 

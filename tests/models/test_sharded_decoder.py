@@ -174,12 +174,21 @@ def tpu_devices() -> list[Any]:
     return topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
 
 
+def forward_runs(text: str) -> float:
+    """How often a program runs the forward kernel for each backward one; it may have unrolled the layers."""
+    forward, dkv, dq = (
+        len(re.findall(rf"%splash_mha_{kind}_\S+ = .*tpu_custom_call", text)) for kind in ("fwd", "dkv", "dq")
+    )
+    assert dkv == dq > 0
+    return forward / dq
+
+
 def check_compiled_for_tpu() -> None:
     """Runs in a process that may load the TPU compiler: what exists in memory, and what travels."""
     length = 1280  # 640 on a device, which the kernel makes 1024, and 1536 keys
     compiled = compile_for_tpu((1, 2, 1, 2, 2), 4, length, replace(TPU_CONFIG, remat="full"))
     text = compiled.as_text()
-    assert text.count('custom_call_target="tpu_custom_call"') == 4, "forward, forward again, dq, dk and dv"
+    assert forward_runs(text) == 2, "forward, and again for the backward pass"
     shapes = [[int(size) for size in found.split(",")] for found in SHAPE.findall(text)]
     positions, vocabulary = {640, 1024, 1280, 1536}, {2048, 4096}
     scores = [shape for shape in shapes if sum(size in positions for size in shape) > 1]
@@ -189,10 +198,10 @@ def check_compiled_for_tpu() -> None:
     full = re.findall(r"= f32\[[\d,]+\]\S* all-gather(?:-start)?\(.*", text)
     assert not full, f"gathered in float32: {full[0]}"
     print("memory ok")
-    for remat, calls in (("attention", 3), ("offload", 3)):
+    for remat in ("attention", "offload"):
         compiled = compile_for_tpu((1, 1, 1, 1, 8), 1, 8 * 1024, replace(TPU_CONFIG, remat=remat))
         text, memory = compiled.as_text(), compiled.memory_analysis()
-        assert text.count('custom_call_target="tpu_custom_call"') == calls, "the forward kernel runs once"
+        assert forward_runs(text) == 1, "what attention made is kept"
         assert (memory.host_temp_size_in_bytes > 0) == (remat == "offload")
         print(f"{remat} ok")
 

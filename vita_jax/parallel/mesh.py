@@ -95,6 +95,21 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def check_processes(mesh: Mesh) -> None:
+    """Raises UserError unless each process has an equal part of a batch's rows that no other one has: so is the data
+    shared out.
+    """
+    shards = num_batch_shards(mesh)
+    rows: dict[int, set[int]] = {}
+    for device, (part,) in batch_sharding(mesh).devices_indices_map((shards,)).items():
+        rows.setdefault(device.process_index, set()).add(part.start or 0)
+    if any(len(own) * len(rows) != shards for own in rows.values()) or len(set().union(*rows.values())) != shards:
+        raise UserError(
+            f"the mesh divides a batch in {shards} parts (data x fsdp x expert), of which {len(rows)} processes cannot "
+            "have their own; give --config.mesh.tensor and --config.mesh.context no more than the devices of a process"
+        )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -36,6 +36,7 @@ from jax.sharding import SingleDeviceSharding
 
 from vita_jax import config as config_lib
 from vita_jax.errors import UserError
+from vita_jax.parallel.processes import WAIT_SECONDS, is_first, on_first
 from vita_jax.training.adapters import adapter_layout
 from vita_jax.training.experiment import ExperimentConfig
 from vita_jax.training.objectives import OBJECTIVES
@@ -142,7 +143,8 @@ def snapshot_meta(
 
 
 class StageCheckpoints:
-    """Saves and restores the checkpoints of one stage, on top of Orbax's `CheckpointManager`.
+    """Saves and restores the checkpoints of one stage, on top of Orbax's `CheckpointManager`. Of several processes all
+    call each method.
 
     Writing happens in the background; `save` waits only for the previous one. Old checkpoints are removed once a newer
     one is complete.
@@ -154,14 +156,13 @@ class StageCheckpoints:
         self._in_flight: int | None = None
         # Orbax logs tracebacks of errors in its background thread, which it raises as well.
         logging.getLogger("absl").addFilter(_not_raised_anyway)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._remove_incomplete()
+        on_first(self._remove_incomplete)
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=None,
                 enable_async_checkpointing=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+                async_options=ocp.AsyncOptions(timeout_secs=WAIT_SECONDS, post_finalization_callback=self._seal),
             ),
         )
 
@@ -169,9 +170,10 @@ class StageCheckpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        # What went wrong first is what the caller has to hear of.
-        with contextlib.suppress(Exception) if kind is not None else contextlib.nullcontext():
+        if kind is None:
             self.wait()
+        # What went wrong first is what the caller has to hear of; and other processes may not know of it.
+        with contextlib.suppress(Exception) if kind is not None else contextlib.nullcontext():
             self._manager.close()
 
     def latest(self) -> int | None:
@@ -202,7 +204,7 @@ class StageCheckpoints:
         """
         with self._named_errors():
             self._manager.wait_until_finished()
-            for step in complete_steps(self.folder)[: -self.keep]:
+            for step in on_first(lambda: complete_steps(self.folder)[: -self.keep]):
                 self._manager.delete(step)
 
     def restore(
@@ -245,7 +247,7 @@ class StageCheckpoints:
 
     def _seal(self) -> None:
         """Adds the manifest to the temporary folder that Orbax is about to rename (called in its background thread)."""
-        if jax.process_index() == 0:
+        if is_first():
             (temporary,) = self.folder.glob(f"{self._in_flight}.*")
             write_manifest(temporary)
 
@@ -253,6 +255,7 @@ class StageCheckpoints:
         """What a killed process left half written is of no use, and a later save of the same step would collide with
         it.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.iterdir():
             if path.is_dir() and not (path / MANIFEST).is_file():
                 shutil.rmtree(path)
@@ -328,14 +331,13 @@ def verify(folder: Path) -> None:
             raise DamagedCheckpoint(folder, f"the content of {name} has changed since it was written")
 
 
-def read_meta(folder: Path, *, verified: bool = False) -> dict[str, Any]:
-    """The JSON part of a checkpoint, after `verify` unless that was done already.
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint, after `verify`.
 
     Raises:
       UserError: damaged, or written in another format version.
     """
-    if not verified:
-        verify(folder)
+    verify(folder)
     meta = json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8"))
     if meta["format_version"] != FORMAT_VERSION:
         raise UserError(

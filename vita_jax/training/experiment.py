@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from vita_jax import config as config_lib
 from vita_jax.data.audio import AudioConfig, AudioContext
 from vita_jax.data.examples import ExampleContext
 from vita_jax.data.images import ImageConfig
@@ -23,6 +24,7 @@ from vita_jax.data.video import ORIGINAL_RULES
 from vita_jax.errors import UserError
 from vita_jax.models.vita import Vita, VitaConfig
 from vita_jax.parallel.mesh import MESH_AXES, MeshConfig, mesh_shape
+from vita_jax.parallel.processes import DistributedConfig, gather, join_processes
 from vita_jax.training.guard import RESTARTABLE, GuardConfig, validate_guard
 from vita_jax.training.objectives import OBJECTIVES
 from vita_jax.training.objectives.speech import SPEECH_OBJECTIVES
@@ -143,6 +145,7 @@ class ExperimentConfig:
       seed: of parameters, data order and drop path.
       guard: what is done about steps that go wrong.
       profile: which steps are profiled.
+      distributed: how the processes of a run find each other.
     """
 
     name: str
@@ -166,6 +169,7 @@ class ExperimentConfig:
     dtypes: DTypePolicy = DTypePolicy()
     guard: GuardConfig = GuardConfig()
     profile: ProfileConfig = ProfileConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
     def stage(self, name: str) -> Stage:
         """The stage of that name. Raises `UserError` naming the nearest."""
@@ -182,7 +186,7 @@ _READERS = ("data.num_threads", "data.num_workers", "data.lanes")  # the loader 
 _COMPUTED = ("mesh", *(f"model.language.{name}" for name in ("attention", "remat", "expert_implementation")))
 _GUARDS = tuple(f"guard.{field}" for field in RESTARTABLE)
 _PLACES = ("run_dir", "data.folder", "tokenizer.folder")
-RESTARTABLE_FIELDS = (*_READERS, *_COMPUTED, *_GUARDS, *_PLACES, "checkpoint", "log", "profile")
+RESTARTABLE_FIELDS = (*_READERS, *_COMPUTED, *_GUARDS, *_PLACES, "checkpoint", "distributed", "log", "profile")
 
 # The recogniser's characters, in the data folder.
 CTC_VOCABULARY = "ctc_vocabulary.json"
@@ -246,6 +250,20 @@ def _nearest(word: str, known: list[str]) -> str:
         return "there are none"
     best = max(known, key=lambda name: difflib.SequenceMatcher(None, name, word).ratio())
     return f"the nearest is {best!r}, known: {', '.join(known)}"
+
+
+def join_others(config: ExperimentConfig) -> None:
+    """Waits for the other processes of the run, if there are any; has to come before `validate`.
+
+    Raises:
+      UserError: they are not found; or, on all of them, their configurations differ.
+    """
+    join_processes(config.distributed)
+    first, *others = gather(config_lib.to_dict(dataclasses.replace(config, distributed=DistributedConfig())))
+    for number, other in enumerate(others, start=1):
+        if changed := config_lib.differences(first, other):
+            listed = "; ".join(f"{field}: {old!r} and {new!r}" for field, old, new in changed)
+            raise UserError(f"processes 0 and {number} have different configurations ({listed}); give them the same")
 
 
 def validate(config: ExperimentConfig, num_devices: int | None = None) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
 from vita_jax import config as config_lib
 from vita_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vita_jax.errors import UserError
-from vita_jax.training.experiment import ExperimentConfig, tokenizer_folder, validate
+from vita_jax.parallel.processes import on_first
+from vita_jax.training.experiment import ExperimentConfig, join_others, tokenizer_folder, validate
 from vita_jax.training.loop import REQUESTED, claim_run_dir
 from vita_jax.training.stages import Stage
 
@@ -16,7 +19,7 @@ from vita_jax.training.stages import Stage
 def open_experiment(
     file: str | None, overrides: Mapping[str, str], num_devices: int | None = None
 ) -> tuple[ModuleType, ExperimentConfig]:
-    """The module of an experiment's file and its configuration, checked.
+    """The module of an experiment's file and its configuration, checked; joins the other processes, if there are any.
 
     Args:
       file: what `--config=` says; None = nothing.
@@ -32,12 +35,15 @@ def open_experiment(
     config = config_lib.config_from_module(module, overrides)
     if not isinstance(config, ExperimentConfig):
         raise UserError(f"{file}: get_config must return an ExperimentConfig, not {type(config).__name__}")
+    if num_devices is None:
+        join_others(config)
     validate(config, num_devices)
     return module, config
 
 
 def prepare_data(module: ModuleType, config: ExperimentConfig) -> ExperimentConfig:
-    """Builds data and tokenizer, if the experiment does; returns the configuration, which it may complete.
+    """Builds data and tokenizer, if the experiment does; returns the configuration, which it may complete. Of several
+    processes, the first does it for all.
 
     Raises:
       UserError: the run directory belongs to another configuration, whose data must not be replaced; and as `prepare`.
@@ -45,9 +51,14 @@ def prepare_data(module: ModuleType, config: ExperimentConfig) -> ExperimentConf
     prepare = getattr(module, "prepare", None)
     if prepare is None:
         return config
-    claim_run_dir(config, REQUESTED)
-    prepared = prepare(config)
-    return config if prepared is None else prepared
+
+    def build() -> Any:
+        claim_run_dir(config, REQUESTED)
+        prepared = prepare(config)
+        return config_lib.to_dict(config if prepared is None else prepared)
+
+    prepared = config_lib.from_dict(type(config), on_first(build))
+    return dataclasses.replace(prepared, distributed=config.distributed)
 
 
 def open_stage(file: str | None, overrides: Mapping[str, str], name: str) -> tuple[ExperimentConfig, Stage, Tokenizer]:

@@ -3,7 +3,8 @@
 A bad step is one whose loss or gradients are not finite or, if asked for, whose loss is a spike. Whether it is one is
 decided inside the compiled step, which then keeps parameters and optimiser as they were: nothing waits for the host.
 The host learns of it two steps later, from the metrics, and writes the batch, which it has kept until then, to
-`<run_dir>/bad_batches/<stage>_<step>.npz`. Everything that such decisions depend on is saved with the checkpoint.
+`<run_dir>/bad_batches/<stage>_<step>.npz`; of several processes each writes its part, `..._p<process>.npz`, and all
+decide alike. Everything that such decisions depend on is saved with the checkpoint.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 from flax import struct
 
 from vita_jax.errors import UserError
+from vita_jax.parallel.processes import own_file
 from vita_jax.training.stages import Stage
 
 BAD_BATCHES = "bad_batches"
@@ -195,9 +197,9 @@ class BadSteps:
 
     def _write(self, step: int, loss: float, grad_norm: float) -> Path | None:
         batch = next((batch for number, batch in self._kept if number == step), None)
-        part = f"_p{jax.process_index()}" if jax.process_count() > 1 else ""
-        file = self._folder / f"{self._stage.name}_{step}{part}.npz"
-        full = self._folder.is_dir() and len(list(self._folder.iterdir())) >= self._config.saved_batches
+        file = own_file(self._folder / f"{self._stage.name}_{step}.npz")
+        own = list(self._folder.glob(own_file(Path("*.npz")).name))
+        full = len(own) >= self._config.saved_batches
         if batch is None or (full and not file.exists()) or not self._config.saved_batches:
             return None
         about = {"step": step, "stage": self._stage.name, "loss": loss, "grad_norm": grad_norm}
@@ -261,7 +263,7 @@ class Watchdog:
     """
 
     def __init__(self, config: GuardConfig, run_dir: Path, stage: Stage) -> None:
-        self._file, self._stage = run_dir / HANG, stage
+        self._file, self._stage = own_file(run_dir / HANG), stage
         self._limit, self._later_limit = config.compile_seconds, config.hang_seconds
         self._last, self._step = time.monotonic(), 0
         self._told = False

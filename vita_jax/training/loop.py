@@ -7,7 +7,9 @@ Orders that other parts rely on:
   newly drawn.
 * End of a stage: last checkpoint, then the `after_stage` hook, then the mark that the hook is done.
 A run that is stopped or killed anywhere and started again with the same configuration goes on from its last checkpoint,
-bit for bit, the numbers it reports included. What is done about steps that go wrong is in `guard`.
+bit for bit, the numbers it reports included. Several processes run all of this in step, see `parallel.processes`: the
+first reports and calls hooks, all save, and a signal to one stops all. What is done about steps that go wrong is in
+`guard`.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import signal
 import sys
@@ -25,7 +28,6 @@ from typing import Any, Protocol, TextIO
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from vita_jax import config as config_lib
@@ -34,8 +36,8 @@ from vita_jax.data.loader import Loader, RecordCounts, make_loader
 from vita_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vita_jax.errors import UserError
 from vita_jax.models.vita import Vita
-from vita_jax.parallel.mesh import make_mesh, put_batch, put_replicated
-from vita_jax.parallel.process import prepare_process
+from vita_jax.parallel.mesh import MeshConfig, check_processes, make_mesh, put_batch, put_replicated
+from vita_jax.parallel.processes import Largest, gather, is_first, on_first
 from vita_jax.parallel.rules import use_mesh
 from vita_jax.training.checkpoint import (
     CONFIG,
@@ -44,7 +46,6 @@ from vita_jax.training.checkpoint import (
     checkpoint_folder,
     load_params,
     newest_usable,
-    read_meta,
     snapshot_meta,
 )
 from vita_jax.training.experiment import (
@@ -54,11 +55,20 @@ from vita_jax.training.experiment import (
     check_tokenizer,
     data_folder,
     example_context,
+    join_others,
     peak_learning_rate,
     tokenizer_folder,
     validate,
 )
-from vita_jax.training.guard import BAD_BATCHES, BadSteps, Compilations, LossWindow, Watchdog, empty_window
+from vita_jax.training.guard import (
+    BAD_BATCHES,
+    STEPS_IN_FLIGHT,
+    BadSteps,
+    Compilations,
+    LossWindow,
+    Watchdog,
+    empty_window,
+)
 from vita_jax.training.metrics import MetricsWriter, Reporter, StepNumbers, format_duration
 from vita_jax.training.plan import StagePlan, compiled_step, initial_params, plan_stage
 from vita_jax.training.speech_batches import SPEECH_BATCHES, check_codes, speech_batches
@@ -106,13 +116,16 @@ class Stopped(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What all stages share."""
+    """What all stages share. `agreed` takes the signal that this process was sent, or 0, and gives the one by which all
+    stop.
+    """
 
     config: ExperimentConfig
     model: Vita
     mesh: Mesh
     metrics: MetricsWriter
     stop: StopSignal
+    agreed: Largest
     make_batches: MakeBatches
     after_stage: AfterStage | None
     stream: TextIO
@@ -136,32 +149,38 @@ def run(
       config: the run; its `run_dir` may hold earlier progress of the same configuration.
       make_batches: batches of a stage; default: the packed ArrayRecord files of its sources, with the run's tokenizer.
       after_stage: called once when a stage is finished, with its parameters (nested, without the objective's own).
-        If the process is killed inside it, it is called again at the next start.
-      stream: where progress goes, default stdout.
+        If the process is killed inside it, it is called again at the next start. Of several processes, the first calls
+        it, with the parameters on its first device, and the others wait.
+      stream: where progress goes, default stdout; only the first process tells.
 
     Raises:
       UserError: the configuration, data or an existing run directory does not fit; the disk is full; too many steps in
         a row have bad numbers.
       Stopped: SIGTERM or SIGINT arrived; everything is saved.
     """
-    stream = stream or sys.stdout
-    prepare_process()
+    join_others(config)
     validate(config)
+    stream = (stream or sys.stdout) if is_first() else io.StringIO()
     run_dir = Path(config.run_dir)
-    claim_run_dir(config)
+    on_first(functools.partial(claim_run_dir, config))
+    if not all(gather((run_dir / CONFIG).is_file())):
+        raise UserError(
+            f"run_dir={config.run_dir} is not one folder for all processes; choose one that all of them see"
+        )
     if make_batches is None:
         tokenizer = load_tokenizer(tokenizer_folder(config))
         check_tokenizer(config, tokenizer)
-        tokenizer.save(run_dir / "tokenizer")
+        on_first(functools.partial(tokenizer.save, run_dir / "tokenizer"))
         make_batches = functools.partial(record_batches, tokenizer=tokenizer)
 
     # ---- mesh, model, and everything about the stages that shapes can tell
     mesh = make_mesh(config.mesh)
-    model = build_model(config)
-    with use_mesh(mesh), MetricsWriter(run_dir) as metrics, StopSignal() as stop:
+    check_processes(mesh)
+    model, agreed = build_model(config), Largest(mesh, STEPS_IN_FLIGHT)
+    with use_mesh(mesh), MetricsWriter(run_dir, writes=is_first()) as metrics, StopSignal() as stop:
         plans = [plan_stage(config, model, stage, mesh) for stage in config.stages]
         stream.write(describe(config, plans) + "\n")
-        shared = Run(config, model, mesh, metrics, stop, make_batches, after_stage, stream)
+        shared = Run(config, model, mesh, metrics, stop, agreed, make_batches, after_stage, stream)
         # ---- stages
         for plan in plans:
             run_stage(shared, plan)
@@ -229,13 +248,8 @@ def record_batches(config: ExperimentConfig, stage: Stage, *, tokenizer: Tokeniz
 
 def gathered_state(batches: BatchIterator) -> dict[str, Any]:
     """The state of the data of all processes together."""
-    state = batches.get_state()
-    if jax.process_count() == 1:
-        return state
-    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray(text.size))
-    padded = multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - text.size)))
-    return merge_states([json.loads(bytes(row[:size])) for row, size in zip(padded, sizes, strict=True)])
+    states = gather(batches.get_state())
+    return states[0] if len(states) == 1 else merge_states(states)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,42 +261,31 @@ def run_stage(run: Run, plan: StagePlan) -> None:
     """Brings one stage to its end, from wherever it stands, and reports it."""
     stage = plan.stage
     folder = checkpoint_folder(run.config.run_dir, stage.name)
-    meta = usable_checkpoint(run, stage, folder)
+    # Before the checkpoints are opened, which all processes do together.
+    meta = on_first(lambda: newest_usable(folder, lambda line: run.stream.write(f"{stage.title}: {line}\n")))
     with StageCheckpoints(folder, run.config.checkpoint.keep) as checkpoints:
         if meta is not None and meta["finished"]:
             run.stream.write(f"{stage.title}: already finished\n")
         else:
             with contextlib.closing(run.make_batches(run.config, stage)) as batches:
                 train_stage(run, plan, checkpoints, meta, batches)
-    done = folder.parent / HOOK_DONE
-    if run.after_stage is not None and not done.exists():
-        run.after_stage(stage, load_params(folder, unflatten(plan.shardings)).params)
-        done.touch()
+    on_first(lambda: call_hook(run, plan, folder))
 
 
-def usable_checkpoint(run: Run, stage: Stage, folder: Path) -> dict[str, Any] | None:
-    """The JSON part of the checkpoint to go on from, see `newest_usable`; the first process finds it for all.
+def call_hook(run: Run, plan: StagePlan, folder: Path) -> None:
+    """Calls `after_stage` for the stage with these checkpoints, if that was not done.
 
-    Raises:
-      UserError: there are checkpoints, but none can be used.
+    Of several processes only this one is there, so nothing may lie on the devices of others.
     """
-    found, error = None, None
-    if jax.process_index() == 0:
-        try:
-            found = newest_usable(folder, lambda line: run.stream.write(f"{stage.title}: {line}\n"))
-        except UserError as raised:
-            error = raised
-    if jax.process_count() > 1:
-        nothing, failed = -1, -2
-        mine = failed if error else nothing if found is None else found["step"]
-        step = int(multihost_utils.broadcast_one_to_all(np.int32(mine)))
-        if step == failed:
-            error = error or UserError(f"no checkpoint in {folder} can be used; the first process says why")
-        elif step != nothing:
-            found = read_meta(folder / str(step), verified=True)
-    if error:
-        raise error
-    return found
+    done = folder.parent / HOOK_DONE
+    if run.after_stage is None or done.exists():
+        return
+    if jax.process_count() == 1:
+        run.after_stage(plan.stage, load_params(folder, unflatten(plan.shardings)).params)
+    else:
+        with use_mesh(make_mesh(MeshConfig(), jax.local_devices()[:1])):
+            run.after_stage(plan.stage, load_params(folder).params)
+    done.touch()
 
 
 def starting_state(
@@ -349,13 +352,14 @@ def train_stage(
 
     with Watchdog(config.guard, run_dir, stage) as watchdog, StepTrace(config.profile, run_dir, stage.name) as trace:
         for step in range(first, stage.steps):
-            if step > saved and (step % config.checkpoint.every_steps == 0 or run.stop.received):
+            stop = run.agreed(run.stop.received or 0)
+            if step > saved and (step % config.checkpoint.every_steps == 0 or stop):
                 save(step)
                 saved = step
-            if run.stop.received:
+            if stop:
                 checkpoints.wait()
                 reporter.close()
-                raise Stopped(stage.name, step, run.stop.received)
+                raise Stopped(stage.name, step, stop)
             host_batch, num_tokens = fetch(plan, batches, reporter)
             bad_steps.keep(step + 1, host_batch)
             batch = place(host_batch, run.mesh, reporter)

@@ -43,24 +43,27 @@ def read_metrics(run_dir: str | Path) -> Iterator[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """The one sink of a run."""
+    """The one sink of a run; of several processes, all but one have one that does not write."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / METRICS
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._run_dir = run_dir
-        self._file = self._reopen(list(read_metrics(run_dir)))
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), flush_secs=10)
+    def __init__(self, run_dir: Path, *, writes: bool = True) -> None:
+        self._path, self._run_dir, self._writes = run_dir / METRICS, run_dir, writes
+        if writes:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._file = self._reopen(list(read_metrics(run_dir)))
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), flush_secs=10)
 
     def __enter__(self) -> MetricsWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        self._board.close()
+        if self._writes:
+            self._file.close()
+            self._board.close()
 
     def rewind(self, stage: str, step: int) -> None:
         """Drops records of a stage after `step`: those steps are about to be repeated."""
+        if not self._writes:
+            return
         kept = [
             record
             for record in read_metrics(self._run_dir)
@@ -71,6 +74,8 @@ class MetricsWriter:
 
     def step(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """One training step's numbers."""
+        if not self._writes:
+            return
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         self._write({"event": "step", "stage": stage, "step": step, **values})
         for name, value in values.items():
@@ -78,7 +83,8 @@ class MetricsWriter:
 
     def stage(self, stage: str, values: Mapping[str, Any]) -> None:
         """Summary of a finished stage."""
-        self._write({"event": "stage", "stage": stage, **values})
+        if self._writes:
+            self._write({"event": "stage", "stage": stage, **values})
 
     def _reopen(self, records: list[dict[str, Any]]) -> TextIO:
         """Puts the file to exactly these records and opens it for more."""

@@ -148,6 +148,11 @@ def model_of_stage(model: Vita, stage: Stage) -> Vita:
     return model.clone(config=dataclasses.replace(model.config, audio=dataclasses.replace(audio, encoder=encoder)))
 
 
+# The pass moves reductions of gradients out of the loop over micro-batches; with more than one loop around them it ends
+# in an internal check of the compiler (RET_CHECK in while_loop_all_reduce_code_motion, libtpu 0.0.42).
+TPU_OPTIONS = {"xla_disable_hlo_passes": "while-loop-all-reduce-code-motion"}
+
+
 def compiled_step(model: Vita, plan: StagePlan, mesh: Mesh) -> Callable[..., tuple[TrainState, Metrics]]:
     """`(state, frozen, batch) -> (state, metrics)` of a stage, donating the state and keeping its layout."""
     layout = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract_state(mesh))
@@ -159,7 +164,8 @@ def compiled_step(model: Vita, plan: StagePlan, mesh: Mesh) -> Callable[..., tup
         accumulation=plan.stage.accumulation,
         spike_factor=plan.spike_factor,
     )
-    return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
+    options = TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated(mesh)), compiler_options=options)
 
 
 def _check_batch_norm(stage: Stage, paths: Sequence[str], trainable: Sequence[str]) -> None:

@@ -32,6 +32,7 @@ from vita_jax.data.loader import SourceConfig
 from vita_jax.errors import UserError
 from vita_jax.models.lora import detach, merge
 from vita_jax.models.vita_weights import weight_table
+from vita_jax.parallel.processes import DistributedConfig
 from vita_jax.training.experiment import CTC_VOCABULARY, VOICES, ExperimentConfig, data_folder
 from vita_jax.training.stages import Stage
 
@@ -204,6 +205,7 @@ def without_places(config: ExperimentConfig) -> ExperimentConfig:
         run_dir=_last(config.run_dir),
         data=dataclasses.replace(config.data, root=None, **files),
         tokenizer=dataclasses.replace(config.tokenizer, folder=None),
+        distributed=DistributedConfig(),
         stages=tuple(_stage_without_places(stage) for stage in config.stages),
     )
 

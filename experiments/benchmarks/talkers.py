@@ -61,7 +61,7 @@ class Figures:
     """What the talkers met.
 
     Attributes:
-      first_audio: seconds, of every answer.
+      first_audio: seconds, of every answer, in order.
       answers, ignored: questions that were answered, and that were taken for noise.
       different: answers that were others than alone.
       dropped: questions without an answer, and sessions that broke off.

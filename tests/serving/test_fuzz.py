@@ -7,6 +7,7 @@ import json
 
 import httpx
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from websockets.sync.client import connect
@@ -14,6 +15,8 @@ from websockets.sync.client import connect
 from tests.serving.server import MODEL, Served
 from vita_jax.serving.realtime import HANDLERS
 from vita_jax.serving.sounds import to_bytes
+
+pytestmark = pytest.mark.slow
 
 CHAT = "/v1/chat/completions"
 FUZZER = httpx.Client(timeout=30)
@@ -51,7 +54,7 @@ BODIES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(body=BODIES | VALUES)
 def test_no_request_makes_a_mistake_of_the_server(small: Served, body: object):
     data = json.dumps(body)
@@ -61,7 +64,7 @@ def test_no_request_makes_a_mistake_of_the_server(small: Served, body: object):
     assert response.status_code in (200, 400, 404), response.text
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(sound=st.binary(max_size=200), head=st.sampled_from([b"", b"RIFF", b"fLaC", b"OggS", b"ID3", b"\x1aE\xdf\xa3"]))
 def test_no_file_makes_a_mistake_of_the_server(small: Served, sound: bytes, head: bytes):
     files = {"file": ("a.wav", head + sound)}

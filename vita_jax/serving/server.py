@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -49,6 +50,27 @@ def _unusable(host: str, port: int, error: Exception) -> UserError:
     return UserError(f"cannot listen on {host}:{port}: {reason}; choose another --host or --port")
 
 
+class NotRefused:
+    """Leaves out of the log what uvicorn says of every WebSocket that was refused with a status of its own."""
+
+    def filter(self, record: Any) -> bool:
+        """Whether it is logged."""
+        return "without completing handshake" not in record.getMessage()
+
+
+# Warnings and mistakes, on standard error.
+LOG = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"plain": {"format": "%(asctime)s %(levelname)s %(message)s"}},
+    "filters": {"not refused": {"()": NotRefused}},
+    "handlers": {
+        "standard error": {"class": "logging.StreamHandler", "formatter": "plain", "filters": ["not refused"]}
+    },
+    "loggers": {"uvicorn": {"handlers": ["standard error"], "level": "WARNING", "propagate": False}},
+}
+
+
 class Server(uvicorn.Server):
     """uvicorn, which on the first signal begins nothing new and waits for what runs, and on a second one stops."""
 
@@ -60,7 +82,8 @@ class Server(uvicorn.Server):
                 app,
                 ssl_certfile=certificate,
                 ssl_keyfile=key,
-                log_level="warning",
+                log_config=LOG,
+                proxy_headers=False,  # a client could say it were another
                 access_log=False,
                 server_header=False,
                 ws="websockets-sansio",

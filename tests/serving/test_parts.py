@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from vita_jax.ops.filter_bank import resample
 from vita_jax.serving.problems import Problem
+from vita_jax.serving.responses import StreamedResponse
 from vita_jax.serving.sounds import Resampler, from_bytes, to_bytes
 from vita_jax.serving.worker import UNREAD, Worker
 
@@ -87,6 +88,46 @@ def test_a_job_that_is_not_read_waits_and_one_that_is_left_ends(worker: Worker):
 
     asyncio.run(run())
     assert next(given) <= 3 + UNREAD + 1
+
+
+def test_a_client_that_takes_nothing_is_left():
+    closed = []
+
+    async def pieces():
+        while True:
+            yield b"x"
+
+    async def close() -> None:
+        closed.append(True)
+
+    async def send(message: dict) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def run() -> None:
+        response = StreamedResponse(pieces(), "audio/pcm", 0.05, close)
+        with pytest.raises(TimeoutError):
+            await response({"type": "http"}, None, send)
+
+    asyncio.run(run())
+    assert closed == [True]
+
+
+def test_a_mistake_within_a_stream_of_events_is_one_of_them():
+    sent = []
+
+    async def pieces():
+        yield b"data: 1\n\n"
+        raise Problem(504, "too slow", code="timeout")
+
+    async def close() -> None:
+        pass
+
+    async def send(message: dict) -> None:
+        sent.append(message.get("body", b""))
+
+    asyncio.run(StreamedResponse(pieces(), "text/event-stream", 1, close)({"type": "http"}, None, send))
+    assert sent[1] == b"data: 1\n\n" and b'"code": "timeout"' in sent[2] and sent[3] == b""
 
 
 def test_errors_are_the_readers(worker: Worker):

@@ -12,10 +12,9 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.serving.server import LIMITS, MODEL, WRITTEN, Served, data_url, serving, wav
+from tests.serving.server import MODEL, WRITTEN, Served, data_url, serving, wav
 from vita_jax.inference.session import Session
-from vita_jax.serve import check_arguments, make_parser, read_token
-from vita_jax.serving.limits import Limits, Rate, changed_limits
+from vita_jax.serving.limits import Rate
 from vita_jax.serving.problems import Problem
 
 CHAT = "/v1/chat/completions"
@@ -232,33 +231,3 @@ def test_a_rate_is_kept():
     rate.take("a")
     with pytest.raises(Problem):
         rate.take("a")
-
-
-def test_arguments_that_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path):
-    parser, needed = make_parser(), ["--checkpoint", "x"]
-    for arguments, message in (
-        (["--host", "0.0.0.0"], "lets other machines in"),
-        (["--host", "example.org"], "lets other machines in"),
-        (["--port", "-1"], "must be 0 to 65535"),
-        (["--answers", "0"], "at least 1"),
-        (["--certificate", "a"], "belong together"),
-        (["--certificate", "a", "--key", "b"], "is for --tls"),
-        (["--origin", "example.org"], "scheme and a host"),
-    ):
-        with pytest.raises(Exception, match=message):
-            check_arguments(parser.parse_args(needed + arguments), None)
-    check_arguments(parser.parse_args([*needed, "--host", "0.0.0.0"]), TOKEN)
-    (tmp_path / "token").write_text("short\n")
-    with pytest.raises(Exception, match="16 to 512"):
-        read_token(parser.parse_args([*needed, "--token-file", str(tmp_path / "token")]))
-    monkeypatch.setenv("VITA_JAX_TOKEN", TOKEN)
-    assert read_token(parser.parse_args(needed)) == TOKEN
-    assert changed_limits(LIMITS, ["images=3", "audio_seconds=2.5"]) == Limits(images=3, audio_seconds=2.5)
-    for change, message in (
-        ("images", "NAME=VALUE"),
-        ("x=1", "NAME=VALUE"),
-        ("images=a", "whole"),
-        ("images=0", "least"),
-    ):
-        with pytest.raises(Exception, match=message):
-            changed_limits(LIMITS, [change])

@@ -40,6 +40,8 @@ cd "$root"
 bash launch/setup.sh dev convert serve
 
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+# As the commands do for themselves, see vita_jax/parallel/huge_pages.py; says nothing to other C libraries.
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$root/.jax_cache}"
 # Tests compile many small programs, most of them below the default threshold.
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-0}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vita_jax.command_line import ArgumentParser, run_command
 from vita_jax.errors import UserError
+from vita_jax.parallel.huge_pages import restart_with_huge_pages
 
 if TYPE_CHECKING:
     from vita_jax.inference.speak import Speaker
@@ -123,4 +124,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from vita_jax.command_line import ArgumentParser, run_command
 from vita_jax.errors import UserError
+from vita_jax.parallel.huge_pages import restart_with_huge_pages
 
 if TYPE_CHECKING:
     from vita_jax.serving.limits import Limits
@@ -202,4 +203,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())

@@ -10,6 +10,7 @@ from typing import Any
 from vita_jax import config as config_lib
 from vita_jax.command_line import run_with_config
 from vita_jax.errors import UserError
+from vita_jax.parallel.huge_pages import restart_with_huge_pages
 
 HELP = """\
 usage: python -m vita_jax.train --config=FILE [--config.FIELD=VALUE ...]
@@ -91,4 +92,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())

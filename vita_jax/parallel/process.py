@@ -9,6 +9,8 @@ from pathlib import Path
 
 import jax
 
+from vita_jax.parallel.huge_pages import has_accelerator_files
+
 # Parameters of glibc's mallopt: mapped blocks, bytes free at the end of the heap before it shrinks, and by how many it
 # grows. Threads keep arenas of their own: a single one makes large blocks cheaper still, but after many compilations it
 # is in so many pieces that looking for a free one took half of a step of small operations.
@@ -18,9 +20,6 @@ _MALLOPT = {
     "M_TOP_PAD": (-2, 2**28),
 }
 
-# Device files of GPUs and TPUs.
-ACCELERATOR_FILES = ("nvidia[0-9]*", "kfd", "accel*", "vfio/[0-9]*")
-
 
 def prepare_process() -> None:
     """Settings of a process that is going to compute: compiled programs are kept between runs, and where the CPU
@@ -29,16 +28,9 @@ def prepare_process() -> None:
     To be called before anything else: threads keep the arenas that they began with, whatever is set later, and jax
     starts its threads when a backend is first asked for.
     """
-    if not _has_accelerator():
+    if jax.config.jax_platforms == "cpu" or not has_accelerator_files():
         _keep_freed_memory()
     _enable_compilation_cache()
-
-
-def _has_accelerator() -> bool:
-    """Whether jax will find a GPU or TPU, without asking it."""
-    if jax.config.jax_platforms == "cpu":
-        return False
-    return any(next(Path("/dev").glob(name), None) for name in ACCELERATOR_FILES)
 
 
 def _keep_freed_memory() -> None:

@@ -99,6 +99,8 @@ def test_the_client_may_say_when_it_has_spoken(served: Served, speech, digits: b
         assert transcript(events).strip() == "4" and not any("speech" in event.type for event in events)
         talker.connection.response.create()
         assert talker.listen("error")[-1].error.code == "nothing_to_answer"
+    with talking(served) as talker:
+        talker.update(**MANUAL, **WITH_TEXT)
         # What is not meant for the model has an answer without content, for which a client waits.
         talker.say(speech(STATEMENT))
         talker.connection.input_audio_buffer.commit()

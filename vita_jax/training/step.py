@@ -77,9 +77,9 @@ def train_step(
       spike_factor: see `guard.GuardConfig`; needs a state with a window.
 
     Returns:
-      The next state, and float32 scalars: loss, grad_norm (before clipping), param_norm and update_norm (trainable
-      parameters), lr, tokens (what the loss counts), skipped (1 for a bad step, whose update is left out, else 0), and
-      the objective's own.
+      The next state, and float32 scalars: loss, grad_norm (before clipping), param_norm (trainable parameters without
+      statistics, which the objective sets itself), update_norm, lr, tokens (what the loss counts), skipped (1 for a bad
+      step, whose update is left out, else 0), and the objective's own.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
@@ -105,10 +105,11 @@ def train_step(
     direction, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
     updates = jax.tree.map(lambda u: jnp.where(good, -lr * u, 0.0), direction)
     trainable = choose(good, optax.apply_updates(state.trainable, updates), state.trainable)
+    learnt = {path: value for path, value in trainable.items() if path not in sums.updates}
     metrics = {
         "loss": loss,
         "grad_norm": grad_norm,
-        "param_norm": optax.tree.norm(trainable),
+        "param_norm": optax.tree.norm(learnt),
         "update_norm": optax.tree.norm(updates),
         "lr": lr,
         "tokens": sums.count,

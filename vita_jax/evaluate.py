@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vita_jax.command_line import ArgumentParser, run_command
 from vita_jax.errors import UserError
+from vita_jax.parallel.huge_pages import restart_with_huge_pages
 
 EXAMPLES = """\
 DIR is a run (its last finished stage is taken), a stage's folder, or one checkpoint.
@@ -25,6 +26,9 @@ examples:
   python -m vita_jax.evaluate --checkpoint runs/quickstart --benchmark speech --groups voice_copy voice_answers
   python -m vita_jax.evaluate --checkpoint runs/quickstart --limit 20
   python -m vita_jax.evaluate --checkpoint runs/quickstart/stages/vision_sft --output result.json
+  python -m vita_jax.evaluate --checkpoint runs/mine --questions questions.jsonl --root images --answers answers.jsonl
+      asks what the file asks, {"question_id": 1, "image": "a.jpg", "text": "What is this?"} a line, and scores nothing;
+      `python -m vita_jax.judge` does
 """
 
 
@@ -40,6 +44,10 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--groups", metavar="NAME", nargs="+", help="measure only these groups of it; not kept")
     parser.add_argument("--limit", metavar="N", type=int, help="ask at most N questions of each kind of each group")
     parser.add_argument("--output", metavar="FILE", help="write the result as JSON to this file, too")
+    parser.add_argument("--questions", metavar="FILE", help="ask these in place of a benchmark, a JSON object a line")
+    parser.add_argument("--root", metavar="FOLDER", help="where the pictures of --questions start (default its folder)")
+    parser.add_argument("--answers", metavar="FILE", help="gets the answers to --questions, a JSON object a line")
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="of these answers (default 256)")
     return parser
 
 
@@ -58,6 +66,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit {arguments.limit} must be at least 1")
+    if arguments.questions is not None or arguments.answers is not None:
+        return answer_questions(arguments)
     get_benchmark(arguments.benchmark)
     prepare_process()
     loaded = load_params(arguments.checkpoint)
@@ -91,6 +101,42 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def answer_questions(arguments: argparse.Namespace) -> int:
+    """Asks what a file asks, and writes down the answers."""
+    from vita_jax.data.prompts import split_state_symbol
+    from vita_jax.data.tokenizer import load_tokenizer
+    from vita_jax.evaluation.answer_lines import answer_lines, question_items, read_lines, write_lines
+    from vita_jax.evaluation.answering import answer_items
+    from vita_jax.evaluation.subject import Subject
+    from vita_jax.parallel.process import prepare_process
+    from vita_jax.training.checkpoint import load_params
+
+    if arguments.questions is None or arguments.answers is None:
+        raise UserError("--questions and --answers go together: what is asked, and where the answers go")
+    if arguments.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {arguments.max_new_tokens} must be at least 1")
+    questions = read_lines(arguments.questions, "text")
+    items = question_items(questions)
+    prepare_process()
+    loaded = load_params(arguments.checkpoint)
+    subject = Subject(loaded.config, loaded.params, load_tokenizer(loaded.run_dir / "tokenizer"))
+    said = answer_items(
+        subject.model,
+        subject.params,
+        subject.context,
+        items if arguments.limit is None else items[: arguments.limit],
+        arguments.root or Path(arguments.questions).parent,
+        batch_size=min(subject.batch_size, len(items)),
+        max_new_tokens=arguments.max_new_tokens,
+        progress=show_progress if sys.stderr.isatty() else None,
+    )
+    texts = [split_state_symbol(answer.strip(), subject.context.template)[1] for answer in said]
+    asked = dict(list(questions.items())[: len(texts)])
+    write_lines(arguments.answers, answer_lines(asked, texts, arguments.checkpoint))
+    print(f"written: {arguments.answers} ({len(texts)} answers)")
+    return 0
+
+
 def show_progress(done: int, total: int) -> None:
     """One line, rewritten in place."""
     end = "\r\x1b[2K" if done == total else ""
@@ -103,4 +149,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())

@@ -9,14 +9,27 @@ of the references. Reviews that cannot be parsed count as -1 for both, as in the
 from __future__ import annotations
 
 import math
+import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from vita_jax.data.teacher import Message
+from vita_jax.errors import UserError
+from vita_jax.evaluation.answer_lines import objects
+
 UNPARSED = (-1.0, -1.0)
 OVERALL = "all"
+SYSTEM = "You compare the answers of two assistants, fairly and precisely."
+INSTRUCTION = """\
+Two assistants have answered a question about a picture. You cannot see it; the context above tells in words what is in
+it. Grade both answers: are they helpful, to the point, right, and as detailed as the question asks? Give each assistant
+a score from 1 to 10, higher is better.
+Your first line must hold two numbers and nothing else, the scores of assistant 1 and assistant 2, with a space between
+them. Then explain your grading. The order in which the answers stand must not count."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,54 @@ class CategoryScore:
     relative: float
     reference_x10: float
     candidate_x10: float
+
+
+def read_descriptions(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What is in every picture, by its file: the `caption` of the set in the wild, or `captions` and `instances`
+    ({"category", "bbox"}) of the COCO set, the former above the latter. Raises UserError naming the line.
+    """
+    found = {}
+    for where, entry in objects(path):
+        image, caption = entry.get("image"), entry.get("caption")
+        if not isinstance(image, str):
+            raise UserError(f"{where}: image={image!r} must be a path")
+        if caption is None:
+            captions, boxes = entry.get("captions"), entry.get("instances", [])
+            if not isinstance(captions, list) or not isinstance(boxes, list):
+                raise UserError(f"{where}: needs `caption`, or lists of `captions` and `instances`")
+            try:
+                lines = [f"{box['category']}: {box['bbox']}" for box in boxes]
+            except (KeyError, TypeError):
+                raise UserError(f"{where}: instances must have `category` and `bbox`") from None
+            caption = "\n".join(map(str, captions)) + "\n\n" + "\n".join(lines)
+        found[image] = caption
+    return found
+
+
+def judge_messages(
+    questions: Mapping[str, Mapping[str, Any]],
+    descriptions: Mapping[str, str],
+    references: Mapping[str, Mapping[str, Any]],
+    answers: Mapping[str, Mapping[str, Any]],
+) -> dict[str, list[Message]]:
+    """What the judge is asked about every question, by its id.
+
+    Raises:
+      UserError: a question has no picture that is described, no reference or no answer.
+    """
+    asked = {}
+    for name, question in questions.items():
+        for what, found, key in (
+            ("description of its picture", descriptions, question.get("image")),
+            ("reference", references, name),
+            ("answer", answers, name),
+        ):
+            if key not in found:
+                raise UserError(f"question {name} has no {what}" + (f" {key!r}" if key != name else ""))
+        texts = (question["text"], references[name]["text"], answers[name]["text"])
+        message = judge_message(descriptions[question["image"]], *texts, INSTRUCTION)
+        asked[name] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": message}]
+    return asked
 
 
 def judge_message(description: str, question: str, reference: str, candidate: str, instruction: str) -> str:

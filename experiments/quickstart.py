@@ -3,7 +3,7 @@
     python -m vita_jax.train --config=experiments/quickstart.py
     python -m vita_jax.train --config=experiments/quickstart.py --config.size=smoke --config.run_dir=/tmp/smoke
 
-Sizes: `smoke` (all stages and commands in minutes, learns nothing), `small` (the quickstart: about an hour on two CPU
+Sizes: `smoke` (all stages and commands in minutes, learns nothing), `small` (the quickstart: under an hour on two CPU
 cores), `full` (the same curriculum on VITA-1.5's full-size models; needs accelerators).
 
 Stage 0 stands in for the public Qwen2 and InternViT weights: the language model learns questions about scenes written

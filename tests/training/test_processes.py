@@ -109,6 +109,26 @@ def test_what_two_processes_agree_on(tmp_path):
     assert (some_folder / "damaged-4").is_dir() and not (all_folder / "damaged-4").exists()
 
 
+def slurm_environment(job: int, tasks: int, task: int) -> dict[str, str]:
+    """What Slurm tells a task of a job on this machine, as far as jax reads it."""
+    return {
+        "SLURM_JOB_ID": str(job),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": str(tasks),
+        "SLURM_PROCID": str(task),
+        "SLURM_LOCALID": str(task),
+    }
+
+
+def free_job() -> int:
+    """A job for which jax chooses a port that is free: the last 4096 belong to jobs, by their number."""
+    for job in range(1 + os.getpid(), 4096 + os.getpid()):
+        with socket.socket() as port:
+            if port.connect_ex(("localhost", 61440 + job % 4096)):
+                return job
+    raise RuntimeError("no free port from 61440 on")
+
+
 @dataclass(frozen=True)
 class Ended:
     """A process that has ended."""
@@ -118,17 +138,21 @@ class Ended:
     error: str
 
 
-def train(*run_dirs: Path, processes: int, stop_at: str | None = None) -> list[Ended]:
-    """Runs `together`."""
+def train(*run_dirs: Path, processes: int, stop_at: str | None = None, job: int | None = None) -> list[Ended]:
+    """Runs `together`; `job`: as tasks of that Slurm job, which find each other by what Slurm tells them."""
     place, running = free_place(), []
     environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling takes most of the time
     if stop_at is not None:
         environment["STOP_AT"] = stop_at
     for number in range(processes):
-        flags = {"coordinator": place, "num_processes": processes, "process_id": number} if processes > 1 else {}
+        flags, slurm = {}, {}
+        if job is not None:
+            flags, slurm = {"coordinator": "auto"}, slurm_environment(job, processes, number)
+        elif processes > 1:
+            flags = {"coordinator": place, "num_processes": processes, "process_id": number}
         command = ["-m", "tests.training.together", ",".join(map(str, run_dirs))]
         command += [f"--config.distributed.{name}={value}" for name, value in flags.items()]
-        running.append(start(command, processes, **environment))
+        running.append(start(command, processes, **environment, **slurm))
     told = [process.communicate(timeout=600) for process in running]
     return [Ended(process.returncode, *texts) for process, texts in zip(running, told, strict=True)]
 
@@ -144,7 +168,7 @@ def runs(tmp_path_factory):
     names = ("one", "two", "stopped", "two_to_one", "one_to_two")
     place = {name: folder / name for name in names}
     ended = {"two": train(place["two"], processes=2)}
-    ended["stopped"] = train(place["stopped"], processes=2, stop_at="1,joint,1")
+    ended["stopped"] = train(place["stopped"], processes=2, stop_at="1,joint,1,SIGTERM")
     shutil.copytree(place["stopped"], place["two_to_one"])
     ended["one"] = train(place["one"], place["two_to_one"], processes=1)
     shutil.copytree(place["one"], place["one_to_two"])
@@ -152,7 +176,7 @@ def runs(tmp_path_factory):
     (joint.parent / HOOK_DONE).unlink()
     for step in (4, 6):
         shutil.rmtree(joint / str(step))
-    ended["gone_on"] = train(place["stopped"], place["one_to_two"], processes=2)
+    ended["gone_on"] = train(place["stopped"], place["one_to_two"], processes=2, job=free_job())
     for name, all_ended in ended.items():
         for process in all_ended:
             assert process.status == (143 if name == "stopped" else 0), process.out + process.error

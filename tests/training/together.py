@@ -1,7 +1,8 @@
 """The tiny experiment on records, for several processes: `python -m tests.training.together RUN_DIR[,RUN_DIR] FLAG ...`
 trains in each folder in turn and ends with the highest exit status. Its hooks tell who called them.
 
-`STOP_AT=process,stage,number`: this process sends itself SIGTERM when it fetches that batch of that stage.
+`STOP_AT=process,stage,number,signal`: this process sends itself the signal, such as SIGTERM, when it fetches that batch
+of that stage.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def finish(config: ExperimentConfig) -> None:
 def stopping_batches(config: ExperimentConfig, stage: Stage, *, tokenizer: Tokenizer) -> loop.BatchIterator:
     """Those of the loop; see the top of this file."""
     batches = record_batches(config, stage, tokenizer=tokenizer)
-    process, name, number = os.environ["STOP_AT"].split(",")
+    process, name, number, sent = os.environ["STOP_AT"].split(",")
     if (process, name) != (str(jax.process_index()), stage.name):
         return batches
 
@@ -71,7 +72,7 @@ def stopping_batches(config: ExperimentConfig, stage: Stage, *, tokenizer: Token
 
         def __next__(self) -> dict:
             if self.fetched == int(number):
-                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.Signals[sent])
             self.fetched += 1
             return next(batches)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -138,7 +139,9 @@ class Ended:
     error: str
 
 
-def train(*run_dirs: Path, processes: int, stop_at: str | None = None, job: int | None = None) -> list[Ended]:
+def train(
+    *run_dirs: Path, processes: int, stop_at: str | None = None, job: int | None = None, heartbeat: int = 100
+) -> list[Ended]:
     """Runs `together`; `job`: as tasks of that Slurm job, which find each other by what Slurm tells them."""
     place, running = free_place(), []
     environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling takes most of the time
@@ -151,6 +154,7 @@ def train(*run_dirs: Path, processes: int, stop_at: str | None = None, job: int 
         elif processes > 1:
             flags = {"coordinator": place, "num_processes": processes, "process_id": number}
         command = ["-m", "tests.training.together", ",".join(map(str, run_dirs))]
+        flags["heartbeat_seconds"] = heartbeat
         command += [f"--config.distributed.{name}={value}" for name, value in flags.items()]
         running.append(start(command, processes, **environment, **slurm))
     told = [process.communicate(timeout=600) for process in running]
@@ -230,3 +234,15 @@ def test_a_run_goes_on_with_another_number_of_processes(runs):
     for name in ("two_to_one", "one_to_two"):
         assert complete_steps(checkpoint_folder(place[name], "joint")) == [2, 4, 6]
         np.testing.assert_allclose(losses(place[name]), losses(place["one"]), rtol=ROUNDING)
+
+
+@pytest.mark.slow
+def test_when_one_process_dies_the_other_ends_and_they_go_on_bit_for_bit(runs, tmp_path):
+    place, _ = runs
+    first, second = train(tmp_path / "run", processes=2, stop_at="1,joint,3,SIGKILL", heartbeat=20)
+    assert second.status == -signal.SIGKILL
+    assert first.status == -signal.SIGABRT and "another task died" in first.error
+    assert complete_steps(checkpoint_folder(tmp_path / "run", "joint"))[-1] < 6
+    for process in train(tmp_path / "run", processes=2):
+        assert process.status == 0, process.out + process.error
+    assert_same_run(tmp_path / "run", place["two"])

@@ -42,16 +42,20 @@ class DistributedConfig:
         below, as TPU slices and Slurm do. None: there is one process.
       num_processes: how many there are.
       process_id: which one this is, from 0; of all fields, the only one that differs between them.
+      heartbeat_seconds: a process that has not been heard of for so long counts as dead, and the others end.
     """
 
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
+    heartbeat_seconds: int = 100
 
 
 def validate_distributed(config: DistributedConfig) -> None:
     """Raises UserError naming the field that is missing, out of range or of no use."""
     numbers = {"num_processes": config.num_processes, "process_id": config.process_id}
+    if config.heartbeat_seconds < 1:
+        raise UserError(f"distributed.heartbeat_seconds={config.heartbeat_seconds} must be at least 1")
     if config.coordinator is None or config.coordinator == AUTO:
         for field, value in numbers.items():
             if value is not None:
@@ -92,7 +96,10 @@ def join_processes(config: DistributedConfig) -> None:
         return
     # It would take SIGTERM for itself.
     jax.config.update("jax_enable_preemption_service", False)
-    options: dict[str, Any] = {"shutdown_timeout_seconds": SHUTDOWN_SECONDS}
+    options: dict[str, Any] = {
+        "shutdown_timeout_seconds": SHUTDOWN_SECONDS,
+        "heartbeat_timeout_seconds": config.heartbeat_seconds,
+    }
     if config.coordinator != AUTO:
         options |= {"coordinator_address": config.coordinator, "cluster_detection_method": "deactivate"}
         options |= {"num_processes": config.num_processes, "process_id": config.process_id}

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from data_pipelines.quickstart.build import build_benchmark
 from data_pipelines.quickstart.scans import load_scan_splits
+from data_pipelines.quickstart.scenes import Scene, draw_sheet
 from data_pipelines.quickstart.speech import build_speech
 from data_pipelines.quickstart.speech_sets import SMOKE
+from vita_jax import evaluate
 from vita_jax.data.tokenizer import load_tokenizer
 from vita_jax.evaluation.runner import evaluate_params
 from vita_jax.inference.session import Session
@@ -32,7 +37,7 @@ FLOORS = {
     "input_head": 0.95,
     "recognition_full": 0.94,
     "recognition_chunked": 0.92,
-    "voice_copy": 0.70,
+    "voice_copy": 0.78,
     "voice_answers": 0.60,
 }
 
@@ -73,6 +78,28 @@ def test_the_folder_is_small_and_has_a_card():
 @pytest.mark.parametrize("group", FLOORS)
 def test_a_sample_is_answered_about_as_well_as_the_card_says(figures, group):
     assert figures[group] >= FLOORS[group]
+
+
+def test_a_file_of_questions_is_answered(tmp_path, capsys):
+    asked = [
+        {"question_id": 1, "text": "red/white: 47\nWhat is the largest digit?"},
+        {"question_id": "b", "text": "red/white: 4271\nWhat are the digits?", "category": "read"},
+        {"question_id": 3, "text": "How many digits are there?", "image": "digits.png"},
+    ]
+    scene = Scene(columns=2, rows=2, digits=(4, 2, 7, 1), cells=(0, 1, 2, 3), ink=1, paper=4)
+    pixels, _ = draw_sheet(scene, load_scan_splits(SPLIT_SEED)["held_out"], np.random.default_rng(5))
+    Image.fromarray(pixels).save(tmp_path / "digits.png")
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    questions.write_text("".join(json.dumps(question) + "\n" for question in asked))
+    line = ["--checkpoint", str(WEIGHTS), "--questions", str(questions), "--answers", str(answers)]
+    assert evaluate.main(line) == 0
+    said = [json.loads(answer) for answer in answers.read_text().splitlines()]
+    assert [(answer["question_id"], answer["text"]) for answer in said] == [(1, "7"), ("b", "4271"), (3, "4")]
+    assert said[0]["prompt"] == asked[0]["text"] and said[0]["model_id"] == str(WEIGHTS)
+    assert evaluate.main(["--checkpoint", str(WEIGHTS), "--questions", str(questions)]) == 2
+    assert "--questions and --answers go together" in capsys.readouterr().err
+    questions.write_text('{"question_id": 1, "text": "?", "image": "none.png"}')
+    assert evaluate.main(line) == 2 and "none.png" in capsys.readouterr().err
 
 
 def test_it_talks_and_speaks():

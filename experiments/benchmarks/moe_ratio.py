@@ -44,6 +44,7 @@ from vita_jax.models.language.decoder import SwiGLU
 from vita_jax.models.language.experts import SparseMoE
 from vita_jax.models.vita import vita_small
 from vita_jax.ops.experts import IMPLEMENTATIONS
+from vita_jax.parallel.huge_pages import restart_with_huge_pages
 from vita_jax.parallel.process import prepare_process
 
 EXAMPLES = """\
@@ -268,4 +269,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())

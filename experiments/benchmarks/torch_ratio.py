@@ -41,6 +41,7 @@ from vita_jax.errors import UserError
 from vita_jax.models.language.decoder import DecoderConfig, qwen2_7b
 from vita_jax.models.vision.internvit import InternViTConfig, internvit_300m_448px
 from vita_jax.models.vita import vita_small
+from vita_jax.parallel.huge_pages import restart_with_huge_pages
 from vita_jax.parallel.process import prepare_process
 
 EXAMPLES = """\
@@ -314,4 +315,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())

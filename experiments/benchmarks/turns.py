@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from vita_jax.errors import UserError
+from vita_jax.parallel.huge_pages import SETTING, TUNABLES
 
 Call = Callable[[], object]  # computes, and returns when everything is there
 
@@ -123,6 +124,10 @@ def describe_machine(packages: Sequence[str]) -> dict[str, str]:
     described["cores"] = str(os.cpu_count())
     if hasattr(os, "getloadavg"):
         described["load before"] = f"{os.getloadavg()[0]:.1f}"
+    # Of both sides: see vita_jax/parallel/huge_pages.py.
+    described["pages of memory"] = (
+        "2 MiB" if f"{SETTING}=1" in os.environ.get(TUNABLES, "") else "as the system has them"
+    )
     described["python"] = platform.python_version()
     return described | {name: metadata.version(name) for name in packages}
 

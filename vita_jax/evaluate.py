@@ -7,13 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vita_jax.command_line import ArgumentParser, run_command
+from vita_jax.command_line import ArgumentParser, add_int8, run_command
 from vita_jax.errors import UserError
 
 EXAMPLES = """\
 DIR is a run (its last finished stage is taken), a stage's folder, or one checkpoint.
 For a run the result is also kept as DIR/evaluation/final.json (final.speech.json for the benchmark speech, with some
-of what was said in DIR/evaluation/audio), unless --limit is given.
+of what was said in DIR/evaluation/audio), unless --limit, --groups or --int8 is given.
 
 benchmarks:
   quickstart  typed questions about pictures and clips, and questions without
@@ -40,6 +40,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--groups", metavar="NAME", nargs="+", help="measure only these groups of it; not kept")
     parser.add_argument("--limit", metavar="N", type=int, help="ask at most N questions of each kind of each group")
     parser.add_argument("--output", metavar="FILE", help="write the result as JSON to this file, too")
+    add_int8(parser)
     return parser
 
 
@@ -53,19 +54,21 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from vita_jax.evaluation.comparison import changes_again
     from vita_jax.evaluation.results import FINAL, format_result, format_stages, save_result, save_stage_evaluation
     from vita_jax.evaluation.runner import evaluate_params
+    from vita_jax.inference.quantization import int8_parts
     from vita_jax.parallel.process import prepare_process
     from vita_jax.training.checkpoint import CONFIG, load_params
 
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit {arguments.limit} must be at least 1")
     get_benchmark(arguments.benchmark)
+    int8 = int8_parts(arguments.int8)
     prepare_process()
-    loaded = load_params(arguments.checkpoint)
+    loaded = load_params(arguments.checkpoint, change=int8.change)
     # A run may have been moved since; where it is now is what counts.
     config = dataclasses.replace(loaded.config, run_dir=str(loaded.run_dir))
     print(f"checkpoint {loaded.path} (stage {loaded.stage}, step {loaded.step})", flush=True)
     is_run = (Path(arguments.checkpoint) / CONFIG).is_file()
-    is_kept = is_run and arguments.limit is None and arguments.groups is None
+    is_kept = is_run and arguments.limit is None and arguments.groups is None and not arguments.int8
     result = evaluate_params(
         config,
         loaded.params,
@@ -75,7 +78,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
         limit=arguments.limit,
         progress=show_progress if sys.stderr.isatty() else None,
         keep_sounds=is_kept,
+        cache_dtype=int8.cache_dtype,
     )
+    if arguments.int8:
+        result["int8"] = sorted(arguments.int8)
     if is_kept:
         result |= changes_again(loaded.run_dir, result)
     print(format_result(result))

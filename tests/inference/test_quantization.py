@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.evaluation.benchmark_run import make_run
+from vita_jax import chat, duplex, evaluate, latency, serve
 from vita_jax.conversion.tables import flatten
 from vita_jax.errors import UserError
 from vita_jax.inference.quantization import FLOATS, QuantizationConfig, int8_parts
@@ -30,6 +31,24 @@ def test_parts_are_named():
         int8_parts(["towers"])
     with pytest.raises(UserError, match="quantization.cache is 'int4'"):
         QuantizationConfig(cache="int4")
+
+
+@pytest.mark.parametrize(
+    ("command", "needed"),
+    [
+        (chat, []),
+        (duplex, ["--script", "scene.json"]),
+        (evaluate, ["--checkpoint", "x"]),
+        (latency, ["--random", "small"]),
+        (serve, ["--checkpoint", "x"]),
+    ],
+)
+def test_every_command_that_answers_has_the_choice(command, needed):
+    parser = command.make_parser()
+    assert int8_parts(parser.parse_args([*needed, "--int8", "weights", "cache"]).int8) == BOTH
+    assert int8_parts(parser.parse_args(needed).int8) == FLOATS
+    with pytest.raises(UserError, match="invalid choice: 'towers'"):
+        parser.parse_args([*needed, "--int8", "towers"])
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 What was a float x is kept as an integer q and a scale s that a vector of them shares, x = q s with an error of at most
 s / 2. In products a scale multiplies the sum that its integers are in, not each of them: every float type that a model
-computes in holds the integers exactly (bfloat16 has 8 bits of significand), so no float copy of a kernel is needed.
+computes in holds the integers exactly (bfloat16 has 8 bits of significand).
 
 Scales are float32. How kernels become integers is in `vita_jax.models.int8`.
 """

@@ -172,19 +172,26 @@ def answer(subject: Subject, asked: Asked, cache_dtype: jnp.dtype | None) -> tup
     return texts, tokens
 
 
-def divergences(
-    floats: Subject, other: Subject, asked: Asked, tokens: Sequence[np.ndarray], cache_dtype: jnp.dtype | None
+def distributions(
+    subject: Subject, questions: Sequence[Asked], answers: Sequence[Sequence[np.ndarray]], cache_dtype: jnp.dtype | None
 ) -> np.ndarray:
-    """KL(floats || other) in nats at every position of the answers that the model in floats gave; (m,)."""
+    """Logarithms of the next token's probabilities at every position of given answers, (m v); `answers` as `answer`
+    gives them, for every benchmark.
+    """
     found = []
-    for (indices, inputs), made in zip(asked.batches, tokens, strict=True):
-        ids, lengths = made[:, :COMPARED_TOKENS], made[:, -1]
-        p = np.asarray(log_probabilities(floats.model, floats.params, inputs, ids, None), np.float64)
-        q = np.asarray(log_probabilities(other.model, other.params, inputs, ids, cache_dtype), np.float64)
-        counted = np.arange(ids.shape[1]) <= lengths[:, None]  # what ends the answer is a token, too
-        counted[len(indices) :] = False
-        found.append(np.sum(np.exp(p) * (p - q), axis=-1)[counted])
+    for asked, tokens in zip(questions, answers, strict=True):
+        for (indices, inputs), made in zip(asked.batches, tokens, strict=True):
+            ids, lengths = made[:, :COMPARED_TOKENS], made[:, -1]
+            logs = np.asarray(log_probabilities(subject.model, subject.params, inputs, ids, cache_dtype))
+            counted = np.arange(ids.shape[1]) <= lengths[:, None]  # what ends the answer is a token, too
+            counted[len(indices) :] = False
+            found.append(logs[counted])
     return np.concatenate(found)
+
+
+def divergence(p: np.ndarray, q: np.ndarray) -> float:
+    """Mean KL(p || q) in nats, of logarithms (m v)."""
+    return float(np.mean(np.sum(np.exp(p, dtype=np.float64) * (p.astype(np.float64) - q), axis=-1)))
 
 
 # ---- speed ----------------------------------------------------------------------------------------------------------
@@ -234,6 +241,8 @@ def measure(folder: Path, *, turns: int, larger: DecoderConfig | None = LARGER) 
     floats = Subject(config, loaded.params, load_tokenizer(loaded.run_dir / "tokenizer"))
     questions = list(read_questions(floats, folder))
     want = [answer(floats, asked, None) for asked in questions]
+    fed = [tokens for _, tokens in want]
+    reference = distributions(floats, questions, fed, None)
     timed = {"the kept weights": (floats.model.decoder, floats.params["language"])}
     if larger is not None:
         timed["a larger decoder"] = (Decoder(larger), random_decoder(larger))
@@ -247,20 +256,15 @@ def measure(folder: Path, *, turns: int, larger: DecoderConfig | None = LARGER) 
             groups = score(asked.benchmark, asked.items, texts, floats.context.template)["groups"]
             accuracy |= {group["title"]: group["accuracy"] for group in groups.values()}
         pairs = [pair for (a, _), (b, _) in zip(want, got, strict=True) for pair in zip(a, b, strict=True)]
-        kl = np.concatenate(
-            [
-                divergences(floats, other, asked, tokens, choice.cache_dtype)
-                for asked, (_, tokens) in zip(questions, want, strict=True)
-            ]
-        )
+        found = reference if not parts else distributions(other, questions, fed, choice.cache_dtype)
         dtype = floats.model.dtype if choice.cache_dtype is None else choice.cache_dtype
         language = floats.model.config.language
         figures[name] = Figures(
             accuracy=accuracy,
             asked=len(pairs),
             same=sum(a == b for a, b in pairs),
-            positions=len(kl),
-            divergence=float(kl.mean()),
+            positions=len(found),
+            divergence=divergence(reference, found),
             weights=weight_bytes(other.params)[0],
             cache=jax.eval_shape(partial(make_cache, language, 1, SLOTS, dtype)).num_bytes,
             speeds={} if not parts else _speeds(timed, choice.cache_dtype, bool(choice.weights), turns),

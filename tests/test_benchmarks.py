@@ -116,3 +116,20 @@ def test_waiting_for_data_is_told_for_the_planned_step():
     assert "| text " in input_stalls.format_stalls([stall], markdown=True)
     with pytest.raises(UserError, match="'smell' is unknown"):
         next(input_stalls.run(["smell"], Reading(1), records=4, steps=2))
+
+
+def test_int8_is_held_against_floats(tmp_path):
+    """Few questions: their answers are those of the model in floats, and what is compared is counted."""
+    from experiments.benchmarks import int8  # it needs qwix
+
+    int8.write_questions(tmp_path, 2)
+    figures = int8.measure(tmp_path, turns=1, larger=None)
+    floats, both = figures["floats"], figures["both"]
+    assert (floats.same, floats.divergence) == (floats.asked, 0.0) and list(figures) == list(int8.CHOICES)
+    assert floats.positions == both.positions > floats.asked > 60
+    for found in list(figures.values())[1:]:
+        assert found.same >= 0.97 * found.asked and 0 < found.divergence < 1e-2
+        assert found.speeds["the kept weights"][0] > 0
+    assert both.weights < floats.weights - 2**21 and both.cache == floats.cache * (32 + 4) / (4 * 32)
+    table = int8.format_figures(figures, markdown=True)
+    assert table.count("\n") == 1 + len(floats.accuracy) + 5 and "| int8 weights |" in table.splitlines()[0]

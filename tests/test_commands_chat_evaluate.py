@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -54,6 +55,20 @@ def test_evaluate_mistakes(arguments, message, run_dir, tmp_path, capsys):
     filled = [argument.format(none=tmp_path / "none", run=run_dir) for argument in arguments]
     assert evaluate.main(filled) == 2
     assert message in error_line(capsys)
+
+
+def test_int8_is_a_choice_of_both(run_dir, tmp_path, capsys):
+    output = tmp_path / "result.json"
+    arguments = ["--checkpoint", str(run_dir), "--int8", "weights", "cache"]
+    assert evaluate.main([*arguments, "--output", str(output)]) == 0
+    assert json.loads(output.read_text())["int8"] == ["cache", "weights"]
+    assert not (run_dir / "evaluation" / "final.json").exists()  # it is not the run's own result
+    capsys.readouterr()
+    assert chat.main([*arguments, "--text", "colour?"]) == 0
+    assert re.match(r"weights: .* instead of .*\ncache of 1 x .* instead of ", capsys.readouterr().out)
+    for command in (chat, evaluate):
+        assert command.main(["--checkpoint", str(run_dir), "--int8", "towers"]) == 2
+        assert "invalid choice: 'towers'" in error_line(capsys)
 
 
 def test_evaluate_without_data(run_dir, tmp_path, capsys):

@@ -17,7 +17,10 @@ from data_pipelines.quickstart.speech import build_speech
 from data_pipelines.quickstart.speech_sets import SMOKE
 from vita_jax import evaluate
 from vita_jax.data.tokenizer import load_tokenizer
+from vita_jax.evaluation.answering import answer_items
+from vita_jax.evaluation.items import ITEMS, read_items
 from vita_jax.evaluation.runner import evaluate_params
+from vita_jax.inference.quantization import FLOATS, QuantizationConfig
 from vita_jax.inference.session import Session
 from vita_jax.training.checkpoint import load_params
 from vita_jax.training.experiment import CTC_VOCABULARY
@@ -45,8 +48,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory):
-    """Accuracy by group on a small benchmark drawn anew."""
+def data(tmp_path_factory):
+    """A small benchmark drawn anew."""
     folder = tmp_path_factory.mktemp("kept")
     splits = load_scan_splits(SPLIT_SEED)
     counts = {"typed": 24, "typed_unseen_writers": 4, "text_only": 16, "video_order": 24}
@@ -54,7 +57,13 @@ def figures(tmp_path_factory):
     speech = dataclasses.replace(SMOKE, asr=160, benchmark_spoken=16, benchmark_noise=8, benchmark_transcribe=48)
     speech = dataclasses.replace(speech, benchmark_speech_out=48)
     build_speech(folder, splits, speech, SEED, progress=lambda line: None)
-    loaded = load_params(WEIGHTS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def figures(data):
+    """Accuracy by group."""
+    folder, loaded = data, load_params(WEIGHTS)
     (folder / CTC_VOCABULARY).write_bytes((WEIGHTS / CTC_VOCABULARY).read_bytes())
     data = dataclasses.replace(loaded.config.data, folder=str(folder))
     config = dataclasses.replace(loaded.config, run_dir=str(WEIGHTS), data=data)
@@ -100,6 +109,18 @@ def test_a_file_of_questions_is_answered(tmp_path, capsys):
     assert "--questions and --answers go together" in capsys.readouterr().err
     questions.write_text('{"question_id": 1, "text": "?", "image": "none.png"}')
     assert evaluate.main(line) == 2 and "none.png" in capsys.readouterr().err
+
+
+def test_answers_in_int8_are_those_in_floats(data):
+    """Weights and cache: 264 questions about pictures, clips and scenes in words, all answered alike."""
+    root, answers = data / "benchmarks" / "quickstart", []
+    items = [item for item in read_items(root / ITEMS) if item.group != "typed_unseen_writers"]
+    for choice in (FLOATS, QuantizationConfig(weights="int8", cache="int8")):
+        session = Session.load(WEIGHTS, quantization=choice)
+        answers.append(
+            answer_items(session.model, session.params, session.context, items, root, cache_dtype=choice.cache_dtype)
+        )
+    assert len(items) == 264 and answers[0] == answers[1]
 
 
 def test_it_talks_and_speaks():

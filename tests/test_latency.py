@@ -29,6 +29,15 @@ def test_the_table_has_every_stage(what, capsys):
     assert float(re.search(r"^language model +([\d.]+) tokens/s$", printed, re.MULTILINE)[1]) > 0
 
 
+@pytest.mark.slow
+def test_weights_and_cache_may_be_int8(capsys):
+    assert latency.main(["--random", "small", *SHORT, "--int8", "weights", "cache"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^weights: [\d.]+ MiB instead of [\d.]+$", printed, re.MULTILINE)
+    assert re.search(r"^cache of 1 x 2,048 positions: [\d.]+ MiB instead of [\d.]+$", printed, re.MULTILINE)
+    assert float(re.search(r"^language model +([\d.]+) tokens/s$", printed, re.MULTILINE)[1]) > 0
+
+
 def test_stages_that_a_model_does_not_have_are_dashes():
     timeline = Timeline(marks={"end of speech": 1.0, "first LLM token": 1.5, "first piece of text": 1.75})
     lines = format_timelines([timeline]).splitlines()
@@ -47,6 +56,7 @@ def test_stages_that_a_model_does_not_have_are_dashes():
         (["--random", "small", "--reply", "0"], "reply 0"),
         (["--random", "small", "--seconds", "0"], "seconds 0"),
         (["--random", "small", "--streaming", "never"], "'never' is unknown"),
+        (["--random", "small", "--int8", "everything"], "invalid choice: 'everything'"),
         (["--checkpoint", "none/such"], "does not exist"),
     ],
 )

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vita_jax.command_line import ArgumentParser, run_command
+from vita_jax.command_line import ArgumentParser, add_int8, run_command
 from vita_jax.errors import UserError
 from vita_jax.parallel.huge_pages import restart_with_huge_pages
 
@@ -80,6 +80,7 @@ def make_parser() -> ArgumentParser:
         help="what speaks: the model itself, or espeak-ng for models without a voice",
     )
     parser.add_argument("--duplex", action="store_true", help="both may speak at any time, see above")
+    add_int8(parser)
     return parser
 
 
@@ -87,6 +88,7 @@ def chat(arguments: argparse.Namespace) -> int:
     """Loads the model, then answers the one question, or questions until the end of input."""
     # Imported here so that --help and a mistyped argument answer at once.
     from vita_jax.data.examples import media_from_file
+    from vita_jax.inference.quantization import int8_parts
     from vita_jax.inference.session import Session
     from vita_jax.parallel.process import prepare_process
 
@@ -100,10 +102,14 @@ def chat(arguments: argparse.Namespace) -> int:
     if arguments.duplex:
         check_duplex(arguments)
     prepare_process()
+    session = Session.load(
+        arguments.checkpoint, num_rows=2 if arguments.duplex else 1, quantization=int8_parts(arguments.int8)
+    )
+    if arguments.int8:
+        print(session.memory)
     if arguments.duplex:
-        converse_duplex(Session.load(arguments.checkpoint, num_rows=2), arguments)
+        converse_duplex(session, arguments)
         return 0
-    session = Session.load(arguments.checkpoint)
     if arguments.voice == "espeak":
         session.external = espeak_voice
     if arguments.speak is not None:

@@ -22,6 +22,17 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+def add_int8(parser: argparse.ArgumentParser) -> None:
+    """Adds --int8 to a command that opens a model for inference; see `vita_jax.inference.quantization`."""
+    parser.add_argument(
+        "--int8",
+        choices=("weights", "cache"),
+        nargs="+",
+        default=[],
+        help="keep the language model's weights, its key/value cache or both in int8 (docs/talking.md)",
+    )
+
+
 def exit_status(action: Callable[[], int]) -> int:
     """Runs `action`; returns what it returns, 2 for bad input (one line on stderr), 130 when interrupted."""
     try:

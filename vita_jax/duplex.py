@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vita_jax.command_line import ArgumentParser, run_command
+from vita_jax.command_line import ArgumentParser, add_int8, run_command
 from vita_jax.errors import UserError
 from vita_jax.parallel.huge_pages import restart_with_huge_pages
 
@@ -57,6 +57,7 @@ def make_parser() -> ArgumentParser:
     time = parser.add_mutually_exclusive_group()
     time.add_argument("--round-ms", type=float, default=20.0, help="what a round of work takes (default 20)")
     time.add_argument("--measured", action="store_true", help="work takes as long as it takes on this machine")
+    add_int8(parser)
     return parser
 
 
@@ -65,6 +66,7 @@ def duplex(arguments: argparse.Namespace) -> int:
     # Imported here so that --help and a mistyped argument answer at once.
     from vita_jax.chat import espeak_voice
     from vita_jax.inference.duplex import Duplex, DuplexOptions
+    from vita_jax.inference.quantization import int8_parts
     from vita_jax.inference.scene import read_scene
     from vita_jax.inference.scene_picture import check_picture, draw, draw_text, format_happenings
     from vita_jax.inference.scene_run import RunOptions, run_scene
@@ -78,7 +80,9 @@ def duplex(arguments: argparse.Namespace) -> int:
     run = RunOptions(round_seconds=None if arguments.measured else arguments.round_ms / 1000)
     scene = read_scene(arguments.script, sources())
     prepare_process()
-    session = Session.load(arguments.checkpoint, num_rows=2)
+    session = Session.load(arguments.checkpoint, num_rows=2, quantization=int8_parts(arguments.int8))
+    if arguments.int8:
+        print(session.memory, end="\n\n")
     if arguments.voice == "espeak":
         session.external = espeak_voice
     speak = arguments.voice != "none"

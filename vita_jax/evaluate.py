@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vita_jax.command_line import ArgumentParser, run_command
+from vita_jax.command_line import ArgumentParser, add_int8, run_command
 from vita_jax.errors import UserError
 from vita_jax.parallel.huge_pages import restart_with_huge_pages
 
 EXAMPLES = """\
 DIR is a run (its last finished stage is taken), a stage's folder, or one checkpoint.
 For a run the result is also kept as DIR/evaluation/final.json (final.speech.json for the benchmark speech, with some
-of what was said in DIR/evaluation/audio), unless --limit is given.
+of what was said in DIR/evaluation/audio), unless --limit, --groups or --int8 is given.
 
 benchmarks:
   quickstart  typed questions about pictures and clips, and questions without
@@ -48,6 +48,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--root", metavar="FOLDER", help="where the pictures of --questions start (default its folder)")
     parser.add_argument("--answers", metavar="FILE", help="gets the answers to --questions, a JSON object a line")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="of these answers (default 256)")
+    add_int8(parser)
     return parser
 
 
@@ -61,6 +62,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from vita_jax.evaluation.comparison import changes_again
     from vita_jax.evaluation.results import FINAL, format_result, format_stages, save_result, save_stage_evaluation
     from vita_jax.evaluation.runner import evaluate_params
+    from vita_jax.inference.quantization import int8_parts
     from vita_jax.parallel.process import prepare_process
     from vita_jax.training.checkpoint import CONFIG, load_params
 
@@ -69,13 +71,14 @@ def evaluate(arguments: argparse.Namespace) -> int:
     if arguments.questions is not None or arguments.answers is not None:
         return answer_questions(arguments)
     get_benchmark(arguments.benchmark)
+    int8 = int8_parts(arguments.int8)
     prepare_process()
-    loaded = load_params(arguments.checkpoint)
+    loaded = load_params(arguments.checkpoint, change=int8.change)
     # A run may have been moved since; where it is now is what counts.
     config = dataclasses.replace(loaded.config, run_dir=str(loaded.run_dir))
     print(f"checkpoint {loaded.path} (stage {loaded.stage}, step {loaded.step})", flush=True)
     is_run = (Path(arguments.checkpoint) / CONFIG).is_file()
-    is_kept = is_run and arguments.limit is None and arguments.groups is None
+    is_kept = is_run and arguments.limit is None and arguments.groups is None and not arguments.int8
     result = evaluate_params(
         config,
         loaded.params,
@@ -85,7 +88,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
         limit=arguments.limit,
         progress=show_progress if sys.stderr.isatty() else None,
         keep_sounds=is_kept,
+        cache_dtype=int8.cache_dtype,
     )
+    if arguments.int8:
+        result["int8"] = sorted(arguments.int8)
     if is_kept:
         result |= changes_again(loaded.run_dir, result)
     print(format_result(result))
@@ -108,6 +114,7 @@ def answer_questions(arguments: argparse.Namespace) -> int:
     from vita_jax.evaluation.answer_lines import answer_lines, question_items, read_lines, write_lines
     from vita_jax.evaluation.answering import answer_items
     from vita_jax.evaluation.subject import Subject
+    from vita_jax.inference.quantization import int8_parts
     from vita_jax.parallel.process import prepare_process
     from vita_jax.training.checkpoint import load_params
 
@@ -116,9 +123,9 @@ def answer_questions(arguments: argparse.Namespace) -> int:
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {arguments.max_new_tokens} must be at least 1")
     questions = read_lines(arguments.questions, "text")
-    items = question_items(questions)
+    items, int8 = question_items(questions), int8_parts(arguments.int8)
     prepare_process()
-    loaded = load_params(arguments.checkpoint)
+    loaded = load_params(arguments.checkpoint, change=int8.change)
     subject = Subject(loaded.config, loaded.params, load_tokenizer(loaded.run_dir / "tokenizer"))
     said = answer_items(
         subject.model,
@@ -129,6 +136,7 @@ def answer_questions(arguments: argparse.Namespace) -> int:
         batch_size=min(subject.batch_size, len(items)),
         max_new_tokens=arguments.max_new_tokens,
         progress=show_progress if sys.stderr.isatty() else None,
+        cache_dtype=int8.cache_dtype,
     )
     texts = [split_state_symbol(answer.strip(), subject.context.template)[1] for answer in said]
     asked = dict(list(questions.items())[: len(texts)])

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vita_jax.command_line import ArgumentParser, run_command
+from vita_jax.command_line import ArgumentParser, add_int8, run_command
 from vita_jax.errors import UserError
 from vita_jax.parallel.huge_pages import restart_with_huge_pages
 
 if TYPE_CHECKING:
+    from vita_jax.inference.quantization import QuantizationConfig
     from vita_jax.inference.speak import Speaker
     from vita_jax.models.vita import Vita
 
@@ -25,6 +26,7 @@ examples:
   python -m vita_jax.latency --checkpoint experiments/quickstart/weights
   python -m vita_jax.latency --random small
   python -m vita_jax.latency --random full --dtype bfloat16
+  python -m vita_jax.latency --random full --dtype bfloat16 --int8 weights cache
   python -m vita_jax.latency --random small --streaming full --seconds 8
 """
 
@@ -51,6 +53,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--piece", type=int, default=8, help="tokens that are spoken together (default 8)")
     parser.add_argument("--repeat", type=int, default=3, help="exchanges that are measured (default 3)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of random weights (default float32)")
+    add_int8(parser)
     return parser
 
 
@@ -60,8 +63,10 @@ def latency(arguments: argparse.Namespace) -> int:
     import jax
 
     from vita_jax.inference.engine import Engine
-    from vita_jax.inference.exchange import ExchangeOptions, format_timelines, num_parameters, run_exchange
+    from vita_jax.inference.exchange import ExchangeOptions, format_timelines, run_exchange
     from vita_jax.inference.listen import Listener, ListenOptions, describe_listening
+    from vita_jax.inference.quantization import describe_memory, int8_parts
+    from vita_jax.models.int8 import num_weights
     from vita_jax.parallel.process import prepare_process
 
     options = ExchangeOptions(
@@ -70,10 +75,11 @@ def latency(arguments: argparse.Namespace) -> int:
     listening = ListenOptions(arguments.streaming)
     if arguments.repeat < 1:
         raise UserError(f"--repeat {arguments.repeat} must be at least 1")
+    int8 = int8_parts(arguments.int8)
     prepare_process()
-    model, params, speaker, name = _checkpoint(arguments) if arguments.checkpoint else _random(arguments)
+    model, params, speaker, name = _checkpoint(arguments, int8) if arguments.checkpoint else _random(arguments, int8)
     device = jax.devices()[0]
-    print(f"{name}: {num_parameters(params):,} parameters, on {device.device_kind} ({device.platform})")
+    print(f"{name}: {num_weights(params):,} parameters, on {device.device_kind} ({device.platform})")
     listener = None
     if model.config.audio is None:
         print("this model does not hear: the question is text")
@@ -82,7 +88,8 @@ def latency(arguments: argparse.Namespace) -> int:
         listener = Listener(model.config, params, listening, dtype=model.dtype)
     if speaker is None:
         print("this model does not speak: the table ends with its text")
-    engine = Engine(model, params)
+    engine = Engine(model, params, cache_dtype=int8.cache_dtype)
+    print(describe_memory(params, engine.decoder, engine.num_rows, engine.num_slots, engine.cache_dtype))
     run_exchange(engine, listener, speaker, options)
     timelines = [run_exchange(engine, listener, speaker, options) for _ in range(arguments.repeat)]
     print(
@@ -92,26 +99,28 @@ def latency(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _checkpoint(arguments: argparse.Namespace) -> tuple[Vita, Any, Speaker | None, str]:
+def _checkpoint(arguments: argparse.Namespace, int8: QuantizationConfig) -> tuple[Vita, Any, Speaker | None, str]:
     from vita_jax.inference.session import Session
 
-    session = Session.load(arguments.checkpoint)
+    session = Session.load(arguments.checkpoint, quantization=int8)
     speaks = all(session.has(name) for name in ("codec", "speech"))
     return session.model, session.params, session.speaker("en") if speaks else None, arguments.checkpoint
 
 
-def _random(arguments: argparse.Namespace) -> tuple[Vita, Any, Speaker | None, str]:
+def _random(arguments: argparse.Namespace, int8: QuantizationConfig) -> tuple[Vita, Any, Speaker | None, str]:
     import jax.numpy as jnp
     import numpy as np
 
     from vita_jax.inference.exchange import random_params
     from vita_jax.inference.speak import Speaker, SpeakOptions
     from vita_jax.inference.speech_tokens import SpeechSampling
+    from vita_jax.models.int8 import int8_weights
     from vita_jax.models.vita import Vita, vita_1_5_with_voice, vita_small_with_voice
+    from vita_jax.models.vita_weights import weight_table
 
     config = vita_1_5_with_voice() if arguments.random == "full" else vita_small_with_voice()
     dtype = jnp.dtype(arguments.dtype)
-    params = random_params(config, dtype)
+    params = random_params(config, dtype, int8_weights(weight_table(config)) if int8.weights else None)
     # Among all codes, so that the end is as rare as any other.
     options = SpeakOptions(SpeechSampling(top_k=config.speech.vocab_size), max_tokens=MAX_CODES)
     speaker = Speaker(config, params, np.zeros(config.codec.num_global_codes, np.int32), options)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vita_jax.command_line import ArgumentParser, run_command
+from vita_jax.command_line import ArgumentParser, add_int8, run_command
 from vita_jax.errors import UserError
 from vita_jax.parallel.huge_pages import restart_with_huge_pages
 
@@ -27,6 +27,7 @@ elsewhere, for which it wants a token. See docs/serving.md.
 examples:
   python -m vita_jax.serve --checkpoint experiments/quickstart/weights
   python -m vita_jax.serve --checkpoint runs/quickstart --port 9000 --answers 8 --limit images=4
+  python -m vita_jax.serve --checkpoint runs/quickstart --int8 weights cache
   VITA_JAX_TOKEN=... python -m vita_jax.serve --checkpoint runs/quickstart --host 0.0.0.0 --tls
   python -m vita_jax.serve --checkpoint runs/mine --host 10.0.0.5 --token-file token.txt --tls \\
       --certificate cert.pem --key key.pem --origin https://example.org
@@ -67,6 +68,7 @@ def make_parser() -> ArgumentParser:
         "--voice", choices=VOICES, default=VOICES[0], help="what speaks: the model itself, or espeak-ng"
     )
     parser.add_argument("--cold", action="store_true", help="compile when it is needed, not before the first request")
+    add_int8(parser)
     return parser
 
 
@@ -173,6 +175,7 @@ def certificate(arguments: argparse.Namespace) -> tuple[str, str] | None:
 def make_service(arguments: argparse.Namespace, limits: Limits, token: str | None) -> Service:
     """Loads the model and compiles what requests will run."""
     from vita_jax.chat import espeak_voice
+    from vita_jax.inference.quantization import int8_parts
     from vita_jax.inference.session import Session
     from vita_jax.parallel.process import prepare_process
     from vita_jax.serving.service import Service
@@ -180,7 +183,10 @@ def make_service(arguments: argparse.Namespace, limits: Limits, token: str | Non
 
     prepare_process()
     # A realtime session takes two: one that answers, one that listens.
-    session = Session.load(arguments.checkpoint, num_rows=arguments.answers + 2 * limits.sessions)
+    num_rows = arguments.answers + 2 * limits.sessions
+    session = Session.load(arguments.checkpoint, num_rows=num_rows, quantization=int8_parts(arguments.int8))
+    if arguments.int8:
+        print(session.memory, flush=True)
     if arguments.voice == "espeak":
         session = dataclasses.replace(session, external=espeak_voice)
     service = Service(

@@ -12,12 +12,14 @@ import pytest
 
 from vita_jax.errors import UserError
 from vita_jax.inference.engine import AnswerOptions, Engine
-from vita_jax.inference.generate import decode_step, prefill
+from vita_jax.inference.generate import decode_step, generate, prefill
 from vita_jax.inference.prefix import BLOCK_LENGTHS, Prompt, blocks, common_length, text_prompt
 from vita_jax.inference.row_sampling import Penalties
 from vita_jax.inference.sampling import Filtered, Greedy, Temperature, TopK, TopP
 from vita_jax.models.connectors.projectors import ProjectorConfig
+from vita_jax.models.int8 import change_params, int8_weights
 from vita_jax.models.language.decoder import DecoderConfig, make_cache
+from vita_jax.models.language.decoder_weights import weight_table
 from vita_jax.models.vision.internvit import InternViTConfig
 from vita_jax.models.vita import Vita, VitaConfig, text_inputs
 
@@ -61,8 +63,13 @@ def _decode(params, token, cache):
     return decode_step(MODEL.decoder, params, token, cache)
 
 
-def alone(params: dict, prompt: list[int] | np.ndarray, options: AnswerOptions) -> list[int]:
-    """The answer by prefill and decoding of one row, without an engine; a prompt of ids, or of embeddings (s d)."""
+def alone(
+    params: dict, prompt: list[int] | np.ndarray, options: AnswerOptions, dtype: jnp.dtype = jnp.float32
+) -> list[int]:
+    """The answer by prefill and decoding of one row, without an engine; a prompt of ids, or of embeddings (s d).
+
+    dtype: of the cache.
+    """
     assert options.penalties == Penalties()
     language = params["language"]
     if isinstance(prompt, list):
@@ -70,7 +77,7 @@ def alone(params: dict, prompt: list[int] | np.ndarray, options: AnswerOptions) 
     room = -len(prompt) % 64
     embeds, real = jnp.pad(prompt, ((0, room), (0, 0)))[None], np.ones((1, len(prompt) + room), np.int32)
     real[0, len(prompt) :] = 0
-    cache = make_cache(CONFIG.language, 1, embeds.shape[1] + 64)
+    cache = make_cache(CONFIG.language, 1, embeds.shape[1] + 64, dtype)
     logits, cache = _prefill(language, embeds, real, cache)
     said = []
     for step in range(options.max_new_tokens):
@@ -261,7 +268,7 @@ def test_long_prompts_are_fed_in_blocks_between_the_steps_of_others(params):
 
 
 def test_experts_serve_rows(params):
-    """A mixture of experts: each of three says what it says alone in the same engine."""
+    """A mixture of experts: each of three says what it says alone in the same engine, in floats and in int8."""
     config = replace(CONFIG, language=replace(CONFIG.language, num_experts=4, qkv_bias=False))
     model = Vita(config)
     shapes = jax.eval_shape(model.init, jax.random.key(0), text_inputs(np.zeros((1, 2), np.int32), image_size=SIDE))
@@ -269,14 +276,58 @@ def test_experts_serve_rows(params):
     drawn = jax.tree.map(
         lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), nn.unbox(shapes)["params"]["language"]
     )
-    engine = Engine(model, {"language": drawn}, num_rows=2, num_slots=64)
-    alone = []
-    for ids in prompts(3):
-        seat = engine.join()
-        alone.append(list(seat.answer(text_prompt(ids), AnswerOptions(6))))
-        seat.leave()
-    answers = [engine.join().answer(text_prompt(ids), AnswerOptions(6)) for ids in prompts(3)]
-    assert [list(answer) for answer in answers] == alone and len({i for said in alone for i in said}) > 3
+    rounded = change_params(drawn, int8_weights(weight_table(config.language)))
+    for language, dtype in ((drawn, None), (rounded, jnp.int8)):
+        engine = Engine(model, {"language": language}, num_rows=2, num_slots=64, cache_dtype=dtype)
+        alone = []
+        for ids in prompts(3):
+            seat = engine.join()
+            alone.append(list(seat.answer(text_prompt(ids), AnswerOptions(6))))
+            seat.leave()
+        answers = [engine.join().answer(text_prompt(ids), AnswerOptions(6)) for ids in prompts(3)]
+        assert [list(answer) for answer in answers] == alone and len({i for said in alone for i in said}) > 3
+
+
+@pytest.fixture(scope="module")
+def integers(params) -> dict:
+    """The model with the language model's weights in int8."""
+    return {**params, "language": change_params(params["language"], int8_weights(weight_table(CONFIG.language)))}
+
+
+@pytest.mark.parametrize("weights", ["float", "int8"])
+def test_answers_with_an_int8_cache_are_those_of_generate(params, integers, weights):
+    """Rows that begin, are cut, copied and given away, in blocks or as a whole: every position is rounded alike."""
+    params = integers if weights == "int8" else params
+    asked, engine = prompts(5, seed=2), Engine(MODEL, params, num_rows=2, num_slots=SLOTS, cache_dtype=jnp.int8)
+    want = [alone(params, ids, option, jnp.int8) for ids, option in zip(asked, OPTIONS, strict=False)]
+    seats = [engine.join() for _ in asked]
+    answers = [seat.answer(text_prompt(ids), o) for seat, ids, o in zip(seats, asked, OPTIONS, strict=False)]
+    assert [list(answer) for answer in answers] == want
+    assert answers[-1].reused == len(SYSTEM)  # copied from another row
+    # Fed ahead in pieces; cut where an answer was broken off.
+    for part in (3, 11):
+        seats[0].feed(text_prompt(asked[0][:part]))
+    answer = seats[0].answer(text_prompt(asked[0]), OPTIONS[0])
+    assert [next(answer) for _ in range(4)] == want[0][:4]
+    seats[0].interrupt()
+    history = [*asked[0], *want[0][:2], (want[0][2] + 1) % VOCABULARY]
+    after = seats[0].answer(text_prompt(history), OPTIONS[1])
+    assert list(after) == alone(params, history, OPTIONS[1], jnp.int8) and after.computed == 1
+    inputs = text_inputs(np.asarray([asked[0]]), image_size=SIDE)
+    whole = generate(MODEL, params, inputs, max_new_tokens=OPTIONS[0].max_new_tokens, cache_dtype=jnp.dtype(jnp.int8))
+    assert whole.tokens[0].tolist() == want[0]
+
+
+def test_an_int8_cache_is_not_one_of_floats(params):
+    """It is used: what follows a prompt is not the same to the last bit, and nearly."""
+    ids, language = jnp.asarray([prompts(1)[0]]), params["language"]
+    embeds, real = language["embed_tokens"]["embedding"][ids], jnp.ones_like(ids)
+    (floats, _), (integers, cache) = (
+        _prefill(language, embeds, real, make_cache(CONFIG.language, 1, ids.shape[1], dtype))
+        for dtype in (jnp.float32, jnp.int8)
+    )
+    difference = float(jnp.abs(floats - integers).max())
+    assert 1e-5 < difference < 0.1 * float(jnp.abs(floats).max()) and cache.k.values.dtype == jnp.int8
 
 
 def test_a_full_row_ends_an_answer(params):

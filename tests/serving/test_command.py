@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.serving.server import LIMITS, WEIGHTS
@@ -25,6 +26,22 @@ def test_it_says_where_and_what_it_serves(monkeypatch: pytest.MonkeyPatch, capsy
     assert lines[0].startswith("mine: http://localhost:") and "  /v1/realtime" in lines and lines[-1] == "stopped"
     [(service, tls)] = served
     assert tls is None and service.limits.sessions == 2 and service.session.engine.num_rows == 3 + 2 * 2
+    service.close()
+
+
+def test_weights_and_cache_may_be_int8(monkeypatch: pytest.MonkeyPatch, capsys):
+    served = []
+    monkeypatch.setattr(server, "run", lambda app, service, listening, tls: served.append(service))
+    arguments = ["--checkpoint", str(WEIGHTS), "--port", "0", "--cold", "--answers", "1", "--limit", "sessions=1"]
+    assert serve.main([*arguments, "--int8", "cache", "weights"]) == 0
+    weights, cache = capsys.readouterr().out.splitlines()[:2]
+    assert "instead of" in weights and cache.startswith("cache of 3 x 2,048 positions: ") and "instead of" in cache
+    [service] = served
+    session = service.session
+    assert session.engine.cache_dtype == np.int8
+    assert session.params["language"]["lm_head"]["kernel"].dtype == np.int8
+    other = service.conversation()
+    assert "".join(other.ask("red/white: 47\nWhat is the largest digit?")).strip() == "7"
     service.close()
 
 

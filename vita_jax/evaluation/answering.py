@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vita_jax.data.audio import pad_clips
@@ -103,6 +104,7 @@ def answer_items(
     batch_size: int = 64,
     max_new_tokens: int = 32,
     progress: Progress | None = None,
+    cache_dtype: jnp.dtype | None = None,
 ) -> list[str]:
     """The model's greedy answers, in the order of `items`; a state symbol is still in front.
 
@@ -111,6 +113,7 @@ def answer_items(
       batch_size: questions per call.
       max_new_tokens: the longest answer.
       progress: called with (answered, total) after every batch.
+      cache_dtype: of keys and values, see `generate`.
 
     Raises:
       UserError: a file is missing or damaged.
@@ -125,6 +128,7 @@ def answer_items(
             max_new_tokens=max_new_tokens,
             stop_tokens=stop_ids(context.tokenizer, context.template),
             pad_token=context.tokenizer.pad_id,
+            cache_dtype=cache_dtype,
         )
         tokens, lengths = jax.device_get((generated.tokens, generated.lengths))
         for row, index in enumerate(indices):

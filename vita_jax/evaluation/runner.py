@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UserError
 from vita_jax.evaluation.answering import Progress, answer_items
@@ -34,6 +36,7 @@ def evaluate_params(
     max_new_tokens: int = 32,
     progress: Progress | None = None,
     keep_sounds: bool = False,
+    cache_dtype: jnp.dtype | None = None,
 ) -> dict[str, Any]:
     """Answers a benchmark and scores it, and measures whatever else belongs to it.
 
@@ -44,6 +47,7 @@ def evaluate_params(
       limit: at most so many items of each kind of each group, see `stratified`.
       progress: called with (answered, total).
       keep_sounds: writes some of what was said to `<run_dir>/evaluation/audio`, listed under "sounds".
+      cache_dtype: of keys and values while questions are answered, see `generate`.
 
     Returns:
       The result described in `results`.
@@ -69,6 +73,7 @@ def evaluate_params(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         progress=progress,
+        cache_dtype=cache_dtype,
     )
     result = score(dataclasses.replace(bench, groups=tuple(chosen)), asked, answers, subject.context.template)
     found, sounds = _measure(subject, chosen, items, list(zip(asked, answers, strict=True)))

@@ -197,12 +197,21 @@ class Seat:
 class Engine:
     """Serves several conversations with one model."""
 
-    def __init__(self, model: Vita, params: Mapping[str, Any], *, num_rows: int = 1, num_slots: int = 2048) -> None:
+    def __init__(
+        self,
+        model: Vita,
+        params: Mapping[str, Any],
+        *,
+        num_rows: int = 1,
+        num_slots: int = 2048,
+        cache_dtype: jnp.dtype | None = None,
+    ) -> None:
         """
         Args:
           model, params: the whole model; only its language model runs here.
           num_rows: conversations that are in the cache at a time.
           num_slots: positions that each has room for, prompt and answer together.
+          cache_dtype: of keys and values, such as int8; None = what the model computes in.
 
         Raises:
           UserError: a size below 1.
@@ -211,12 +220,13 @@ class Engine:
             if value < 1:
                 raise UserError(f"{name} {value} must be at least 1")
         self.decoder, self.num_rows, self.num_slots = model.decoder, num_rows, num_slots
+        self.cache_dtype = cache_dtype
         self._params = jax.tree.map(jnp.asarray, params["language"])
         self._waiting: deque[Seat] = deque()
         self._empty()
 
     def _empty(self) -> None:
-        self._rows = device.empty_rows(self.decoder, self.num_rows, self.num_slots)
+        self._rows = device.empty_rows(self.decoder, self.num_rows, self.num_slots, self.cache_dtype)
         self._contents: list[list[Key]] = [[] for _ in range(self.num_rows)]  # what the cache holds
         self._seats: list[Seat | None] = [None] * self.num_rows
         self._used = [0] * self.num_rows  # round in which each row was used last

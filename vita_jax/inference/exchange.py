@@ -8,7 +8,7 @@ into pieces of a few tokens, each is spoken while the next one is still to be wr
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vita_jax.conversion.tables import flatten, unflatten
 from vita_jax.errors import UserError
 from vita_jax.inference.engine import Answer, AnswerOptions, Engine
 from vita_jax.inference.listen import Listener
 from vita_jax.inference.prefix import MediaId, Prompt, live_id
 from vita_jax.inference.speak import Speaker
 from vita_jax.inference.timings import EVENTS, FIRST_PIECE, FIRST_SAMPLE, FIRST_TOKEN, SPEECH_ENDS, STAGES, Timeline
+from vita_jax.models.int8 import LeafChange
 from vita_jax.models.vita import Vita, VitaConfig, text_inputs
 from vita_jax.parallel.rules import unbox
 
@@ -151,21 +153,23 @@ def format_timelines(timelines: Sequence[Timeline]) -> str:
     return "\n".join([*lines, f"{LLM:24}{1 / seconds:9.1f} tokens/s" if seconds else f"{LLM:24}{'-':>16}"])
 
 
-def random_params(config: VitaConfig, dtype: jnp.dtype) -> dict[str, Any]:
-    """Parameters of no meaning; the codec's are float32, as everywhere."""
+def random_params(config: VitaConfig, dtype: jnp.dtype, change: LeafChange | None = None) -> dict[str, Any]:
+    """Parameters of no meaning; the codec's are float32, as everywhere.
+
+    change: what becomes of each as soon as it is drawn, see `vita_jax.models.int8`.
+    """
     inputs = text_inputs(np.zeros((1, 2), np.int32), image_size=config.vision.image_size)
     shapes = unbox(jax.eval_shape(Vita(config).init, jax.random.key(0), inputs))["params"]
 
-    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        kind = jnp.float32 if path[0].key == "codec" else dtype
-        if path[-1].key in ("scale", "running_var", "istd") or path[-1].key.endswith("_g"):
+    def draw(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        names = path.split("/")
+        kind = jnp.float32 if names[0] == "codec" else dtype
+        if names[-1] in ("scale", "running_var", "istd") or names[-1].endswith("_g"):
             return jnp.ones(leaf.shape, kind)
-        deviation = 0.0 if path[-1].key in ("bias", "running_mean", "mean") else 0.02
-        return deviation * jax.random.normal(jax.random.key(len(path)), leaf.shape, kind)
+        deviation = 0.0 if names[-1] in ("bias", "running_mean", "mean") else 0.02
+        return deviation * jax.random.normal(jax.random.key(len(names)), leaf.shape, kind)
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
-def num_parameters(params: Mapping[str, Any]) -> int:
-    """How many values they hold."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+    drawn = ((path, draw(path, leaf)) for path, leaf in flatten(shapes).items())
+    if change is not None:
+        drawn = (new for path, leaf in drawn for new in change(path, leaf).items())
+    return unflatten((path, jnp.asarray(leaf)) for path, leaf in drawn)

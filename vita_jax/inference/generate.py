@@ -105,6 +105,7 @@ def generate_from_embeds(
     sampler: Sampler = GREEDY,
     key: jax.Array | None = None,
     pad_token: int = 0,
+    cache_dtype: jnp.dtype | None = None,
 ) -> Generated:
     """Continues every row until it stops by itself or `max_new_tokens` are out; traceable, meant to run under `jit`.
 
@@ -118,10 +119,12 @@ def generate_from_embeds(
       sampler: how tokens are chosen.
       key: random key; needed unless the sampler is `Greedy`.
       pad_token: fills the rest of a row that has stopped.
+      cache_dtype: of keys and values, see `vita_jax.models.language.cache.empty_cache`; None = that of the embeddings.
     """
     key = checked_key(max_new_tokens, sampler, key)
     batch, length = segment_ids.shape
-    cache = make_cache(decoder.config, batch, length + max_new_tokens, inputs_embeds.dtype)
+    dtype = inputs_embeds.dtype if cache_dtype is None else cache_dtype
+    cache = make_cache(decoder.config, batch, length + max_new_tokens, dtype)
     logits, cache = prefill(decoder, params, inputs_embeds, positions, segment_ids, cache)
     return continue_rows(
         partial(decode_step, decoder, params),
@@ -189,7 +192,7 @@ def continue_rows(
     return Generated(tokens=state[4], lengths=state[3])
 
 
-@partial(jax.jit, static_argnames=("model", "max_new_tokens", "stop_tokens", "sampler", "pad_token"))
+@partial(jax.jit, static_argnames=("model", "max_new_tokens", "stop_tokens", "sampler", "pad_token", "cache_dtype"))
 def generate(
     model: Vita | Llava,
     params: Params,
@@ -200,6 +203,7 @@ def generate(
     sampler: Sampler = GREEDY,
     key: jax.Array | None = None,
     pad_token: int = 0,
+    cache_dtype: jnp.dtype | None = None,
 ) -> Generated:
     """Answers a batch of prompts in one compiled call, compiled once per shape; see `generate_from_embeds`.
 
@@ -220,6 +224,7 @@ def generate(
         sampler=sampler,
         key=key,
         pad_token=pad_token,
+        cache_dtype=cache_dtype,
     )
 
 

@@ -86,11 +86,14 @@ class Answering:
     sampling: RowSampling
 
 
-def empty_rows(decoder: Decoder, batch: int, num_slots: int) -> Rows:
-    """b rows with nothing in them, each with room for `num_slots` positions."""
-    c = decoder.config
+def empty_rows(decoder: Decoder, batch: int, num_slots: int, cache_dtype: jnp.dtype | None = None) -> Rows:
+    """b rows with nothing in them, each with room for `num_slots` positions.
+
+    cache_dtype: of keys and values, see `vita_jax.models.language.cache.empty_cache`; None = the compute dtype.
+    """
+    c, dtype = decoder.config, decoder.dtype if cache_dtype is None else cache_dtype
     return Rows(
-        cache=caches.with_row_ends(make_cache(c, batch, num_slots, decoder.dtype)),
+        cache=caches.with_row_ends(make_cache(c, batch, num_slots, dtype)),
         last=jnp.zeros((batch,), jnp.int32),
         active=jnp.zeros((batch,), bool),
         drawn=jnp.zeros((batch,), jnp.int32),

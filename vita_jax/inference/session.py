@@ -27,6 +27,7 @@ from vita_jax.inference.generate import Params
 from vita_jax.inference.listen import Listener, ListenOptions
 from vita_jax.inference.media import KnownMedia
 from vita_jax.inference.prefix import Prompt
+from vita_jax.inference.quantization import FLOATS, QuantizationConfig, describe_memory
 from vita_jax.inference.row_sampling import NO_PENALTIES, Penalties
 from vita_jax.inference.sampling import GREEDY, Sampler
 from vita_jax.inference.speak import Speaker, voices
@@ -92,25 +93,36 @@ class Session:
         self.work: Answer | None = None  # the engine's part of it: what was computed, what was known
 
     @classmethod
-    def load(cls, checkpoint_dir: str | Path, *, num_rows: int = 1) -> Session:
+    def load(
+        cls, checkpoint_dir: str | Path, *, num_rows: int = 1, quantization: QuantizationConfig = FLOATS
+    ) -> Session:
         """From a run or one of its checkpoints.
 
         Args:
           checkpoint_dir: the folder.
           num_rows: conversations that are answered at a time, see `beside`.
+          quantization: what is int8 from then on.
 
         Raises:
-          UserError: there is no checkpoint, or it is damaged.
+          UserError: there is no checkpoint, or it is damaged; or int8 weights for a model with LoRA adapters.
         """
-        loaded = load_params(checkpoint_dir)
+        loaded = load_params(checkpoint_dir, change=quantization.change)
         tokenizer = load_tokenizer(loaded.run_dir / "tokenizer")
         config = dataclasses.replace(loaded.config, run_dir=str(loaded.run_dir))
         paths = trained_so_far(config.stage(loaded.stage), config.stages, list(flatten(loaded.params)))
         trained = frozenset(path.split("/")[0] for path in paths)
         model = build_model(config)
         params = jax.tree.map(jnp.asarray, loaded.params)  # once, for engine, towers and voice
-        engine = Engine(model, params, num_rows=num_rows, num_slots=_slots(config))
+        engine = Engine(
+            model, params, num_rows=num_rows, num_slots=_slots(config), cache_dtype=quantization.cache_dtype
+        )
         return cls(model, params, config, tokenizer, trained=trained, engine=engine)
+
+    @property
+    def memory(self) -> str:
+        """What weights and cache take, in words; see `describe_memory`."""
+        engine = self.engine
+        return describe_memory(self.params, engine.decoder, engine.num_rows, engine.num_slots, engine.cache_dtype)
 
     @property
     def context(self) -> ExampleContext:

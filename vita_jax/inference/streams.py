@@ -327,4 +327,5 @@ def _engines(session: Session, devices: int) -> list[Engine]:
     if not others:
         raise UserError(f"duplex devices=2, but there is only one: {here}; use devices=1")
     language = jax.device_put(session.params["language"], others[0])
-    return [engine, Engine(session.model, {"language": language}, num_slots=engine.num_slots)]
+    options = {"num_slots": engine.num_slots, "cache_dtype": engine.cache_dtype}
+    return [engine, Engine(session.model, {"language": language}, **options)]

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from vita_jax.conversion.tables import Rule, Table, flatten, unflatten
 from vita_jax.errors import UnsupportedOption, UserError
-from vita_jax.nn.layers import LORA_DOWN, LORA_SCALE, LORA_UP
+from vita_jax.nn.layers import KERNEL_SCALE, LORA_DOWN, LORA_SCALE, LORA_UP
 
 KERNEL = "/kernel"
 LEAVES = (LORA_DOWN, LORA_UP, LORA_SCALE)
@@ -248,6 +248,8 @@ def _by_layer(adapters: Params) -> dict[str, tuple[jax.Array, jax.Array, jax.Arr
 def _check_fits(path: str, leaves: Params, down: jax.Array, up: jax.Array, scale: jax.Array) -> None:
     if path + KERNEL not in leaves:
         raise UserError(f"there are adapters for {path}, but the model has no {path}{KERNEL}")
+    if f"{path}/{KERNEL_SCALE}" in leaves:
+        raise UserError(f"{path} is int8, for inference; adapters go to, and are merged into, weights that are floats")
     shape, stack = tuple(leaves[path + KERNEL].shape), scale.ndim
     got = (*down.shape[:-1], *up.shape[stack + 1 :])
     if got != shape or down.shape[-1] != up.shape[stack] or up.shape[:stack] != scale.shape:

@@ -12,7 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vita_jax.errors import UserError
 from vita_jax.ops.embedding import lookup
+from vita_jax.ops.int8 import scaled_product
 
 Initializer = Callable[..., jax.Array]
 
@@ -36,6 +38,26 @@ def torch_linear_uniform(fan_in: int) -> Initializer:
 LORA_DOWN, LORA_UP, LORA_SCALE = "lora_a", "lora_b", "lora_scale"
 
 
+# A leaf beside a kernel in int8: the scale of each output, float32; see `vita_jax.models.int8`.
+KERNEL_SCALE = "kernel_scale"
+
+
+def kernel_scale(module: nn.Module, kernel: jax.Array) -> jax.Array | None:
+    """The scales (*experts *outputs) of a module's kernel if it is int8, else None.
+
+    Like low-rank updates, modules never make this leaf themselves.
+
+    Raises:
+      UserError: an int8 kernel without scales.
+    """
+    if kernel.dtype != jnp.int8:
+        return None
+    if not module.has_variable("params", KERNEL_SCALE):
+        place = "/".join((*module.path, "kernel"))
+        raise UserError(f"{place} is int8 but has no {KERNEL_SCALE} beside it; quantize the weights again")
+    return module.get_variable("params", KERNEL_SCALE)
+
+
 def low_rank_factors(module: nn.Module) -> tuple[jax.Array, jax.Array] | None:
     """The low-rank update of a module's kernel, if its parameters hold one.
 
@@ -54,6 +76,8 @@ def low_rank_factors(module: nn.Module) -> tuple[jax.Array, jax.Array] | None:
 
 class Dense(nn.Module):
     """`y = x @ kernel + bias` over any number of input and output axes; plus a low-rank update if there is one.
+
+    The kernel may be int8, with its scales beside it.
 
     Attributes:
       features: sizes of the output axes.
@@ -85,7 +109,11 @@ class Dense(nn.Module):
             (*inputs, *self.features),
             jnp.float32,
         )
-        y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), self.num_input_axes)
+        scale = kernel_scale(self, kernel)
+        if scale is None:
+            y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), self.num_input_axes)
+        else:
+            y = scaled_product(x, kernel, scale, self.num_input_axes, self.dtype)
         if factors := low_rank_factors(self):
             down, up = factors
             y = y + jnp.tensordot(jnp.tensordot(x.astype(self.dtype), down, self.num_input_axes), up, 1)

@@ -108,10 +108,15 @@ def apply_sharded_experts(
       (b s d) in the dtype of `x`; and (b s) int32, how many of its k experts each token did not reach.
 
     Raises:
-      UserError: "dense" or an unknown `implementation`, axes that do not fit together, or sizes that the mesh does not
-        divide.
+      UserError: "dense" or an unknown `implementation`, axes that do not fit together, sizes that the mesh does not
+        divide, or kernels in int8.
     """
     check_implementation(implementation)
+    if experts.gate.scale is not None:
+        raise UserError(
+            "experts in int8 run on one device, and this mesh divides them among several; leave int8 weights out, or "
+            "run without a mesh"
+        )
     if implementation == "dense":
         raise UserError("expert implementation 'dense' is partitioned automatically; call apply_experts")
     if implementation == "ragged":

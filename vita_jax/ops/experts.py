@@ -36,11 +36,13 @@ class ExpertLinear(NamedTuple):
     Attributes:
       kernel: (e inputs outputs).
       down, up: (e inputs r) and (e r outputs), or None.
+      scale: (e outputs) float32, which multiplies what the kernel gives; None where it is no kernel of integers.
     """
 
     kernel: jax.Array
     down: jax.Array | None = None
     up: jax.Array | None = None
+    scale: jax.Array | None = None
 
 
 class Experts(NamedTuple):
@@ -120,7 +122,10 @@ def _dense(x: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
     e, d, f = experts.gate.kernel.shape
 
     def kernel(layer: ExpertLinear) -> jax.Array:
-        return layer.kernel if layer.down is None else layer.kernel + layer.down @ layer.up
+        whole = layer.kernel
+        if layer.scale is not None:
+            whole = (whole * layer.scale[:, None]).astype(x.dtype)
+        return whole if layer.down is None else whole + layer.down @ layer.up
 
     gate, up = (jnp.swapaxes(kernel(layer), 0, 1).reshape(d, e * f) for layer in (experts.gate, experts.up))
     chosen = jax.nn.one_hot(routing.experts, e)
@@ -189,6 +194,9 @@ def grouped_feed_forward(rows: jax.Array, sizes: jax.Array, experts: Experts) ->
 
     def linear(inputs: jax.Array, layer: ExpertLinear) -> jax.Array:
         y = product(inputs, layer.kernel)
+        if layer.scale is not None:
+            scales = jnp.repeat(layer.scale, sizes, axis=0, total_repeat_length=rows.shape[0])
+            y = (y * scales).astype(y.dtype)
         return y if layer.down is None else y + product(product(inputs, layer.down), layer.up)
 
     return linear(jax.nn.silu(linear(rows, experts.gate)) * linear(rows, experts.up), experts.down)

@@ -25,21 +25,24 @@ import shutil
 import signal
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
 from vita_jax import config as config_lib
 from vita_jax.errors import UserError
+from vita_jax.models.int8 import LeafChange
 from vita_jax.parallel.processes import WAIT_SECONDS, is_first, on_first
 from vita_jax.training.adapters import adapter_layout
 from vita_jax.training.experiment import ExperimentConfig
 from vita_jax.training.objectives import OBJECTIVES
+from vita_jax.training.param_store import first_line, open_params
 from vita_jax.training.portable import is_portable, portable_config, read_portable
 from vita_jax.training.stages import Stage, flatten, unflatten
 
@@ -412,24 +415,33 @@ def find_checkpoint(path: str | Path) -> Path:
     return folder / str(steps[-1])
 
 
-def load_params(path: str | Path, shardings: Any = None) -> LoadedModel:
+def load_params(
+    path: str | Path, shardings: Any = None, change: Callable[[ExperimentConfig], LeafChange] | None = None
+) -> LoadedModel:
     """Parameters and configuration of a run or checkpoint, or of an exported folder that needs no run.
 
     Args:
       path: see `find_checkpoint`; or a folder as in `vita_jax.training.portable`, which is its own run directory.
       shardings: nested dict of shardings to restore into; adapters (LoRA) that it lacks go where their kernels do, and
         what else it lacks goes to the first device, as everything does with None.
+      change: from the configuration, what becomes of every parameter; they are then read one after the other, and
+        everything goes to the first device.
 
     Raises:
       UserError: nothing there, damaged, or of another format.
     """
     if is_portable(path):
         folder = Path(path).absolute()
-        model = read_portable(folder, shardings)
+        changed = None if change is None else change(portable_config(folder))
+        model = read_portable(folder, shardings, changed)
         return LoadedModel(model.params, model.config, model.stage, model.step, folder, folder)
     folder = find_checkpoint(path).absolute()
     meta = read_meta(folder)
     config = _config_of(folder, meta)
+    extra = OBJECTIVES[config.stage(meta["stage"]).objective].extra_names
+    if change is not None:
+        params = _read_changed(folder / "params", extra, change(config))
+        return LoadedModel(params, config, meta["stage"], meta["step"], folder, folder.parents[3])
     # The handler alone: a checkpointer would look for metadata that only whole checkpoints have.
     handler = ocp.StandardCheckpointHandler()
     saved = flatten(handler.metadata(folder / "params").tree)
@@ -440,9 +452,18 @@ def load_params(path: str | Path, shardings: Any = None) -> LoadedModel:
     }
     params = handler.restore(folder / "params", args=ocp.args.StandardRestore(unflatten(abstract)))
     handler.close()
-    extra = OBJECTIVES[config.stage(meta["stage"]).objective].extra_names
     params = {name: tree for name, tree in params.items() if name not in extra}
     return LoadedModel(params, config, meta["stage"], meta["step"], folder, folder.parents[3])
+
+
+def _read_changed(folder: Path, extra: Container[str], change: LeafChange) -> dict[str, Any]:
+    """Parameters without those of the components `extra`, each changed as it is read; see `load_params`."""
+    stored = {name: tree for name, tree in open_params(folder).items() if name not in extra}
+    try:
+        changed = (new for path, leaf in flatten(stored).items() for new in change(path, leaf).items())
+        return unflatten({path: jax.device_put(np.asarray(leaf), jax.local_devices()[0]) for path, leaf in changed})
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder}: a parameter cannot be read: {first_line(error)}") from error
 
 
 def load_config(path: str | Path) -> tuple[ExperimentConfig, Path]:

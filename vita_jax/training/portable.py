@@ -30,6 +30,7 @@ from vita_jax.conversion.tables import flatten, iter_export, iter_import, unflat
 from vita_jax.conversion.torch_files import INDEX_NAME, SINGLE_NAME, TensorFiles, write_tensors
 from vita_jax.data.loader import SourceConfig
 from vita_jax.errors import UserError
+from vita_jax.models.int8 import LeafChange
 from vita_jax.models.lora import detach, merge
 from vita_jax.models.vita_weights import weight_table
 from vita_jax.parallel.processes import DistributedConfig
@@ -232,12 +233,15 @@ def _relative(path: str | None) -> str | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_portable(folder: str | Path, shardings: Mapping[str, Any] | None = None) -> PortableModel:
+def read_portable(
+    folder: str | Path, shardings: Mapping[str, Any] | None = None, change: LeafChange | None = None
+) -> PortableModel:
     """Reads the folder; parameters become float32, the dtype of all parameters in use.
 
     Args:
       folder: see `is_portable`.
       shardings: nested dict of shardings; what it lacks goes to the first device, as everything does with None.
+      change: what becomes of every parameter, such as `vita_jax.models.int8.int8_weights`; integers stay what they are.
 
     Raises:
       UserError: written by another version, damaged, or weights that are not those of its configuration.
@@ -248,12 +252,16 @@ def read_portable(folder: str | Path, shardings: Mapping[str, Any] | None = None
         raise UserError(f"{folder} has a {MODEL_FILE} but no {SINGLE_NAME}; copy the whole folder again")
     layout = flatten(shardings or {})
     default = SingleDeviceSharding(jax.local_devices()[0])
+
+    def placed(path: str, leaf: np.ndarray) -> jax.Array:
+        leaf = leaf if leaf.dtype == np.int8 else leaf.astype(np.float32, copy=False)
+        return jax.device_put(leaf, layout.get(path, default))
+
     try:
-        leaves = (
-            (path, jax.device_put(leaf.astype(np.float32, copy=False), layout.get(path, default)))
-            for path, leaf in iter_import(weight_table(config.model), TensorFiles(folder))
-        )
-        params = unflatten(leaves)
+        read = iter_import(weight_table(config.model), TensorFiles(folder))
+        if change is not None:
+            read = (new for path, leaf in read for new in change(path, leaf).items())
+        params = unflatten((path, placed(path, leaf)) for path, leaf in read)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     return PortableModel(params, config, content["stage"], content["step"])

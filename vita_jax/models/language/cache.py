@@ -9,13 +9,37 @@ are two ways to write, told apart by the shape of `end`:
               cut and given away by themselves (`take_row`, `put_row`, `cut_row`). For conversations that come and go.
 
 Fixed size and write indices that are data mean that one compiled step serves a whole conversation.
+
+Keys and values are floats, or int8 with a scale for every layer, row, slot and head (`Int8Stack`): h + 4 bytes in place
+of 2 h in bfloat16 or 4 h in float32. A vector is rounded once, when its position is fed, whatever feeds it, so that the
+block it comes in sees it as all later ones do.
 """
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+from vita_jax.ops.int8 import from_int8, to_int8
+
+
+@struct.dataclass
+class Int8Stack:
+    """Keys or values of all layers as integers: a vector is `values * scales`.
+
+    Attributes:
+      values: (l b t k h) int8.
+      scales: (l b t k) float32.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+
+
+Stack = jax.Array | Int8Stack
 
 
 @struct.dataclass
@@ -23,7 +47,7 @@ class KVCache:
     """State of a batch of running conversations.
 
     Attributes:
-      k, v: (l b t k h) keys (already rotated) and values, `t` slots.
+      k, v: (l b t k h) keys (already rotated) and values, `t` slots, as floats or as an `Int8Stack`.
       segment_ids: (b t) int32, which segment a slot belongs to, 0 = empty or padding.
       end: () or (b,) int32, the next slot to be written, of all rows or of each. The caller keeps `end + new <= t`;
         with an `end` per row padding may go beyond, and is dropped there.
@@ -31,8 +55,8 @@ class KVCache:
       segment: (b,) int32, the segment that each row is in; 0 for a row that has not started.
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: Stack
+    v: Stack
     segment_ids: jax.Array
     end: jax.Array
     next_position: jax.Array
@@ -41,7 +65,12 @@ class KVCache:
     @property
     def num_slots(self) -> int:
         """t."""
-        return self.k.shape[2]
+        return self.segment_ids.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of keys and values; also of a cache of `jax.ShapeDtypeStruct`."""
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((self.k, self.v)))
 
 
 def empty_cache(
@@ -49,13 +78,22 @@ def empty_cache(
 ) -> KVCache:
     """A cache with nothing in it.
 
+    Args:
+      num_layers, num_kv_heads, head_dim, batch, num_slots: l, k, h, b, t.
+      dtype: of keys and values; int8 keeps scales with them.
+
     Returns:
       KVCache with k, v of shape (num_layers batch num_slots num_kv_heads head_dim).
     """
     shape = (num_layers, batch, num_slots, num_kv_heads, head_dim)
+
+    def stack() -> Stack:
+        zeros = jnp.zeros(shape, dtype)
+        return Int8Stack(zeros, jnp.zeros(shape[:-1], jnp.float32)) if zeros.dtype == jnp.int8 else zeros
+
     return KVCache(
-        k=jnp.zeros(shape, dtype),
-        v=jnp.zeros(shape, dtype),
+        k=stack(),
+        v=stack(),
         segment_ids=jnp.zeros((batch, num_slots), jnp.int32),
         end=jnp.zeros((), jnp.int32),
         next_position=jnp.zeros((batch,), jnp.int32),
@@ -88,7 +126,7 @@ def mark_written(cache: KVCache, segment_ids: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids.astype(jnp.int32), (0, cache.end))
 
 
-def write_layer(stack: jax.Array, block: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:
+def write_layer(stack: Stack, block: jax.Array, layer: jax.Array, start: jax.Array) -> Stack:
     """Puts a block of keys or values into one layer of the stack.
 
     Args:
@@ -100,11 +138,26 @@ def write_layer(stack: jax.Array, block: jax.Array, layer: jax.Array, start: jax
     Returns:
       (l b t k h), updated in place when the caller no longer needs the old one.
     """
+    if isinstance(stack, Int8Stack):
+        values, scales = to_int8(block)
+        return Int8Stack(_write(stack.values, values, layer, start), _write(stack.scales, scales, layer, start))
+    return _write(stack, block.astype(stack.dtype), layer, start)
+
+
+def _write(stack: jax.Array, block: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:
+    """`write_layer` of one array: stack (l b t ...), block (b s ...)."""
     if start.ndim:
         rows, slots = _places(start, block.shape[:2])
-        return stack.at[layer, rows, slots].set(block.astype(stack.dtype), mode="drop")
+        return stack.at[layer, rows, slots].set(block, mode="drop")
     zero = jnp.zeros((), jnp.int32)
-    return jax.lax.dynamic_update_slice(stack, block[None].astype(stack.dtype), (layer, zero, start, zero, zero))
+    place = (layer, zero, start, *(zero for _ in stack.shape[3:]))
+    return jax.lax.dynamic_update_slice(stack, block[None], place)
+
+
+def read_layer(stack: Stack, layer: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """One layer, () int32, of keys or values: (l b t k h) -> (b t k h) in `dtype`."""
+    one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), stack)
+    return from_int8(one.values, one.scales, dtype) if isinstance(one, Int8Stack) else one.astype(dtype)
 
 
 def last_valid(segment_ids: jax.Array) -> jax.Array:
@@ -113,7 +166,7 @@ def last_valid(segment_ids: jax.Array) -> jax.Array:
     return jnp.max(jnp.where(segment_ids > 0, indices, -1), axis=1)
 
 
-def advance(cache: KVCache, k: jax.Array, v: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> KVCache:
+def advance(cache: KVCache, k: Stack, v: Stack, segment_ids: jax.Array, positions: jax.Array) -> KVCache:
     """The cache after a block has been written.
 
     `end` moves past the real positions of the block only, those of the longest row or of each, so the padding that made
@@ -141,8 +194,8 @@ def advance(cache: KVCache, k: jax.Array, v: jax.Array, segment_ids: jax.Array, 
 def take_row(cache: KVCache, row: jax.Array) -> KVCache:
     """One row, () int32, of a cache with an `end` per row, as a cache with b = 1."""
 
-    def take(x: jax.Array, axis: int) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(x, row, 1, axis)
+    def take(x: Stack, axis: int) -> Stack:
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, row, 1, axis), x)
 
     return KVCache(
         k=take(cache.k, 1),
@@ -157,8 +210,8 @@ def take_row(cache: KVCache, row: jax.Array) -> KVCache:
 def put_row(cache: KVCache, row: jax.Array, one: KVCache) -> KVCache:
     """The cache with a row, () int32, replaced by what `take_row` gave of it, or of another one."""
 
-    def put(x: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(x, new, row, axis)
+    def put(x: Stack, new: Stack, axis: int) -> Stack:
+        return jax.tree.map(lambda old, one: jax.lax.dynamic_update_slice_in_dim(old, one, row, axis), x, new)
 
     return KVCache(
         k=put(cache.k, one.k, 1),

@@ -19,7 +19,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from vita_jax.errors import UserError
-from vita_jax.models.language.cache import KVCache, advance, empty_cache, mark_written, write_layer
+from vita_jax.models.language.cache import (
+    KVCache,
+    Stack,
+    advance,
+    empty_cache,
+    mark_written,
+    read_layer,
+    write_layer,
+)
 from vita_jax.models.language.experts import ROUTER, SparseMoE
 from vita_jax.nn.layers import Dense, Embed, Initializer, RMSNorm, normal_init
 from vita_jax.ops.attention import check_implementation as check_attention
@@ -201,10 +209,10 @@ class Attention(nn.Module):
         x: jax.Array,
         rotary: tuple[jax.Array, jax.Array],
         mask: jax.Array,
-        stacks: tuple[jax.Array, jax.Array] | None,
+        stacks: tuple[Stack, Stack] | None,
         layer: jax.Array,
         start: jax.Array | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    ) -> tuple[jax.Array, tuple[Stack, Stack] | None]:
         """Attends.
 
         Args:
@@ -223,7 +231,7 @@ class Attention(nn.Module):
         v = self.v_proj(x)
         if stacks is not None:
             stacks = tuple(write_layer(stack, new, layer, start) for stack, new in zip(stacks, (k, v), strict=True))
-            k, v = (jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False).astype(q.dtype) for stack in stacks)
+            k, v = (read_layer(stack, layer, q.dtype) for stack in stacks)
         return self.o_proj(self._attend(q, k, v, mask)), stacks
 
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -281,12 +289,12 @@ class Block(nn.Module):
 
     def __call__(
         self,
-        carry: tuple[jax.Array, tuple[jax.Array, jax.Array] | None],
+        carry: tuple[jax.Array, tuple[Stack, Stack] | None],
         layer: jax.Array,
         rotary: tuple[jax.Array, jax.Array],
         mask: jax.Array,
         start: jax.Array | None,
-    ) -> tuple[tuple[jax.Array, tuple[jax.Array, jax.Array] | None], None]:
+    ) -> tuple[tuple[jax.Array, tuple[Stack, Stack] | None], None]:
         """carry: hidden (b s d), and cached keys and values (l b t k h) or None; layer: () int32 -> the same carry."""
         x, stacks = carry
         x = checkpoint_name(nn.with_logical_constraint(x, ("batch", "length", None)), LAYER_INPUT)
@@ -384,7 +392,7 @@ class Decoder(nn.Module):
 
 
 def make_cache(config: DecoderConfig, batch: int, num_slots: int, dtype: jnp.dtype = jnp.float32) -> KVCache:
-    """An empty cache for `batch` rows of at most `num_slots` positions."""
+    """An empty cache for `batch` rows of at most `num_slots` positions; `dtype` as in `cache.empty_cache`."""
     return empty_cache(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from vita_jax.nn.layers import Dense, Initializer, low_rank_factors, torch_linear_uniform
+from vita_jax.nn.layers import Dense, Initializer, kernel_scale, low_rank_factors, torch_linear_uniform
 from vita_jax.ops.expert_parallel import ExpertAxes, apply_sharded_experts
 from vita_jax.ops.experts import ExpertLinear, Experts, apply_experts, route
 from vita_jax.ops.meshes import num_parts, used_axes
@@ -26,7 +26,7 @@ LOGITS, DROPPED = "logits", "dropped"
 
 
 class ExpertDense(nn.Module):
-    """The parameters of one linear layer of every expert: `kernel` (e inputs outputs).
+    """The parameters of one linear layer of every expert: `kernel` (e inputs outputs), maybe in int8.
 
     Attributes:
       num_experts, inputs, features: sizes of the kernel.
@@ -49,7 +49,8 @@ class ExpertDense(nn.Module):
             self.kernel_init or torch_linear_uniform(self.inputs), ("experts", *self.axes)
         )
         kernel = self.param("kernel", init, (self.num_experts, self.inputs, self.features), jnp.float32)
-        return ExpertLinear(kernel.astype(self.dtype), *(low_rank_factors(self) or ()))
+        down, up = low_rank_factors(self) or (None, None)
+        return ExpertLinear(kernel.astype(self.dtype), down, up, kernel_scale(self, kernel))
 
 
 class SparseMoE(nn.Module):

@@ -11,7 +11,7 @@ const page = {
   language: (navigator.language || "en").toLowerCase().startsWith("zh") ? "zh" : "en",
   token: new URLSearchParams(location.hash.slice(1)).get("token") || sessionStorage.getItem("token") || "",
   socket: null, context: null, player: null, microphone: null, video: null,
-  state: "off", held: false, answering: null, stoppedAt: null, lastFrame: 0,
+  state: "off", connecting: null, held: false, answering: null, stoppedAt: null, lastFrame: 0,
   entries: new Map(), // item id -> its line
   items: new Map(), // item id of an answer -> {done, cut}
   shown: [], // pictures for the next question
@@ -26,9 +26,15 @@ function say(key) { return words[page.language][key]; }
 function translate() {
   document.documentElement.lang = page.language;
   for (const element of document.querySelectorAll("[data-text]")) element.textContent = say(element.dataset.text);
+  for (const element of document.querySelectorAll("[data-label]")) {
+    element.setAttribute("aria-label", say(element.dataset.label));
+  }
+  for (const image of document.querySelectorAll("#log img, #shown img")) image.alt = say("picture");
+  for (const option of $("voice").options) option.textContent = say("voices")[option.value] || option.value;
   $("language").textContent = say("other");
   $("language").lang = say("otherTag");
   $("start").textContent = say(page.socket ? "end" : "start");
+  $("start").classList.toggle("running", Boolean(page.socket));
   $("talk").textContent = say(page.held ? "release" : "holdToTalk");
   $("stop-answer").textContent = say("stopAnswer");
   $("text").placeholder = say("askHere");
@@ -43,10 +49,10 @@ function setState(state) {
 
 /** What the state is when nothing special has just happened. */
 function settle() {
-  if (!page.socket) setState("off");
+  if (!page.socket) setState(page.connecting ? "connecting" : "off");
   else if (page.playing) setState("speaking");
   else if (page.answering) setState("thinking");
-  else setState("listening");
+  else setState(page.microphone && $("hands-free").checked ? "listening" : "ready");
 }
 
 function problem(text) {
@@ -60,15 +66,29 @@ function line(id, who) {
   if (!entry) {
     entry = document.createElement("li");
     entry.className = who;
-    entry.append(document.createElement("span"));
-    $("log").append(entry);
+    const speaker = document.createElement("b"); // who speaks is seen by the side, and read aloud from here
+    speaker.className = "unseen";
+    speaker.dataset.text = who;
+    speaker.textContent = say(who);
+    entry.append(speaker, document.createElement("span"));
+    change(() => $("log").append(entry));
     page.entries.set(id, entry);
+    $("welcome").hidden = true;
   }
-  entry.scrollIntoView({ block: "nearest" });
   return entry;
 }
 
-function setText(entry, text) { entry.lastChild.textContent = text; }
+/** Changes the transcript, whose end stays in sight unless somebody reads further up. */
+function change(action) {
+  const log = $("log");
+  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+  action();
+  if (atEnd) log.scrollTop = log.scrollHeight;
+}
+
+function setText(entry, text) { change(() => { entry.lastChild.textContent = text; }); }
+
+function addText(entry, text) { change(() => entry.lastChild.append(text)); }
 
 function milliseconds(value) { return value === undefined ? "–" : `${Math.round(Number(value))} ms`; }
 
@@ -86,7 +106,9 @@ async function models() {
   const [model] = (await answer.json()).data;
   $("model").textContent = model.id;
   $("voice-label").hidden = model.voices.length === 0;
-  $("voice").replaceChildren(...model.voices.map((name) => new Option(name, name)));
+  const chosen = $("voice").value;
+  $("voice").replaceChildren(...model.voices.map((name) => new Option(say("voices")[name] || name, name)));
+  if (model.voices.includes(chosen)) $("voice").value = chosen;
   return model;
 }
 
@@ -101,10 +123,20 @@ function settings() {
   return { type: "session.update", session };
 }
 
-/** Opens the connection unless it is open. */
+/** Opens the connection unless it is open, or somebody is opening it already. */
 async function connect() {
   if (page.socket) return;
-  problem("");
+  page.connecting ??= openConnection().finally(() => {
+    page.connecting = null;
+    $("start").disabled = false;
+    settle();
+  });
+  await page.connecting;
+}
+
+async function openConnection() {
+  $("start").disabled = true;
+  setState("connecting");
   await models();
   await openSound();
   const address = new URL("/v1/realtime", location.href);
@@ -123,7 +155,6 @@ async function connect() {
   send(settings());
   $("talk").hidden = $("hands-free").checked;
   translate();
-  settle();
 }
 
 function disconnected(socket) {
@@ -131,6 +162,8 @@ function disconnected(socket) {
   page.socket = null;
   page.answering = page.playing = null;
   page.items.clear();
+  page.shown.splice(0);
+  showWaiting();
   closeMicrophone();
   if ($("problem").hidden) problem(say("lost"));
   $("talk").hidden = true;
@@ -146,8 +179,11 @@ function disconnect() {
   socket?.close();
   page.answering = page.playing = null;
   page.items.clear();
+  page.shown.splice(0);
+  showWaiting();
   closeMicrophone();
   $("talk").hidden = true;
+  $("stop-answer").disabled = true;
   translate();
   setState("off");
 }
@@ -172,6 +208,7 @@ async function openMicrophone() {
   } catch (error) {
     throw new Error(say("noMicrophone") + error.message);
   }
+  if (!page.socket) return closeMicrophone(); // the conversation was ended while the browser asked
   page.source = page.context.createMediaStreamSource(page.microphone);
   page.capture = new AudioWorkletNode(page.context, "capture", { numberOfOutputs: 0 });
   page.capture.port.onmessage = ({ data }) => {
@@ -185,6 +222,7 @@ function closeMicrophone() {
   page.source?.disconnect();
   page.microphone?.getTracks().forEach((track) => track.stop());
   page.microphone = page.source = page.capture = null;
+  $("level").getContext("2d").clearRect(0, 0, $("level").width, $("level").height);
 }
 
 /** Sends samples at 24 kHz. */
@@ -213,8 +251,8 @@ function draw(samples) {
   const level = Math.sqrt(samples.reduce((sum, value) => sum + value * value, 0) / samples.length);
   const width = Math.min(1, Math.max(0, 1 + Math.log10(level + 1e-9) / 3)) * canvas.width;
   brush.clearRect(0, 0, canvas.width, canvas.height);
-  brush.fillStyle = getComputedStyle(document.body).getPropertyValue("--accent") || "#1a5fb4";
-  brush.fillRect(0, 12, width, 16);
+  brush.fillStyle = getComputedStyle(canvas).color;
+  brush.fillRect(0, 0, width, canvas.height);
 }
 
 /** What the player says. */
@@ -265,6 +303,7 @@ const handlers = {
   },
   "vita_jax.input_audio_buffer.ignored": (event) => {
     page.stoppedAt = null;
+    for (const image of page.shown.filter((one) => one.dataset.camera)) takeBack(image);
     const entry = line(event.item_id, "you");
     entry.classList.add("ignored");
     setText(entry, say("notMeant"));
@@ -277,20 +316,22 @@ const handlers = {
     if (event.item.role !== "user" || content.every((part) => part.type === "input_image")) return;
     const entry = line(event.item.id, "you");
     if (!entry.lastChild.textContent) setText(entry, content.map((part) => part.text || "").join("\n") || say("spoken"));
-    entry.prepend(...page.shown.splice(0));
+    change(() => entry.prepend(...page.shown.splice(0)));
+    $("shown").replaceChildren();
   },
   "conversation.item.input_audio_transcription.completed": (event) => {
     if (event.transcript) setText(line(event.item_id, "you"), event.transcript);
   },
   "response.created": (event) => {
+    problem("");
     page.answering = event.response.id;
     for (const item of page.items.keys()) cut(item); // what is still being played of an earlier one
     $("stop-answer").disabled = false;
     if (!["hearing", "ignored"].includes(page.state)) setState("thinking");
   },
   "response.output_item.added": (event) => page.items.set(event.item.id, { done: false, cut: false }),
-  "response.output_audio_transcript.delta": (event) => line(event.item_id, "model").lastChild.append(event.delta),
-  "response.output_text.delta": (event) => line(event.item_id, "model").lastChild.append(event.delta),
+  "response.output_audio_transcript.delta": (event) => addText(line(event.item_id, "model"), event.delta),
+  "response.output_text.delta": (event) => addText(line(event.item_id, "model"), event.delta),
   "response.output_audio.delta": (event) => {
     if (page.items.get(event.item_id)?.cut) return;
     const samples = samplesOf(event.delta);
@@ -338,15 +379,23 @@ function dataUrl(source, width, height) {
   return canvas.toDataURL("image/png");
 }
 
-function showPicture(url) {
+/** Gives a picture to the next question; one of the camera is forgotten if that was none. */
+function showPicture(url, camera = "") {
   const image = new Image();
   image.src = url;
-  image.alt = "";
+  image.alt = say("picture");
+  image.dataset.camera = camera;
   page.shown.push(image);
-  $("shown").replaceChildren(...page.shown.map((shown) => shown.cloneNode()));
+  showWaiting();
   const content = [{ type: "input_image", image_url: url }];
   send({ type: "conversation.item.create", item: { type: "message", role: "user", content } });
-  setTimeout(() => $("shown").replaceChildren(), 4000);
+}
+
+function showWaiting() { $("shown").replaceChildren(...page.shown.map((shown) => shown.cloneNode())); }
+
+function takeBack(image) {
+  page.shown.splice(page.shown.indexOf(image), 1);
+  showWaiting();
 }
 
 /** The camera's picture goes with the question that begins. */
@@ -355,14 +404,18 @@ function showFrame() {
   const now = performance.now();
   if (!page.video || !video.videoWidth || now - page.lastFrame < FRAME_WAIT_MS) return;
   page.lastFrame = now;
-  showPicture(dataUrl(video, video.videoWidth, video.videoHeight));
+  showPicture(dataUrl(video, video.videoWidth, video.videoHeight), "camera");
 }
 
 async function toggleCamera() {
   try {
     if ($("use-camera").checked) {
       if (!navigator.mediaDevices) throw new Error(say("noSecure"));
-      page.video = await navigator.mediaDevices.getUserMedia({ video: { width: { ideal: 640 } } });
+      try {
+        page.video = await navigator.mediaDevices.getUserMedia({ video: { width: { ideal: 640 } } });
+      } catch (error) {
+        throw new Error(say("noCamera") + error.message);
+      }
       $("camera").srcObject = page.video;
       $("camera").hidden = false;
       await $("camera").play();
@@ -380,11 +433,15 @@ async function toggleCamera() {
 async function takeFiles(files) {
   await connect();
   for (const file of files) {
-    if (file.type.startsWith("image/")) {
-      const picture = await createImageBitmap(file);
-      showPicture(dataUrl(picture, picture.width, picture.height));
-    } else {
-      await playToServer(await file.arrayBuffer());
+    try {
+      if (file.type.startsWith("image/")) {
+        const picture = await createImageBitmap(file);
+        showPicture(dataUrl(picture, picture.width, picture.height));
+      } else {
+        await playToServer(await file.arrayBuffer());
+      }
+    } catch {
+      throw new Error(say("noFile") + file.name);
     }
   }
 }
@@ -426,6 +483,7 @@ async function ask(event) {
 // ---- buttons --------------------------------------------------------------------------------------------------------
 
 async function guarded(action) {
+  problem("");
   try {
     await action();
   } catch (error) {
@@ -438,12 +496,13 @@ async function start() {
   await guarded(async () => {
     await connect();
     await openMicrophone();
+    settle();
   });
 }
 
 function press(event) {
   event.preventDefault();
-  if (page.held || !page.socket || !page.microphone) return;
+  if (page.held || !page.socket || !page.microphone || event.button > 0) return;
   page.held = true;
   $("talk").classList.add("held");
   for (const item of page.items.keys()) cut(item);
@@ -467,25 +526,37 @@ function stopAnswer() {
   for (const item of page.items.keys()) cut(item);
 }
 
+/** Whether a key means to talk: the space bar, unless it means something else where the focus is. */
 function isSpace(event) {
-  return event.code === "Space" && !event.repeat && !$("hands-free").checked
-    && !["INPUT", "BUTTON", "SELECT"].includes(document.activeElement.tagName);
+  const focused = document.activeElement;
+  return event.code === "Space" && !$("hands-free").checked
+    && (focused === $("talk") || !["INPUT", "BUTTON", "SELECT", "SUMMARY"].includes(focused.tagName));
 }
 
 $("start").onclick = start;
 $("stop-answer").onclick = stopAnswer;
 $("talk").onpointerdown = press;
 $("talk").onpointerup = $("talk").onpointercancel = $("talk").onpointerleave = release;
-addEventListener("keydown", (event) => isSpace(event) && press(event));
+addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && !$("stop-answer").disabled) stopAnswer();
+  else if (isSpace(event)) press(event);
+});
 addEventListener("keyup", (event) => event.code === "Space" && release());
+addEventListener("blur", release); // a key that is let go elsewhere is not heard of
 $("hands-free").onchange = () => {
   $("talk").hidden = !page.socket || $("hands-free").checked;
+  if (!$("talk").hidden) $("talk").focus(); // the space bar talks at once
   send(settings());
+  if (["listening", "ready"].includes(page.state)) settle();
 };
 $("voice").onchange = () => send(settings());
 $("use-camera").onchange = toggleCamera;
 $("ask").onsubmit = ask;
-$("file").onchange = () => guarded(() => takeFiles([...$("file").files]));
+$("file").onchange = () => {
+  const files = [...$("file").files];
+  $("file").value = ""; // the same file may be given again
+  guarded(() => takeFiles(files));
+};
 $("language").onclick = () => {
   page.language = page.language === "en" ? "zh" : "en";
   translate();
@@ -494,10 +565,7 @@ $("token-form").onsubmit = (event) => {
   event.preventDefault();
   page.token = $("token").value;
   sessionStorage.setItem("token", page.token);
-  guarded(async () => {
-    problem("");
-    await models();
-  });
+  guarded(models);
 };
 addEventListener("dragover", (event) => {
   event.preventDefault();

@@ -66,7 +66,7 @@ def test_text_is_that_of_open_flamingo():
         pieces = [piece for i, text in enumerate(sentences) for piece in ([i] if i in tagged else []) + [text]]
         want = interleaved_text([text.strip() for text in sentences], tagged, eos)
         assert document_text(document(*pieces)) + eos == want
-    assert document_text(document("a", "b")) == f"a b{END_OF_CHUNK}"
+    assert document_text(document("a", " b")) == f"a{END_OF_CHUNK}b{END_OF_CHUNK}"
     assert document_text(document(1, 2)) == f"{IMAGE}{END_OF_CHUNK}{IMAGE}{END_OF_CHUNK}"
 
 

@@ -95,8 +95,10 @@ def encode_tagged(text: str, context: DocumentContext) -> list[int]:
 
 def document_text(document: DocumentRecord) -> str:
     """The pieces as one text: a tag for each picture or video, the end of a chunk before every tag but the first and at
-    the end; no space next to a tag.
+    the end; no space next to a tag. Without pictures every piece is a chunk.
     """
+    if not document.media:
+        return "".join(f"{text.strip()}{END_OF_CHUNK}" for text in document.texts)
     chunks: list[list[str]] = [[]]
     for piece in document.pieces:
         if isinstance(piece, str):
@@ -104,8 +106,6 @@ def document_text(document: DocumentRecord) -> str:
         else:
             chunks.append([])
     first, *others = (SENTENCE_SPACE.join(chunk) for chunk in chunks)
-    if not others:
-        return f"{first}{END_OF_CHUNK}"
     return f"{first}{IMAGE}{f'{END_OF_CHUNK}{IMAGE}'.join(others)}{END_OF_CHUNK}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -16,7 +17,7 @@ from vita_jax import config as config_lib
 from vita_jax.data.prompts import PromptOptions
 from vita_jax.errors import UserError
 from vita_jax.models.llava import Llava, LlavaConfig
-from vita_jax.models.vita import Vita, VitaConfig, text_inputs
+from vita_jax.models.vita import Vita, VitaConfig
 from vita_jax.parallel.rules import unbox
 from vita_jax.training.experiment import ExperimentConfig, build_model, example_context, validate
 from vita_jax.training.families import FAMILIES, family_of, make_model, weight_table
@@ -39,14 +40,14 @@ def test_parameters_are_those_of_the_weight_table(make):
     assert set(family_of(config).objectives) <= set(OBJECTIVES)
 
 
-def test_a_picture_takes_as_many_positions_as_the_layout_says():
-    for config, model in ((tiny.model_config(), Vita), (llava_config(), Llava)):
-        side, inputs = config.vision.image_size, text_inputs(np.zeros((1, 2), np.int32), image_size=8)
-        assert type(make_model(config)) is model
-        variables = jax.eval_shape(model(config).init, jax.random.key(0), inputs)
-        tiles = jax.ShapeDtypeStruct((1, 3, side, side, 3), np.uint8)
-        features = jax.eval_shape(lambda v, t, m=model(config): m.apply(v, t, method="encode_tiles"), variables, tiles)
-        assert features.shape[1] == 3 * family_of(config).layout(config).features_per_slot
+@pytest.mark.parametrize(("config", "network"), [(tiny.model_config(), Vita), (llava_config(), Llava)])
+def test_a_picture_takes_as_many_positions_as_the_layout_says(config, network):
+    side, model = config.vision.image_size, make_model(config)
+    assert type(model) is network
+    variables = jax.eval_shape(model.init, jax.random.key(0), family_of(config).inputs(config))
+    tiles = jax.ShapeDtypeStruct((1, 3, side, side, 3), np.uint8)
+    features = jax.eval_shape(functools.partial(model.apply, method="encode_tiles"), variables, tiles)
+    assert features.shape[1] == 3 * family_of(config).layout(config).features_per_slot
 
 
 def test_configurations_of_both_families_are_saved_and_read(tmp_path):

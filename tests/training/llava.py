@@ -6,14 +6,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from tests.training import tiny
+from tests.training import records, tiny
 from vita_jax.data.images import ImageConfig
 from vita_jax.data.llava_prompts import LlavaPromptOptions
+from vita_jax.data.loader import SourceConfig
+from vita_jax.data.templates import SystemTexts
 from vita_jax.models.connectors.projectors import ProjectorConfig
 from vita_jax.models.language.decoder import DecoderConfig
 from vita_jax.models.llava import LlavaConfig
 from vita_jax.models.vision.encoder import ViTConfig
-from vita_jax.training.experiment import ExperimentConfig
+from vita_jax.training.experiment import ExperimentConfig, TokenizerConfig
 
 
 def llava_config(vocab_size: int = tiny.VOCAB, projector: str = "mlp2x_gelu") -> LlavaConfig:
@@ -40,3 +42,32 @@ def llava_experiment(run_dir: Path | str, **fields: Any) -> ExperimentConfig:
         ),
     }
     return tiny.experiment(run_dir, **{**defaults, **fields})
+
+
+def llava_records(run_dir: Path | str, **fields: Any) -> ExperimentConfig:
+    """The two stages on the files that `records.prepare_records` makes; its tokenizer needs the special token </s>."""
+    pictures, text = SourceConfig("pictures"), SourceConfig("text", ratio=0.5)
+    rows = {"steps": 3, "row_length": 96, "row_tiles": 4}
+    stages = (
+        tiny.stage(
+            "alignment",
+            trainable=("^projector/",),
+            template="plain",
+            sources=(SourceConfig("pictures", split_rounds=True),),
+            **rows,
+        ),
+        tiny.stage(
+            "tuning",
+            trainable=("^projector/", "^language/"),
+            sources=(pictures, text),
+            start_from="alignment",
+            **rows,
+        ),
+    )
+    defaults = {
+        "model": llava_config(records.VOCAB),
+        "tokenizer": TokenizerConfig(records.VOCAB),
+        "system_texts": SystemTexts("", "", "See."),
+        "stages": stages,
+    }
+    return llava_experiment(run_dir, **{**defaults, **fields})

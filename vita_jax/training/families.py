@@ -18,9 +18,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from vita_jax.conversion.tables import Table
+from vita_jax.data.images import ImageConfig
 from vita_jax.data.llava_prompts import LlavaPromptOptions
 from vita_jax.data.prompts import PromptOptions
 from vita_jax.data.splice import FeatureLayout
+from vita_jax.data.templates import SystemTexts
 from vita_jax.models import llava_weights, vita_weights
 from vita_jax.models.llava import Llava, LlavaConfig
 from vita_jax.models.vita import Vita, VitaConfig, VitaInputs
@@ -39,8 +41,10 @@ class Family:
       inputs: config -> the smallest inputs whose forward pass uses every parameter that all stages share.
       weight_table: config -> the names of a whole checkpoint in the original's layout.
       layout: config -> how the feature table of a row is laid out.
-      prompts: the options that its conversations are written with.
       objectives: what its stages may minimise.
+      prompts: the options that its conversations are written with.
+      template, system_texts: of a checkpoint that comes without a run: config -> name, and texts.
+      image: config -> how the pictures of such a checkpoint become tiles.
       one_tile: whether every picture is one tile.
     """
 
@@ -49,8 +53,11 @@ class Family:
     inputs: Callable[[Any], Any]
     weight_table: Callable[[Any], Table]
     layout: Callable[[Any], FeatureLayout]
-    prompts: type
     objectives: tuple[str, ...]
+    prompts: type
+    template: Callable[[Any], str]
+    system_texts: SystemTexts
+    image: Callable[[Any], ImageConfig]
     one_tile: bool = False
 
 
@@ -60,6 +67,8 @@ def _one_tile(config: ModelConfig) -> VitaInputs:
     return VitaInputs(row, row, row, row - 1, jnp.zeros((1, 1, size, size, 3), jnp.uint8))
 
 
+# The released weights were trained with texts that are not public domain; a user who has them gives them in a file.
+PLAIN_TEXTS = SystemTexts(*("You are a helpful assistant.",) * 3)
 LANGUAGE = ("language_modeling", "text_pretraining", "cell_naming")
 
 FAMILIES: Mapping[type, Family] = MappingProxyType(
@@ -70,8 +79,11 @@ FAMILIES: Mapping[type, Family] = MappingProxyType(
             inputs=_one_tile,
             weight_table=vita_weights.weight_table,
             layout=lambda config: FeatureLayout(config.vision.tokens_per_tile, config.pooled_grids),
-            prompts=PromptOptions,
             objectives=(*LANGUAGE, "ctc", "codec", "speech_decoder"),
+            prompts=PromptOptions,
+            template=lambda config: "mixtral_two" if config.language.num_experts else "qwen2p5_instruct",
+            system_texts=PLAIN_TEXTS,
+            image=lambda config: ImageConfig(image_size=config.vision.image_size),
         ),
         LlavaConfig: Family(
             title="LLaVA",
@@ -79,8 +91,11 @@ FAMILIES: Mapping[type, Family] = MappingProxyType(
             inputs=_one_tile,
             weight_table=llava_weights.weight_table,
             layout=lambda config: FeatureLayout(config.tokens_per_tile),
-            prompts=LlavaPromptOptions,
             objectives=LANGUAGE,
+            prompts=LlavaPromptOptions,
+            template=lambda config: "vicuna_v1",
+            system_texts=SystemTexts("", "", ""),  # as the model card of v1.5 writes its prompts
+            image=lambda config: ImageConfig.clip(config.vision.image_size),
             one_tile=True,
         ),
     }

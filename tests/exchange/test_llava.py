@@ -1,4 +1,4 @@
-"""LLaVA's public checkpoints in and out: every layout, every bit; and whatever is wrong with them is one clear error."""
+"""LLaVA's public checkpoints in and out: every layout, every bit; whatever is wrong with them is one clear error."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def test_padding_centres_on_the_mean_colour():
     assert square.shape == (10, 10, 3)
     np.testing.assert_array_equal(square[2:7], np.asarray(picture(10, 5)))
     assert (square[[0, 1, 7, 8, 9]] == (123, 116, 103)).all()
-    clip = ImageConfig.clip_vit_l_14_336px()
+    clip = ImageConfig.clip()
     assert np.asarray(pad_to_square(picture(2, 1), clip))[1, 0].tolist() == [122, 116, 104]
 
 
@@ -161,7 +161,7 @@ def test_frame_cat_gives_groups_of_five(width, height, use_thumbnail):
 # ---- normalisation --------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(0, 255), st.sampled_from([ImageConfig(), ImageConfig.clip_vit_l_14_336px()]))
+@given(st.integers(0, 255), st.sampled_from([ImageConfig(), ImageConfig.clip()]))
 def test_normalised_values(value, config):
     pixels = np.full((2, 2, 3), value, np.uint8)
     got = normalise(pixels, config)
@@ -275,7 +275,7 @@ def test_bad_settings_name_the_field(field, value):
 
 
 def test_presets():
-    vita, clip = ImageConfig.internvit_300m_448px(), ImageConfig.clip_vit_l_14_336px()
+    vita, clip = ImageConfig.internvit_300m_448px(), ImageConfig.clip()
     assert (vita.image_size, vita.most_tiles) == (448, 13)
     assert (clip.image_size, clip.most_tiles) == (336, 1)
     assert len(dynamic_tiles(picture(40, 10), clip)) == 1

@@ -69,7 +69,7 @@ class Record:
     """A checked conversation with its media.
 
     Attributes:
-      id: for messages only.
+      id: for messages, and the seed of what is drawn for the record.
       conversations: {"from", "value"} turns; human first, taking turns, ending with gpt.
       media: all images in order of their placeholders, then all videos and all sounds in order of theirs.
       set: folder keys, () if the record names none.

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from vita_jax.data.conversations import sees_video
 from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UserError
 from vita_jax.evaluation.answering import Progress, answer_items
@@ -149,6 +150,8 @@ def _why_not(subject: Subject, group: Group, items: Sequence[Item]) -> str | Non
             return f"the data has no items of {source!r}"
         if subject.config.model.audio is None and any(item.audio is not None for item in mine):
             return "the model does not hear"
+        if not sees_video(subject.config.prompt) and any(item.video is not None for item in mine):
+            return "the model sees no videos"
     if group.measure == "recogniser":
         return why_no_recogniser(subject.config)
     return why_no_input_head(subject) if group.measure == "input_head" else None

@@ -32,7 +32,7 @@ from vita_jax.inference.prefix import BLOCK_LENGTHS, Key, Prompt, blocks, common
 from vita_jax.inference.row_sampling import NO_PENALTIES, Penalties, row_sampling
 from vita_jax.inference.rows import MAX_STOPS, NO_STOP, Answering, Block
 from vita_jax.inference.sampling import GREEDY, Greedy, Sampler
-from vita_jax.models.vita import Vita
+from vita_jax.training.families import Model
 
 _compiled = partial(partial, jax.jit, donate_argnames="rows")
 _prefill = _compiled(static_argnames="decoder")(device.prefill_row)
@@ -197,7 +197,7 @@ class Seat:
 class Engine:
     """Serves several conversations with one model."""
 
-    def __init__(self, model: Vita, params: Mapping[str, Any], *, num_rows: int = 1, num_slots: int = 2048) -> None:
+    def __init__(self, model: Model, params: Mapping[str, Any], *, num_rows: int = 1, num_slots: int = 2048) -> None:
         """
         Args:
           model, params: the whole model; only its language model runs here.

@@ -13,18 +13,18 @@ import jax.numpy as jnp
 
 from vita_jax import config as config_lib
 from vita_jax.data.audio import AudioConfig, AudioContext
+from vita_jax.data.conversations import WritingOptions
 from vita_jax.data.examples import ExampleContext
 from vita_jax.data.images import ImageConfig
 from vita_jax.data.lanes import Reading
 from vita_jax.data.prompts import PromptOptions
-from vita_jax.data.splice import FeatureLayout
 from vita_jax.data.templates import SystemTexts, get_template
 from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.data.video import ORIGINAL_RULES
 from vita_jax.errors import UserError
-from vita_jax.models.vita import Vita, VitaConfig
 from vita_jax.parallel.mesh import MESH_AXES, MeshConfig, mesh_shape
 from vita_jax.parallel.processes import DistributedConfig, gather, join_processes
+from vita_jax.training.families import Model, ModelConfig, family_of, make_model
 from vita_jax.training.guard import RESTARTABLE, GuardConfig, validate_guard
 from vita_jax.training.objectives import OBJECTIVES
 from vita_jax.training.objectives.speech import SPEECH_OBJECTIVES
@@ -134,13 +134,13 @@ class ExperimentConfig:
       name: of the experiment.
       size: smoke, small or full: the size `get_config` was asked for.
       run_dir: everything the run writes is below it.
-      model: the network.
+      model: the network; the class of its config says the family, see `vita_jax.training.families`.
       image: how pictures become tiles.
-      template: conversation template by name.
+      template: conversation template by name; a stage may have another.
       system_texts: system text for pictures, video and plain text.
       stages: the curriculum, in order.
       video_rule: which frames of a video are taken, see `vita_jax.data.video`.
-      prompt: variants of writing conversations.
+      prompt: variants of writing conversations; whose they are belongs to the family.
       audio: how sounds become features, for a model that hears.
       seed: of parameters, data order and drop path.
       guard: what is done about steps that go wrong.
@@ -151,7 +151,7 @@ class ExperimentConfig:
     name: str
     size: str
     run_dir: str
-    model: VitaConfig
+    model: ModelConfig
     image: ImageConfig
     tokenizer: TokenizerConfig
     template: str
@@ -159,7 +159,7 @@ class ExperimentConfig:
     data: DataConfig
     stages: tuple[Stage, ...]
     video_rule: str = "paper"
-    prompt: PromptOptions = PromptOptions()
+    prompt: WritingOptions = PromptOptions()
     audio: AudioConfig = AudioConfig()
     seed: int = 0
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -205,24 +205,27 @@ def tokenizer_folder(config: ExperimentConfig) -> Path:
     return Path(config.run_dir) / "tokenizer" if config.tokenizer.folder is None else Path(config.tokenizer.folder)
 
 
-def build_model(config: ExperimentConfig) -> Vita:
+def build_model(config: ExperimentConfig) -> Model:
     """The network, computing in the dtype of the policy."""
-    return Vita(config.model, dtype=jnp.dtype(config.dtypes.compute_dtype))
+    return make_model(config.model, dtype=jnp.dtype(config.dtypes.compute_dtype))
 
 
 def example_context(config: ExperimentConfig, tokenizer: Tokenizer, stage: Stage | None = None) -> ExampleContext:
     """How the records of this run become examples, for training, evaluation and chat alike.
 
     Args:
-      stage: what is trained, if it is: some stages want labels beside those of the language model.
+      stage: what is trained, if it is: some stages have a template of their own, or want labels beside those of the
+        language model.
     """
-    model = config.model
+    model, template = config.model, config.template
+    if stage is not None and stage.template is not None:
+        template = stage.template
     return ExampleContext(
         tokenizer=tokenizer,
-        template=get_template(config.template),
+        template=get_template(template),
         system_texts=config.system_texts,
         image=config.image,
-        layout=FeatureLayout(model.vision.tokens_per_tile, model.pooled_grids),
+        layout=family_of(model).layout(model),
         video_rule=config.video_rule,
         options=config.prompt,
         audio=None if model.audio is None else AudioContext(config.audio, model.audio.num_tokens),
@@ -291,6 +294,7 @@ def validate(config: ExperimentConfig, num_devices: int | None = None) -> None:
     shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
     for index, stage in enumerate(config.stages):
         _validate_numbers(stage)
+        _validate_family(config, stage)
         _validate_sound(config, stage)
         _validate_codebooks(config, stage)
         if not planned:
@@ -319,7 +323,17 @@ def _validate_parts(config: ExperimentConfig) -> None:
     rules = ["paper", *ORIGINAL_RULES]
     if config.video_rule not in rules:
         raise UserError(f"video_rule={config.video_rule!r} is unknown; {_nearest(config.video_rule, rules)}")
-    model, image = config.model, config.image
+    model, image, family = config.model, config.image, family_of(config.model)
+    if not isinstance(config.prompt, family.prompts):
+        raise UserError(
+            f"prompt: {type(config.prompt).__name__} is not how {family.title}'s conversations are written; use "
+            f"{family.prompts.__name__}"
+        )
+    if family.one_tile and image.most_tiles > 1:
+        raise UserError(
+            f"image: {family.title} reads a picture as one tile, but tiling={image.tiling!r} gives up to "
+            f"{image.most_tiles}; use tiling='crop'"
+        )
     if model.vision.image_size != image.image_size:
         raise UserError(
             f"image.image_size={image.image_size} but model.vision.image_size={model.vision.image_size}; "
@@ -365,6 +379,8 @@ def _validate_numbers(stage: Stage) -> None:
         raise UserError(
             f"{where}.objective={stage.objective!r} is unknown; {_nearest(stage.objective, list(OBJECTIVES))}"
         )
+    if stage.template is not None:
+        get_template(stage.template)
     if not stage.sources:
         raise UserError(f"{where}.sources: there must be at least one")
     for field in ("steps", "batch_size", "row_length", "accumulation"):
@@ -380,6 +396,16 @@ def _validate_numbers(stage: Stage) -> None:
         raise UserError(f"{where}.optimizer={stage.optimizer!r} is unknown; {_nearest(stage.optimizer, OPTIMIZERS)}")
     if not 0 <= stage.warmup_ratio <= 1:
         raise UserError(f"{where}.warmup_ratio={stage.warmup_ratio}: must be between 0 and 1")
+
+
+def _validate_family(config: ExperimentConfig, stage: Stage) -> None:
+    """What the stage asks of the model is something that its family has."""
+    family, where = family_of(config.model), f"stages.{stage.name}"
+    if stage.objective not in family.objectives:
+        raise UserError(
+            f"{where}.objective={stage.objective!r}: {family.title} has no parts that this trains; use one of "
+            f"{', '.join(family.objectives)}"
+        )
 
 
 def _validate_codebooks(config: ExperimentConfig, stage: Stage) -> None:

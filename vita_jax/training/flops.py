@@ -36,12 +36,13 @@ from vita_jax.models.codec.config import CodecConfig
 from vita_jax.models.codec.discriminators import SCALE_CONVS, STFT_DILATIONS, DiscriminatorConfig
 from vita_jax.models.connectors.projectors import ProjectorConfig
 from vita_jax.models.lora import LoraConfig
-from vita_jax.models.vita import Vita, VitaConfig
+from vita_jax.models.vita import VitaConfig
 from vita_jax.nn.layers import LORA_UP
 from vita_jax.ops.filter_bank import encoder_length
 from vita_jax.parallel.rules import unbox
 from vita_jax.training.adapters import with_adapters
 from vita_jax.training.experiment import ExperimentConfig
+from vita_jax.training.families import ModelConfig, family_of, make_model
 from vita_jax.training.objectives import OBJECTIVES, init_params
 from vita_jax.training.stages import Stage, flatten, trainable_paths
 
@@ -130,9 +131,9 @@ def stage_flops(config: ExperimentConfig, stage: Stage) -> StageFlops:
 
 
 @functools.lru_cache
-def _parameter_sizes(config: VitaConfig, objective: str, lora: LoraConfig | None) -> Mapping[str, int]:
+def _parameter_sizes(config: ModelConfig, objective: str, lora: LoraConfig | None) -> Mapping[str, int]:
     """Elements of every parameter by path, from shapes alone."""
-    model, chosen = Vita(config), OBJECTIVES[objective]
+    model, chosen = make_model(config), OBJECTIVES[objective]
     shapes = jax.eval_shape(lambda key: init_params(model, chosen, key), jax.random.key(0))
     shapes = with_adapters(shapes, config, lora)
     return {path: math.prod(leaf.shape) for path, leaf in flatten(unbox(shapes)).items()}
@@ -143,18 +144,21 @@ def _parameter_sizes(config: VitaConfig, objective: str, lora: LoraConfig | None
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _vision(config: VitaConfig, tiles: int) -> Work:
+def _vision(config: ModelConfig, tiles: int) -> Work:
     vision = config.vision
-    patches = vision.grid_side**2
+    patches = (vision.image_size // vision.patch_size) ** 2
     yield Use("vision/embeddings/", "vision", tiles * patches)
-    yield Use("vision/layers/", "vision", tiles * (patches + 1), ("vision/",))
+    # Where InternViT and CLIP keep their layers. All of them run, also the one behind LLaVA's features.
+    for layers in ("vision/layers/", "vision/encoder/layers/"):
+        yield Use(layers, "vision", tiles * (patches + 1), ("vision/",))
     attention = 4 * vision.num_layers * vision.hidden_size * (patches + 1) ** 2
     yield Product("vision attention", float(tiles * attention), ("vision/",))
 
 
-def _projector(config: VitaConfig, tiles: int) -> Work:
+def _projector(config: ModelConfig, tiles: int) -> Work:
     upstream: tuple[str, ...] = ("vision/",)
-    for name, positions in _projector_positions(config.projector, config.vision.tokens_per_tile).items():
+    tokens = family_of(config).layout(config).tokens_per_tile
+    for name, positions in _projector_positions(config.projector, tokens).items():
         yield Use(f"projector/{name}/", "projector", tiles * positions, upstream)
         upstream += (f"projector/{name}/",)
 
@@ -238,7 +242,7 @@ def _recognition(config: VitaConfig, stage: Stage) -> Work:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _language(config: VitaConfig, stage: Stage) -> Work:
+def _language(config: ModelConfig, stage: Stage) -> Work:
     """Objectives `language_modeling` and `text_pretraining`: everything that is read, then the decoder."""
     rows, s, language = stage.batch_size, stage.row_length, config.language
     tokens = rows * s
@@ -264,10 +268,11 @@ def _language(config: VitaConfig, stage: Stage) -> Work:
         yield Use("state_head/", "state head", tokens, upstream)
 
 
-def _cell_naming(config: VitaConfig, stage: Stage) -> Work:
+def _cell_naming(config: ModelConfig, stage: Stage) -> Work:
     tiles = stage.batch_size * stage.row_tiles
     yield from _vision(config, tiles)
-    yield Use("naming_head/", "naming head", tiles * config.vision.tokens_per_tile, ("vision/",))
+    tokens = family_of(config).layout(config).tokens_per_tile
+    yield Use("naming_head/", "naming head", tiles * tokens, ("vision/",))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,6 @@ from vita_jax.data.lanes import lanes_of_process, merge_states
 from vita_jax.data.loader import Loader, RecordCounts, make_loader
 from vita_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vita_jax.errors import UserError
-from vita_jax.models.vita import Vita
 from vita_jax.parallel.mesh import MeshConfig, check_processes, make_mesh, put_batch, put_replicated
 from vita_jax.parallel.processes import Largest, gather, is_first, on_first
 from vita_jax.parallel.rules import use_mesh
@@ -60,6 +59,7 @@ from vita_jax.training.experiment import (
     tokenizer_folder,
     validate,
 )
+from vita_jax.training.families import Model
 from vita_jax.training.guard import (
     BAD_BATCHES,
     STEPS_IN_FLIGHT,
@@ -121,7 +121,7 @@ class Run:
     """
 
     config: ExperimentConfig
-    model: Vita
+    model: Model
     mesh: Mesh
     metrics: MetricsWriter
     stop: StopSignal

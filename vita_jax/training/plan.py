@@ -16,12 +16,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from vita_jax.errors import UserError
 from vita_jax.models.lora import is_adapter
-from vita_jax.models.vita import Vita
 from vita_jax.parallel.mesh import replicated
 from vita_jax.parallel.rules import check_whole, param_shardings, unbox
 from vita_jax.training.adapters import Say, check_objective, draw_adapters, settle_adapters, with_adapters
 from vita_jax.training.checkpoint import checkpoint_folder, load_params
 from vita_jax.training.experiment import ExperimentConfig, peak_learning_rate
+from vita_jax.training.families import Model
 from vita_jax.training.objectives import OBJECTIVES, Objective, init_extra, init_model, init_params
 from vita_jax.training.optimizer import learning_rate_multipliers, make_optimizer, muon_matrices, warmup_cosine
 from vita_jax.training.stages import Stage, flatten, starts_of, trainable_paths, trained_so_far, unflatten
@@ -92,12 +92,12 @@ def _abstract(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 
 
 @functools.lru_cache(maxsize=8)
-def parameter_shapes(model: Vita, objective: Objective) -> Any:
+def parameter_shapes(model: Model, objective: Objective) -> Any:
     """All parameters of a model and an objective as abstract arrays in Linen's boxes. Tracing takes seconds."""
     return jax.eval_shape(lambda key: init_params(model, objective, key), jax.random.key(0))
 
 
-def plan_stage(config: ExperimentConfig, model: Vita, stage: Stage, mesh: Mesh) -> StagePlan:
+def plan_stage(config: ExperimentConfig, model: Model, stage: Stage, mesh: Mesh) -> StagePlan:
     """Resolves layout, trainable parameters, optimiser and schedule of a stage.
 
     Raises:
@@ -139,7 +139,7 @@ def plan_stage(config: ExperimentConfig, model: Vita, stage: Stage, mesh: Mesh) 
     )
 
 
-def model_of_stage(model: Vita, stage: Stage) -> Vita:
+def model_of_stage(model: Model, stage: Stage) -> Model:
     """The model as a stage runs it; its parameters are the same."""
     audio = model.config.audio
     if not stage.whole_clips or audio is None:
@@ -153,7 +153,7 @@ def model_of_stage(model: Vita, stage: Stage) -> Vita:
 TPU_OPTIONS = {"xla_disable_hlo_passes": "while-loop-all-reduce-code-motion"}
 
 
-def compiled_step(model: Vita, plan: StagePlan, mesh: Mesh) -> Callable[..., tuple[TrainState, Metrics]]:
+def compiled_step(model: Model, plan: StagePlan, mesh: Mesh) -> Callable[..., tuple[TrainState, Metrics]]:
     """`(state, frozen, batch) -> (state, metrics)` of a stage, donating the state and keeping its layout."""
     layout = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract_state(mesh))
     step = functools.partial(
@@ -199,7 +199,7 @@ def _check_starts(config: ExperimentConfig, stage: Stage, paths: Sequence[str]) 
             owner[path] = start
 
 
-def initial_params(config: ExperimentConfig, model: Vita, plan: StagePlan, say: Say = lambda line: None) -> FlatParams:
+def initial_params(config: ExperimentConfig, model: Model, plan: StagePlan, say: Say = lambda line: None) -> FlatParams:
     """The parameters a stage starts with, in their layout: what its starts contribute, the rest newly drawn.
 
     Args:

@@ -31,9 +31,9 @@ from vita_jax.conversion.torch_files import INDEX_NAME, SINGLE_NAME, TensorFiles
 from vita_jax.data.loader import SourceConfig
 from vita_jax.errors import UserError
 from vita_jax.models.lora import detach, merge
-from vita_jax.models.vita_weights import weight_table
 from vita_jax.parallel.processes import DistributedConfig
 from vita_jax.training.experiment import CTC_VOCABULARY, VOICES, ExperimentConfig, data_folder
+from vita_jax.training.families import weight_table
 from vita_jax.training.stages import Stage
 
 FORMAT_VERSION = 1

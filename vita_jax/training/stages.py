@@ -50,6 +50,7 @@ class Stage:
         starts trained.
       codec_frames: codec frames of a crop (objective `codec`) or of the longest sentence (`speech_decoder`, where
         row_length counts the tokens of its text); 0 for all other objectives.
+      template: of the conversations of this stage, by name; None: the run's.
       lora: adapters that train beside whatever `trainable` names, in place of the kernels they adapt, see
         `vita_jax.training.adapters`; `--config.stages.NAME.lora.rank=16` is enough. None: no adapters.
     """
@@ -74,6 +75,7 @@ class Stage:
     start_from: str | tuple[str, ...] | None = None
     codec_frames: int = 0
     optimizer: Optimizer = "adamw"
+    template: str | None = None
     lora: LoraConfig | None = None
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from vita_jax.models.vita import Vita, VitaInputs
+from vita_jax.training.families import Model, family_of
 from vita_jax.training.objectives.base import LossSums, Objective
 from vita_jax.training.objectives.cell_naming import CELL_NAMING, multi_hot_loss
 from vita_jax.training.objectives.language import (
@@ -41,7 +40,7 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def init_params(model: Vita, objective: Objective, key: jax.Array) -> dict[str, Any]:
+def init_params(model: Model, objective: Objective, key: jax.Array) -> dict[str, Any]:
     """Newly drawn parameters of the model and of the objective, boxed with their logical axes.
 
     The model's do not depend on the objective, so stages that start from scratch start from the same model.
@@ -49,14 +48,12 @@ def init_params(model: Vita, objective: Objective, key: jax.Array) -> dict[str, 
     return {**init_model(model, key), **init_extra(model, objective, key)}
 
 
-def init_model(model: Vita, key: jax.Array) -> dict[str, Any]:
+def init_model(model: Model, key: jax.Array) -> dict[str, Any]:
     """Those of the model."""
-    size = model.config.vision.image_size
-    row = jnp.zeros((1, 2), jnp.int32)
-    inputs = VitaInputs(row, row, row, row - 1, jnp.zeros((1, 1, size, size, 3), jnp.uint8))
+    inputs = family_of(model.config).inputs(model.config)
     return model.init(jax.random.split(key)[0], inputs)["params"]
 
 
-def init_extra(model: Vita, objective: Objective, key: jax.Array) -> dict[str, Any]:
+def init_extra(model: Model, objective: Objective, key: jax.Array) -> dict[str, Any]:
     """Those of the objective."""
     return objective.extra_params(model, jax.random.split(key)[1])

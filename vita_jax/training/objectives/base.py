@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from vita_jax.models.vita import Vita
+from vita_jax.training.families import Model
 
 Batch = Mapping[str, jax.Array]
 Params = Mapping[str, Any]
@@ -43,9 +43,9 @@ class Objective(NamedTuple):
       extra_names: names of those components; dropped when the stage ends.
     """
 
-    loss: Callable[[Vita, Params, Batch, jax.Array], LossSums]
+    loss: Callable[[Model, Params, Batch, jax.Array], LossSums]
     batch_keys: tuple[str, ...]
     num_tokens: Callable[[Mapping[str, np.ndarray]], int]
     optional_keys: tuple[str, ...] = ()
-    extra_params: Callable[[Vita, jax.Array], dict[str, Any]] = lambda model, key: {}
+    extra_params: Callable[[Model, jax.Array], dict[str, Any]] = lambda model, key: {}
     extra_names: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
 """Builds what the small Flamingo reads: texts for its language model, and documents, captions and clips of digit scans.
 
-    DIR/raw/<set>/documents.json, media   the public document format
-    DIR/<set>/                            ArrayRecord files: texts, pages, captions, clips
+    DIR/raw/<set>/documents.json, media   the public document format; raw/cells/records.json that of conversations
+    DIR/<set>/                            ArrayRecord files: texts, pages, captions, clips; cells, for the tower
     DIR/few_shot/                         held-out queries.jsonl, support.jsonl and their media
     DIR/tokenizer_text.txt                what the tokenizer is trained on
 
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipelines.quickstart.build import CLIP_FPS, DONE, QUESTION_MIX, tokenizer_pieces, written_scene
+from data_pipelines.quickstart.build import CLIP_FPS, DONE, QUESTION_MIX, cell_record, tokenizer_pieces, written_scene
 from data_pipelines.quickstart.clips import clip_transcript, draw_clip, sample_clip
 from data_pipelines.quickstart.questions import KINDS, ask
 from data_pipelines.quickstart.scans import ScanSplit, load_scan_splits
@@ -55,7 +55,7 @@ class DocumentCounts:
     """How much is built.
 
     Attributes:
-      texts, pages, captions, clips: documents of the sets.
+      texts, pages, captions, clips: documents of the sets; cells: pictures with the names of their cells.
       typed: held-out questions of each kind; labelling: episodes; video_order: held-out clips.
       support: pictures with questions that demonstrations for the typed questions are taken from.
     """
@@ -64,6 +64,7 @@ class DocumentCounts:
     pages: int = 12_000
     captions: int = 6_000
     clips: int = 5_000
+    cells: int = 8_000
     typed: int = 84
     labelling: int = 400
     video_order: int = 400
@@ -227,6 +228,17 @@ def _write_set(name: str, writer: DocumentWriter, count: int) -> None:
             writer.add_clip()
 
 
+def _write_cells(folder: Path, scans: ScanSplit, count: int, seed: int) -> list[str]:
+    """Pictures with the names of their cells, from which the tower learns; returns the names."""
+    writer = DocumentWriter(folder / "raw" / "cells", scans, seed)
+    scenes = [square_scene(writer.rng) for _ in range(count)]
+    records = [cell_record(index, scene, writer.picture(scene)) for index, scene in enumerate(scenes)]
+    path = writer.folder / "records.json"
+    path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    build_records(RecordsFile(path, writer.folder), folder / "cells")
+    return [record["conversations"][1]["value"] for record in records]
+
+
 # ---- what is measured -----------------------------------------------------------------------------------------------
 
 
@@ -293,6 +305,7 @@ def build_documents(folder: Path, counts: DocumentCounts, seed: int, progress: P
         manifest = build_records(source, folder / name)
         texts += [piece for one in writer.documents for piece in one["document"] if isinstance(piece, str)]
         progress(f"data: {name}: {manifest.counts}")
+    texts += _write_cells(folder, splits["train"], counts.cells, seed + 2 * len(SETS))
     lines = "\n".join(json.dumps(text, ensure_ascii=False) for text in tokenizer_pieces(texts))
     (folder / "tokenizer_text.txt").write_text(lines, encoding="utf-8")
     _write_few_shot(folder / "few_shot", splits, counts, seed + len(SETS))

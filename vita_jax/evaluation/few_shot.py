@@ -35,6 +35,7 @@ from vita_jax.data.few_shot import (
     read_pictures,
     read_shots,
 )
+from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UserError
 from vita_jax.evaluation.bootstrap import interval
 from vita_jax.evaluation.comparison import compare_groups
@@ -44,6 +45,7 @@ from vita_jax.inference.generate import LENGTH_BUCKETS, Params, bucket
 from vita_jax.inference.generate_flamingo import generate_flamingo
 from vita_jax.models.flamingo import Flamingo, FlamingoInputs
 from vita_jax.ops.losses import IGNORE_LABEL, shift_labels
+from vita_jax.training.experiment import ExperimentConfig, build_model, data_folder
 
 Progress = Callable[[int, int], None]
 Line = dict[str, Any]
@@ -75,6 +77,22 @@ class FewShotSubject:
     frames: int = 8
     batch_size: int = 16
     max_new_tokens: int = 24
+
+
+# A run's queries, below its data folder, and what comes of them, below its own.
+FOLDER, RESULT, LINES = "few_shot", "few_shot.json", "few_shot.jsonl"
+
+
+def subject_of(config: ExperimentConfig, params: Params, tokenizer: Tokenizer, folder: Path | None) -> FewShotSubject:
+    """A trained Flamingo; `folder`: of the queries, None for those in the data of its run."""
+    frames = [data.frames for stage in config.stages for data in stage.sets]
+    return FewShotSubject(
+        build_model(config),
+        params,
+        DocumentContext(tokenizer, config.image),
+        data_folder(config) / FOLDER if folder is None else folder,
+        max([2, *frames]),
+    )
 
 
 # ---- the whole ------------------------------------------------------------------------------------------------------

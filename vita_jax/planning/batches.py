@@ -77,6 +77,18 @@ def spoken_sentences(config: ExperimentConfig, stage: Stage) -> Shapes:
     }
 
 
+def mixed_documents(config: ExperimentConfig, stage: Stage) -> Shapes:
+    """A batch of every data set (`vita_jax.data.document_loader`), full to its budgets."""
+    vision, shapes = config.model.vision, {}
+    for data in stage.sets:
+        row = (data.batch_size, data.row_length)
+        names = ("tokens", "labels", "positions", "segment_ids", "media_times")
+        shapes |= {f"{data.name}/{name}": (row, jnp.int32) for name in names}
+        picture = (data.frames, vision.image_size, vision.image_size, vision.num_channels)
+        shapes[f"{data.name}/images"] = ((data.batch_size, data.row_images, *picture), jnp.uint8)
+    return shapes
+
+
 SHAPES: dict[str, Callable[[ExperimentConfig, Stage], Shapes]] = {
     "language_modeling": packed_rows,
     "text_pretraining": packed_rows,
@@ -84,6 +96,7 @@ SHAPES: dict[str, Callable[[ExperimentConfig, Stage], Shapes]] = {
     "ctc": joined_clips,
     "codec": crops,
     "speech_decoder": spoken_sentences,
+    "flamingo": mixed_documents,
 }
 
 

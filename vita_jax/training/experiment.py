@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +16,10 @@ from vita_jax import config as config_lib
 from vita_jax.data.audio import AudioConfig, AudioContext
 from vita_jax.data.conversations import WritingOptions
 from vita_jax.data.examples import ExampleContext
+from vita_jax.data.few_shot import FewShotOptions
 from vita_jax.data.images import ImageConfig
 from vita_jax.data.lanes import Reading
+from vita_jax.data.mixture import check_mixture
 from vita_jax.data.prompts import PromptOptions
 from vita_jax.data.templates import SystemTexts, get_template
 from vita_jax.data.tokenizer import Tokenizer
@@ -146,6 +149,7 @@ class ExperimentConfig:
       guard: what is done about steps that go wrong.
       profile: which steps are profiled.
       distributed: how the processes of a run find each other.
+      few_shot: how a Flamingo is measured.
     """
 
     name: str
@@ -170,6 +174,7 @@ class ExperimentConfig:
     guard: GuardConfig = GuardConfig()
     profile: ProfileConfig = ProfileConfig()
     distributed: DistributedConfig = DistributedConfig()
+    few_shot: FewShotOptions = FewShotOptions()
 
     def stage(self, name: str) -> Stage:
         """The stage of that name. Raises `UserError` naming the nearest."""
@@ -186,7 +191,8 @@ _READERS = ("data.num_threads", "data.num_workers", "data.lanes")  # the loader 
 _COMPUTED = ("mesh", *(f"model.language.{name}" for name in ("attention", "remat", "expert_implementation")))
 _GUARDS = tuple(f"guard.{field}" for field in RESTARTABLE)
 _PLACES = ("run_dir", "data.folder", "tokenizer.folder")
-RESTARTABLE_FIELDS = (*_READERS, *_COMPUTED, *_GUARDS, *_PLACES, "checkpoint", "distributed", "log", "profile")
+_AROUND = ("checkpoint", "distributed", "few_shot", "log", "profile")
+RESTARTABLE_FIELDS = (*_READERS, *_COMPUTED, *_GUARDS, *_PLACES, *_AROUND)
 
 # The recogniser's characters, in the data folder.
 CTC_VOCABULARY = "ctc_vocabulary.json"
@@ -291,7 +297,6 @@ def validate(config: ExperimentConfig, num_devices: int | None = None) -> None:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
             raise UserError(f"stages: {name!r} is no valid name; use a letter, then letters, digits, _ and -")
     mesh = dict(zip(MESH_AXES, mesh_shape(config.mesh, num_devices), strict=True))
-    shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
     for index, stage in enumerate(config.stages):
         _validate_numbers(stage)
         _validate_family(config, stage)
@@ -299,23 +304,7 @@ def validate(config: ExperimentConfig, num_devices: int | None = None) -> None:
         _validate_codebooks(config, stage)
         if not planned:
             _validate_starts(stage, names[:index])
-        rows = stage.batch_size // stage.accumulation
-        if stage.batch_size % stage.accumulation or rows % shards:
-            raise UserError(
-                f"stages.{stage.name}.batch_size={stage.batch_size} must be a multiple of "
-                f"accumulation ({stage.accumulation}) x the {shards} devices the batch is divided over "
-                "(mesh data x fsdp x expert)"
-            )
-        if config.data.lanes is not None and (config.data.lanes < 1 or stage.batch_size % config.data.lanes):
-            raise UserError(
-                f"stages.{stage.name}.batch_size={stage.batch_size} must be a multiple of "
-                f"data.lanes={config.data.lanes}"
-            )
-        if stage.row_length % mesh["context"]:
-            raise UserError(
-                f"stages.{stage.name}.row_length={stage.row_length} must be a multiple of "
-                f"mesh.context={mesh['context']}"
-            )
+        _validate_rows(config, stage, mesh)
 
 
 def _validate_parts(config: ExperimentConfig) -> None:
@@ -381,8 +370,10 @@ def _validate_numbers(stage: Stage) -> None:
         )
     if stage.template is not None:
         get_template(stage.template)
-    if not stage.sources:
-        raise UserError(f"{where}.sources: there must be at least one")
+    if stage.objective == "flamingo":
+        _validate_mixture(stage)
+    elif not stage.sources or stage.sets:
+        raise UserError(f"{where}.sources: there must be at least one, and no data `sets`, which are for 'flamingo'")
     for field in ("steps", "batch_size", "row_length", "accumulation"):
         if getattr(stage, field) < 1:
             raise UserError(f"{where}.{field}={getattr(stage, field)}: must be at least 1")
@@ -398,6 +389,41 @@ def _validate_numbers(stage: Stage) -> None:
         raise UserError(f"{where}.warmup_ratio={stage.warmup_ratio}: must be between 0 and 1")
 
 
+def _validate_mixture(stage: Stage) -> None:
+    """The data sets of a stage, and what sums them up."""
+    where = f"stages.{stage.name}"
+    check_mixture(stage.sets)
+    if stage.sources:
+        raise UserError(f"{where}.sources: objective 'flamingo' has them in its data sets; leave them out")
+    for field, value in (
+        ("batch_size", sum(data.batch_size for data in stage.sets)),
+        ("row_length", max(data.row_length for data in stage.sets)),
+        ("row_tiles", max(data.row_images for data in stage.sets)),
+    ):
+        if getattr(stage, field) != value:
+            raise UserError(
+                f"{where}.{field}={getattr(stage, field)}, but its data sets make it {value}; set it to that"
+            )
+
+
+def _validate_rows(config: ExperimentConfig, stage: Stage, mesh: Mapping[str, int]) -> None:
+    """Every batch of the stage can be divided over micro-batches, devices and lanes, and every row over its devices."""
+    shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
+    batches = [(f"sets.{data.name}.", data.batch_size, data.row_length) for data in stage.sets]
+    for part, batch_size, row_length in batches or [("", stage.batch_size, stage.row_length)]:
+        where = f"stages.{stage.name}.{part}"
+        if batch_size % stage.accumulation or batch_size // stage.accumulation % shards:
+            raise UserError(
+                f"{where}batch_size={batch_size} must be a multiple of "
+                f"accumulation ({stage.accumulation}) x the {shards} devices the batch is divided over "
+                "(mesh data x fsdp x expert)"
+            )
+        if config.data.lanes is not None and (config.data.lanes < 1 or batch_size % config.data.lanes):
+            raise UserError(f"{where}batch_size={batch_size} must be a multiple of data.lanes={config.data.lanes}")
+        if row_length % mesh["context"]:
+            raise UserError(f"{where}row_length={row_length} must be a multiple of mesh.context={mesh['context']}")
+
+
 def _validate_family(config: ExperimentConfig, stage: Stage) -> None:
     """What the stage asks of the model is something that its family has."""
     family, where = family_of(config.model), f"stages.{stage.name}"
@@ -409,8 +435,8 @@ def _validate_family(config: ExperimentConfig, stage: Stage) -> None:
 
 
 def _validate_codebooks(config: ExperimentConfig, stage: Stage) -> None:
-    codebooks = config.model.codec_training.codebooks
-    if stage.objective == "codec" and codebooks is not None and codebooks.ease_in >= stage.steps:
+    codebooks = config.model.codec_training.codebooks if stage.objective == "codec" else None
+    if codebooks is not None and codebooks.ease_in >= stage.steps:
         raise UserError(
             f"stages.{stage.name}.steps={stage.steps}, but model.codec_training.codebooks.ease_in={codebooks.ease_in}: "
             "the codec would never be trained on whole entries; give more steps or a smaller ease_in"

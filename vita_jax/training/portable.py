@@ -214,9 +214,10 @@ def _stage_without_places(stage: Stage) -> Stage:
     def moved(source: SourceConfig) -> SourceConfig:
         return dataclasses.replace(source, path=_last(source.path))
 
+    sets = tuple(dataclasses.replace(data, sources=tuple(map(moved, data.sources))) for data in stage.sets)
     start = stage.start_from
     start = tuple(map(_last, start)) if isinstance(start, tuple) else None if start is None else _last(start)
-    return dataclasses.replace(stage, sources=tuple(map(moved, stage.sources)), start_from=start)
+    return dataclasses.replace(stage, sources=tuple(map(moved, stage.sources)), sets=sets, start_from=start)
 
 
 def _last(path: str) -> str:

@@ -9,6 +9,7 @@ import jax
 from vita_jax.training.families import Model, family_of
 from vita_jax.training.objectives.base import LossSums, Objective
 from vita_jax.training.objectives.cell_naming import CELL_NAMING, multi_hot_loss
+from vita_jax.training.objectives.flamingo import flamingo_objective
 from vita_jax.training.objectives.language import (
     LANGUAGE_MODELING,
     TEXT_PRETRAINING,
@@ -17,6 +18,7 @@ from vita_jax.training.objectives.language import (
 )
 from vita_jax.training.objectives.recognition import CTC
 from vita_jax.training.objectives.speech import CODEC, SPEECH_DECODER
+from vita_jax.training.stages import Stage
 
 __all__ = [
     "OBJECTIVES",
@@ -28,6 +30,7 @@ __all__ = [
     "language_modeling_loss",
     "model_inputs",
     "multi_hot_loss",
+    "objective_of",
 ]
 
 OBJECTIVES: dict[str, Objective] = {
@@ -37,7 +40,15 @@ OBJECTIVES: dict[str, Objective] = {
     "ctc": CTC,
     "codec": CODEC,
     "speech_decoder": SPEECH_DECODER,
+    "flamingo": flamingo_objective((), ()),  # of no data set yet, see `objective_of`
 }
+
+
+def objective_of(stage: Stage) -> Objective:
+    """What a stage minimises; Flamingo's depends on the data sets of the stage."""
+    if stage.objective == "flamingo":
+        return flamingo_objective(stage.sets, stage.trained_tokens)
+    return OBJECTIVES[stage.objective]
 
 
 def init_params(model: Model, objective: Objective, key: jax.Array) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -41,6 +42,7 @@ class Objective(NamedTuple):
       optional_keys: arrays it also reads where the batch has them.
       extra_params: (model, rng key) -> parameters beside those of the model, by component name, in Linen's boxes.
       extra_names: names of those components; dropped when the stage ends.
+      decayed: pattern of the paths that weight decay acts on; None: the optimiser's own.
     """
 
     loss: Callable[[Model, Params, Batch, jax.Array], LossSums]
@@ -49,3 +51,4 @@ class Objective(NamedTuple):
     optional_keys: tuple[str, ...] = ()
     extra_params: Callable[[Model, jax.Array], dict[str, Any]] = lambda model, key: {}
     extra_names: tuple[str, ...] = ()
+    decayed: re.Pattern[str] | None = None

@@ -16,7 +16,7 @@ from einops import rearrange
 
 from vita_jax.errors import UserError
 from vita_jax.nn.layers import Dense
-from vita_jax.training.families import Model
+from vita_jax.training.families import Model, family_of
 from vita_jax.training.objectives.base import Batch, LossSums, Objective, Params
 
 NAMING_HEAD = "naming_head"
@@ -32,7 +32,7 @@ def naming_head_params(model: Model, key: jax.Array) -> dict[str, Any]:
     Its bias starts where every word is as unlikely as one word in the vocabulary, so that the loss starts with what the
     cells show and not with learning that most words are absent.
     """
-    width, vocab = model.config.projector.input_size, model.config.language.vocab_size
+    width, vocab = family_of(model.config).tower_size(model.config), model.config.language.vocab_size
     params = _naming_head(model).init(key, jnp.zeros((1, width), model.dtype))["params"]
     bias = params["bias"]
     return {

@@ -32,7 +32,7 @@ examples:
 
 A Flamingo is measured by its few-shot tasks: DIR/data/few_shot, or --data. For a run, figures and a line for every
 query are kept as DIR/evaluation/few_shot.json and few_shot.jsonl.
-  python -m vita_jax.evaluate --checkpoint runs/flamingo_quickstart --shots 0 4 8
+  python -m vita_jax.evaluate --checkpoint runs/quickstart_flamingo --shots 0 4 8
   python -m vita_jax.evaluate --checkpoint runs/flamingo_9b --data my_tasks --choice similar --groups captions
 """
 

@@ -3,8 +3,8 @@
     python -m vita_jax.train --config=experiments/flamingo/quickstart.py
     python -m vita_jax.train --config=experiments/flamingo/quickstart.py --config.size=smoke --config.run_dir=/tmp/smoke
     python -m vita_jax.train --config=experiments/flamingo/quickstart.py --config.ablation=no_gate \\
-        --config.run_dir=runs/flamingo_no_gate --config.data.folder=runs/flamingo_quickstart/data
-    python -m vita_jax.evaluate --checkpoint runs/flamingo_quickstart --shots 0 4 8
+        --config.run_dir=runs/flamingo_no_gate --config.data.folder=runs/quickstart_flamingo/data
+    python -m vita_jax.evaluate --checkpoint runs/quickstart_flamingo --shots 0 4 8
 
 Sizes: `smoke` (all stages in a minute, learns nothing) and `small`. Stages:
 
@@ -235,9 +235,9 @@ def get_config(size: Literal["smoke", "small"] = "small", ablation: Ablation = "
     plan = {"smoke": SMOKE, "small": SMALL}[size]
     model = small_model(plan, ablation)
     return ExperimentConfig(
-        name="flamingo_quickstart" if ablation == "none" else f"flamingo_quickstart_{ablation}",
+        name="quickstart_flamingo" if ablation == "none" else f"quickstart_flamingo_{ablation}",
         size=size,
-        run_dir="runs/flamingo_quickstart",
+        run_dir="runs/quickstart_flamingo",
         model=model,
         image=ImageConfig.clip(model.vision.image_size),
         tokenizer=TokenizerConfig(vocab_size=VOCABULARY),

@@ -42,6 +42,7 @@ examples:
   python -m vita_jax.chat --image digits.png --duplex
   python -m vita_jax.chat --image digits.png --duplex --audio first.wav second.wav --speak replies.wav
   python -m vita_jax.chat --checkpoint runs/vita_1_0 --text "What is a tensor?" --speak reply.wav --voice espeak
+  python -m vita_jax.chat --checkpoint runs/quickstart_flamingo --image digits.png --text "What is the largest digit?"
 """
 
 COMMANDS = (
@@ -86,8 +87,11 @@ def chat(arguments: argparse.Namespace) -> int:
     """Loads the model, then answers the one question, or questions until the end of input."""
     # Imported here so that --help and a mistyped argument answer at once.
     from vita_jax.data.examples import media_from_file
+    from vita_jax.inference.flamingo_session import FlamingoSession
     from vita_jax.inference.session import Session
     from vita_jax.parallel.process import prepare_process
+    from vita_jax.training.checkpoint import load_params
+    from vita_jax.training.families import family_of
 
     if arguments.speak is not None:
         check_sound_file(arguments.speak, "--speak")
@@ -102,7 +106,9 @@ def chat(arguments: argparse.Namespace) -> int:
     if arguments.duplex:
         converse_duplex(Session.load(arguments.checkpoint, num_rows=2), arguments)
         return 0
-    session = Session.load(arguments.checkpoint)
+    loaded = load_params(arguments.checkpoint)
+    in_context = family_of(loaded.config.model).in_context
+    session = FlamingoSession.of(loaded) if in_context else Session.of(loaded)
     if arguments.voice == "espeak":
         session.external = espeak_voice
     if arguments.speak is not None:

@@ -16,6 +16,7 @@ MODELS = (
     "vita_1_0",
     "llava",
     "llava_projector",
+    "flamingo",
     "qwen2",
     "mixtral",
     "llama",
@@ -50,6 +51,7 @@ examples:
   python -m vita_jax.chat --checkpoint kept --text "1 + 2?"
   python -m vita_jax.convert import --model llava --from llava-1.5-7b-hf --to runs/llava
   python -m vita_jax.convert export --layout original --from runs/llava --to llava-v1.5-7b
+  python -m vita_jax.convert import --model flamingo --from open_flamingo --to runs/flamingo
   python -m vita_jax.convert import --model lora --base runs/vita_1_5 --from adapters --to runs/adapted
   python -m vita_jax.convert export --layout peft --from runs/adapted --to adapters
 

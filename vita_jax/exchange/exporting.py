@@ -27,14 +27,16 @@ import yaml
 from vita_jax import config as config_lib
 from vita_jax.conversion.tables import Table, flatten, iter_export, unflatten
 from vita_jax.conversion.torch_files import write_tensors
+from vita_jax.conversion.views import Source, joined
 from vita_jax.data.tokenizer import load_tokenizer
 from vita_jax.errors import UnsupportedOption, UserError
 from vita_jax.exchange.importing import GENERATION, ORIGINAL, Progress
-from vita_jax.exchange.released import CONFIG, MODEL_JSON, TRAIN, read_json
-from vita_jax.models import llava_weights
+from vita_jax.exchange.released import CONFIG, FLAMINGO, MODEL_JSON, TRAIN, read_json
+from vita_jax.models import flamingo_weights, llava_weights
 from vita_jax.models.audio import ctc_head_weights, tower_weights
 from vita_jax.models.codec import codec_weights
 from vita_jax.models.codec import config as codec_config
+from vita_jax.models.flamingo import FlamingoConfig
 from vita_jax.models.language import decoder_weights
 from vita_jax.models.llava import LlavaConfig
 from vita_jax.models.lora import detach, merge
@@ -104,12 +106,21 @@ def _read_all(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Part:
-    """A folder of the export: where it is below the export's, what it holds, and the small files beside it."""
+    """A folder of the export: where it is below the export's, what it holds, and the small files beside it.
+
+    stacks: names of the table -> where they stand in the files, if that differs; see `conversion.views.joined`.
+    """
 
     place: str
     table: Table
     params: Mapping[str, Any]
     texts: Mapping[str, str]
+    stacks: Mapping[str, Source] | None = None
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(torch name, array) of all."""
+        tensors = iter_export(self.table, self.params)
+        return tensors if self.stacks is None else joined(tensors, self.stacks)
 
 
 def parts_of(stored: Stored, layout: str | None = None) -> list[Part]:
@@ -127,6 +138,8 @@ def parts_of(stored: Stored, layout: str | None = None) -> list[Part]:
     params, model = stored.params, stored.config.model
     if isinstance(model, LlavaConfig):
         return [_llava(model, params, layout or ("hf" if of_transformers(stored) else "original"))]
+    if layout is None and isinstance(model, FlamingoConfig):
+        return [_flamingo(model, params)]
     if layout is not None:
         raise UnsupportedOption(f"layout {layout!r} is one of LLaVA's checkpoints, and this is none; use 'pytorch'")
     voice = [name for name in ("codec", "speech") if name in params]
@@ -165,6 +178,20 @@ def _llava(model: LlavaConfig, params: Mapping[str, Any], layout: str) -> Part:
     own = Table(tuple(rule for rule in table.rules if rule.path.startswith(f"{name}/")), table.ignore)
     text = {CONFIG: _json(decoder_weights.config_to_hf(model.language))} if name == "language" else {}
     return Part("", own, params, text)
+
+
+def _flamingo(model: FlamingoConfig, params: Mapping[str, Any]) -> Part:
+    """open_flamingo's names, and a `config.json` as that of its LLaMA, with our sizes of the whole."""
+    table = flamingo_weights.weight_table(model)
+    missing = {rule.path for rule in table.rules} - set(flatten(params))
+    if missing:
+        raise UserError(
+            f"the checkpoint holds {', '.join(params)}, which together are no open_flamingo checkpoint; "
+            f"{sorted(missing)[0]} is missing"
+        )
+    dtype = {"torch_dtype": str(flatten(params)["language/norm/scale"].dtype)}
+    values = {**decoder_weights.config_to_hf(model.language), **dtype, FLAMINGO: config_lib.to_dict(model)}
+    return Part("", table, params, {CONFIG: _json(values)}, flamingo_weights.stacks(model))
 
 
 def _whole(model: VitaConfig, params: Mapping[str, Any]) -> Part:
@@ -249,7 +276,7 @@ def export_checkpoint(
     with new_folder(folder) as partial:
         for part in parts:
             place = partial / part.place
-            tensors = count.over(iter_export(part.table, part.params))
+            tensors = count.over(part.tensors())
             write_tensors(place, as_dtype(tensors, dtype, smallest_rank=0), max_shard_bytes=shard_bytes)
             for name, text in part.texts.items():
                 (place / name).parent.mkdir(parents=True, exist_ok=True)

@@ -15,21 +15,24 @@ from typing import Any
 import numpy as np
 import yaml
 
+from vita_jax import config as config_lib
 from vita_jax.conversion.tables import Table
 from vita_jax.conversion.torch_files import TensorInfo, TensorSource
 from vita_jax.conversion.torch_pickles import open_tensors
 from vita_jax.errors import UserError
-from vita_jax.models import llava_weights
+from vita_jax.models import flamingo_weights, llava_weights
 from vita_jax.models.audio import tower_weights
 from vita_jax.models.codec import codec_weights
 from vita_jax.models.codec import config as codec_config
 from vita_jax.models.connectors import projectors_weights
 from vita_jax.models.connectors.projectors import DEFAULT_PROJECTOR, ProjectorConfig
+from vita_jax.models.flamingo import FlamingoConfig
 from vita_jax.models.language import decoder_weights
 from vita_jax.models.llava import llava_v1_5_7b, llava_v1_5_13b
 from vita_jax.models.speech import config as speech_config
 from vita_jax.models.speech import speech_decoder_weights
 from vita_jax.models.vision import clip_weights, internvit_weights
+from vita_jax.models.vision.clip import clip_vit_large_224px
 from vita_jax.models.vita import vita_1_0, vita_1_5
 from vita_jax.models.vita_hf import EMBEDDING, around, config_from_hf
 from vita_jax.models.vita_weights import weight_table
@@ -38,6 +41,7 @@ from vita_jax.training.families import ModelConfig
 CONFIG, TRAIN, MODEL_JSON = "config.json", "train.yaml", "model.json"
 # Heads beside the speech encoder in its own file; the original passes over them, too.
 OTHER_HEADS = r"(ctc|decoder|criterion|predictor)\b.*"
+FLAMINGO = "flamingo"  # our sizes of a Flamingo, in the `config.json` of an export
 LLAVAS = (llava_v1_5_7b, llava_v1_5_13b)
 # CLIP's text half, and what joins it to the tower.
 CLIP_TEXT = (r"text_model\..*", r"(text|visual)_projection\.weight", r"logit_scale")
@@ -153,6 +157,8 @@ def guess_model(folder: str | Path) -> str:
     def has(start: str) -> bool:
         return any(start in name for name in names)
 
+    if has("perceiver.latents"):
+        return "flamingo"
     sparse = has("block_sparse_moe")
     original = llava_weights.LAYOUTS["original"]
     if has("multi_modal_projector.") or (EMBEDDING in names and has(original.tower)):
@@ -263,6 +269,25 @@ def _llava_projector(folder: Path, tensors: TensorSource) -> Released:
     return Released("llava_projector", folder, config, table + Table((), (r"model\.embed_tokens\.weight",)), renamed)
 
 
+def _flamingo(folder: Path, tensors: TensorSource) -> Released:
+    """open_flamingo's checkpoint, beside the `config.json` and the tokenizer of its LLaMA: the files that it lies with
+    say nothing of its sizes. What training saves is the part that trained, to start from beside the others.
+    """
+    viewed = flamingo_weights.view(tensors)
+    values = read_json((folder if folder.is_dir() else folder.parent) / CONFIG)
+    shapes = shapes_of(viewed)
+    whole = flamingo_weights.is_whole(shapes)
+    if FLAMINGO in values:
+        config = config_lib.from_dict(FlamingoConfig, values[FLAMINGO])
+    else:
+        language = decoder_weights.config_from_hf(values)
+        config = flamingo_weights.config_of_tensors(shapes, language, None if whole else clip_vit_large_224px())
+    if whole:
+        return Released("flamingo", folder, config, flamingo_weights.weight_table(config), viewed)
+    note = "it holds what trained alone; language model and tower come from elsewhere, see docs/flamingo.md"
+    return Released("flamingo", folder, config, flamingo_weights.trained_table(config), viewed, (note,))
+
+
 def _language(model: str) -> Callable[[Path, TensorSource], Released]:
     def read(folder: Path, tensors: TensorSource) -> Released:
         values, shapes = read_json(folder / CONFIG), shapes_of(tensors)
@@ -350,6 +375,7 @@ MODELS: dict[str, Callable[[Path, TensorSource], Released]] = {
     "vita_1_0": _vita("vita_1_0"),
     "llava": _llava,
     "llava_projector": _llava_projector,
+    "flamingo": _flamingo,
     "qwen2": _language("qwen2"),
     "mixtral": _language("mixtral"),
     "llama": _language("llama"),

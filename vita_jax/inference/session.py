@@ -32,7 +32,7 @@ from vita_jax.inference.sampling import GREEDY, Sampler
 from vita_jax.inference.speak import Speaker, voices
 from vita_jax.inference.talk import ModelVoice, Spoken, Voice, talk
 from vita_jax.inference.timings import FIRST_TOKEN, Timeline
-from vita_jax.training.checkpoint import load_params
+from vita_jax.training.checkpoint import LoadedModel, load_params
 from vita_jax.training.experiment import (
     CTC_VOCABULARY,
     ExperimentConfig,
@@ -40,7 +40,7 @@ from vita_jax.training.experiment import (
     data_folder,
     example_context,
 )
-from vita_jax.training.families import Model
+from vita_jax.training.families import Model, family_of
 from vita_jax.training.stages import flatten, trained_so_far
 
 File = str | Path | Media  # of a question: where it lies, or what is in it
@@ -102,9 +102,19 @@ class Session:
         Raises:
           UserError: there is no checkpoint, or it is damaged.
         """
-        loaded = load_params(checkpoint_dir)
-        tokenizer = load_tokenizer(loaded.run_dir / "tokenizer")
+        return cls.of(load_params(checkpoint_dir), num_rows=num_rows)
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, *, num_rows: int = 1) -> Session:
+        """From a checkpoint that is loaded; see `load`."""
         config = dataclasses.replace(loaded.config, run_dir=str(loaded.run_dir))
+        family = family_of(config.model)
+        if family.in_context:
+            raise UserError(
+                f"{loaded.run_dir} is a {family.title}, which continues documents and holds no conversations; ask it "
+                "by python -m vita_jax.chat"
+            )
+        tokenizer = load_tokenizer(loaded.run_dir / "tokenizer")
         paths = trained_so_far(config.stage(loaded.stage), config.stages, list(flatten(loaded.params)))
         trained = frozenset(path.split("/")[0] for path in paths)
         model = build_model(config)

@@ -12,10 +12,12 @@ import pytest
 
 from tests.training import tiny
 from tests.training.everything import everything_config
+from tests.training.flamingo import flamingo_config
 from tests.training.llava import llava_config, llava_experiment
 from vita_jax import config as config_lib
 from vita_jax.data.prompts import PromptOptions
 from vita_jax.errors import UserError
+from vita_jax.models.flamingo import FlamingoConfig
 from vita_jax.models.llava import Llava, LlavaConfig
 from vita_jax.models.vita import Vita, VitaConfig
 from vita_jax.parallel.rules import unbox
@@ -24,7 +26,7 @@ from vita_jax.training.families import FAMILIES, family_of, make_model, weight_t
 from vita_jax.training.objectives import OBJECTIVES, init_model
 from vita_jax.training.stages import flatten
 
-MODELS = {VitaConfig: everything_config, LlavaConfig: llava_config}
+MODELS = {VitaConfig: everything_config, LlavaConfig: llava_config, FlamingoConfig: flamingo_config}
 
 
 def test_every_family_is_tested_here():

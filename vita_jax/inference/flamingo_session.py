@@ -108,7 +108,8 @@ class FlamingoSession:
         given = [
             media_from_file(path, kind) for kind, paths in (("image", images), ("video", videos)) for path in paths
         ]
-        prompt = question_prompt(question.strip()).removeprefix(IMAGE)
+        plain = question.replace(IMAGE, "").replace(END_OF_CHUNK, "").strip()  # typed tags have no pictures
+        prompt = question_prompt(plain).removeprefix(IMAGE)
         # Text sees the last picture before it; those of one question stand each in a chunk of its own.
         text = f"{self.text}{END_OF_CHUNK.join([IMAGE] * len(given))}{prompt}"
         inputs = self._inputs(text, [*self.media, *given])

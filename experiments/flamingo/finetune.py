@@ -17,8 +17,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from experiments.flamingo.curriculum import LOOKING, NEW_TOKENS, Scale, SliceName, full_model, one_stage, smoke_model
-from experiments.flamingo.quickstart import SMALL, small_model
+from experiments.flamingo.curriculum import LOOKING, Scale, SliceName, full_model, one_stage, smoke_model
+from experiments.flamingo.quickstart import SMALL, small_model, with_new_tokens
 from vita_jax.data.interleaved import DOCUMENT_TOKENS
 from vita_jax.data.loader import SourceConfig
 from vita_jax.data.mixture import DataSet
@@ -53,7 +53,6 @@ def stage(size: str, start: str) -> Stage:
         row_tiles=task.row_images,
         objective="flamingo",
         sets=(task,),
-        trained_tokens=NEW_TOKENS if size == "full" else (),
         start_from=start,
     )
 
@@ -78,3 +77,8 @@ def get_config(
         model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, image_size=side))
     config = one_stage(stage(size, start), model, f"flamingo_{scale}_finetuned", size, slice, f"{start}/tokenizer")
     return dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, folder=f"{start}/tokenizer"))
+
+
+def prepare(config: ExperimentConfig) -> ExperimentConfig:
+    """Tells the stage which embeddings are learnt: those of the tags in the tokenizer that it starts with."""
+    return with_new_tokens(config)

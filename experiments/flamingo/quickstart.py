@@ -265,15 +265,20 @@ def prepare(config: ExperimentConfig) -> ExperimentConfig:
         texts = [json.loads(line) for line in lines]
         first = train_sentencepiece(texts, config.tokenizer.vocab_size - len(TAGS), None, at_most=True)
         enlarge(first, [], TAGS).tokenizer.save(tokenizer_folder(config))
+    return with_new_tokens(config)
+
+
+def with_new_tokens(config: ExperimentConfig) -> ExperimentConfig:
+    """The configuration whose stages learn no embeddings but those of the tags, where they learn any of a frozen
+    language model.
+    """
     special = load_tokenizer(tokenizer_folder(config)).special_tokens
     new = tuple(special[tag] for tag in TAGS)
-    return dataclasses.replace(
-        config,
-        stages=tuple(
-            dataclasses.replace(stage, trained_tokens=new) if EMBEDDINGS in stage.trainable else stage
-            for stage in config.stages
-        ),
+    stages = (
+        dataclasses.replace(stage, trained_tokens=new) if EMBEDDINGS in stage.trainable else stage
+        for stage in config.stages
     )
+    return dataclasses.replace(config, stages=tuple(stages))
 
 
 def finish(config: ExperimentConfig) -> None:

@@ -20,6 +20,7 @@ from vita_jax.data.mixture import DataSet
 from vita_jax.models.flamingo import Flamingo, FlamingoInputs
 from vita_jax.ops.losses import IGNORE_LABEL, next_token_scores
 from vita_jax.training.objectives.base import Batch, LossSums, Objective, Params
+from vita_jax.training.objectives.language import loss_axes
 
 INPUT_KEYS = ("tokens", "positions", "segment_ids", "media_times", "images")
 # Weights of open_flamingo: captioned pictures and interleaved documents.
@@ -63,7 +64,7 @@ def flamingo_loss(
         hidden = model.apply({"params": params}, inputs)
         kernel = params["language"]["lm_head"]["kernel"]
         loss, count, correct = next_token_scores(
-            hidden, kernel, batch[f"{name}/labels"], inputs.segment_ids, chunk_size=LOSS_CHUNK
+            hidden, kernel, batch[f"{name}/labels"], inputs.segment_ids, chunk_size=LOSS_CHUNK, **loss_axes()
         )
         total = total + weight * loss / jnp.maximum(count, 1.0)
         metrics |= {f"{name}_loss": (loss, count), f"{name}_accuracy": (correct, count)}

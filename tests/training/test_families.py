@@ -93,7 +93,7 @@ def test_stages_may_have_a_template_of_their_own(tmp_path):
     ("override", "message"),
     [
         ({"stages.tuning.objective": "ctc"}, "objective='ctc': LLaVA has no parts .* use one of language_modeling"),
-        ({"stages.tuning.objective": "codec"}, "stages.tuning.objective='codec': LLaVA"),
+        ({"stages.tuning.objective": "codec", "stages.tuning.codec_frames": "4"}, "tuning.objective='codec': LLaVA"),
         ({"stages.tuning.objective": "speech_decoder", "stages.tuning.codec_frames": "4"}, "'speech_decoder': LLaVA"),
         ({"stages.tuning.row_clips": "2", "stages.tuning.clip_frames": "40"}, "row_clips=2, but the model does not"),
         ({"stages.tuning.state_labels": "true"}, "state_labels: the model has no state head"),

@@ -409,8 +409,8 @@ def _validate_family(config: ExperimentConfig, stage: Stage) -> None:
 
 
 def _validate_codebooks(config: ExperimentConfig, stage: Stage) -> None:
-    codebooks = config.model.codec_training.codebooks
-    if stage.objective == "codec" and codebooks is not None and codebooks.ease_in >= stage.steps:
+    codebooks = config.model.codec_training.codebooks if stage.objective == "codec" else None
+    if codebooks is not None and codebooks.ease_in >= stage.steps:
         raise UserError(
             f"stages.{stage.name}.steps={stage.steps}, but model.codec_training.codebooks.ease_in={codebooks.ease_in}: "
             "the codec would never be trained on whole entries; give more steps or a smaller ease_in"

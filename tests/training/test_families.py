@@ -98,6 +98,8 @@ def test_stages_may_have_a_template_of_their_own(tmp_path):
         ({"stages.tuning.row_clips": "2", "stages.tuning.clip_frames": "40"}, "row_clips=2, but the model does not"),
         ({"stages.tuning.state_labels": "true"}, "state_labels: the model has no state head"),
         ({"stages.alignment.template": "plane"}, "did you mean 'plain'"),
+        ({"stages.alignment.template": "nemo"}, "template 'nemo' is none of LLaVA's; use vicuna_v1"),
+        ({"template": "qwen2p5_instruct"}, "template 'qwen2p5_instruct' is none of LLaVA's"),
         ({"image.tiling": "grid", "image.max_tiles": "4"}, "a picture as one tile, but tiling='grid' gives up to 5"),
         ({"image.tiling": "tiles"}, "tiling is 'tiles'"),
         ({"image.image_size": "16"}, "image_size=16"),

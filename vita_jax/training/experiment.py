@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from vita_jax import config as config_lib
 from vita_jax.data.audio import AudioConfig, AudioContext
-from vita_jax.data.conversations import WritingOptions
+from vita_jax.data.conversations import WritingOptions, check_template
 from vita_jax.data.examples import ExampleContext
 from vita_jax.data.images import ImageConfig
 from vita_jax.data.lanes import Reading
@@ -329,6 +329,7 @@ def _validate_parts(config: ExperimentConfig) -> None:
             f"prompt: {type(config.prompt).__name__} is not how {family.title}'s conversations are written; use "
             f"{family.prompts.__name__}"
         )
+    check_template(get_template(config.template), config.prompt)
     if family.one_tile and image.most_tiles > 1:
         raise UserError(
             f"image: {family.title} reads a picture as one tile, but tiling={image.tiling!r} gives up to "
@@ -379,8 +380,6 @@ def _validate_numbers(stage: Stage) -> None:
         raise UserError(
             f"{where}.objective={stage.objective!r} is unknown; {_nearest(stage.objective, list(OBJECTIVES))}"
         )
-    if stage.template is not None:
-        get_template(stage.template)
     if not stage.sources:
         raise UserError(f"{where}.sources: there must be at least one")
     for field in ("steps", "batch_size", "row_length", "accumulation"):
@@ -401,6 +400,8 @@ def _validate_numbers(stage: Stage) -> None:
 def _validate_family(config: ExperimentConfig, stage: Stage) -> None:
     """What the stage asks of the model is something that its family has."""
     family, where = family_of(config.model), f"stages.{stage.name}"
+    if stage.template is not None:
+        check_template(get_template(stage.template), config.prompt)
     if stage.objective not in family.objectives:
         raise UserError(
             f"{where}.objective={stage.objective!r}: {family.title} has no parts that this trains; use one of "

@@ -319,7 +319,7 @@ def validate(config: ExperimentConfig, num_devices: int | None = None) -> None:
 
 
 def _validate_parts(config: ExperimentConfig) -> None:
-    get_template(config.template)
+    template = get_template(config.template)
     rules = ["paper", *ORIGINAL_RULES]
     if config.video_rule not in rules:
         raise UserError(f"video_rule={config.video_rule!r} is unknown; {_nearest(config.video_rule, rules)}")
@@ -329,7 +329,7 @@ def _validate_parts(config: ExperimentConfig) -> None:
             f"prompt: {type(config.prompt).__name__} is not how {family.title}'s conversations are written; use "
             f"{family.prompts.__name__}"
         )
-    check_template(get_template(config.template), config.prompt)
+    check_template(template, config.prompt)
     if family.one_tile and image.most_tiles > 1:
         raise UserError(
             f"image: {family.title} reads a picture as one tile, but tiling={image.tiling!r} gives up to "

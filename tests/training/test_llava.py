@@ -24,6 +24,7 @@ from vita_jax.errors import UserError
 from vita_jax.evaluation.answering import answer_items
 from vita_jax.evaluation.items import Item
 from vita_jax.evaluation.runner import evaluate_params
+from vita_jax.inference.duplex import Duplex
 from vita_jax.inference.session import Session
 from vita_jax.models.lora import LoraConfig, detach
 from vita_jax.parallel.rules import unbox
@@ -178,6 +179,7 @@ def test_it_is_measured_and_talked_to(trained, tmp_path):
         (lambda: session.ask("", audio=[tmp_path / "a.png"]), "does not hear"),
         (lambda: session.speaker("en"), "does not speak"),
         (lambda: session.listener, "does not hear"),
+        (lambda: Duplex.of(session, speak=False), "does not hear"),
     ):
         with pytest.raises(UserError, match=message):
             wrong()

@@ -16,7 +16,7 @@ from data_pipelines.quickstart.scans import load_scan_splits
 from data_pipelines.quickstart.scenes import INKS, PAPERS, SHEETS, Scene, draw_sheet, sample_scene
 from experiments.llava.quickstart import GRID, PATCH, SIDE, get_config, patch_names
 from tests.test_smoke import command
-from vita_jax.data.examples import NAME_SEPARATOR, NO_NAME
+from vita_jax.data.examples import NAME_SEPARATOR
 from vita_jax.data.images import image_tiles
 from vita_jax.data.tokenizer import load_tokenizer
 from vita_jax.training import loop
@@ -46,40 +46,47 @@ def names_of(scene: Scene, cell_pixels: int = 16) -> list[str]:
 
 
 def test_patches_of_the_five_sheets():
-    """By hand: a digit in the last cell of each."""
-    full, blank = "7 black white", "□ white"
-    for (columns, rows), count in zip(SHEETS, (9, 1, 1, 1, 1), strict=True):
-        scene = Scene(columns, rows, (7,), (columns * rows - 1,), ink=0, paper=0)
-        names = np.array(names_of(scene)).reshape(GRID, GRID)
-        assert (names == full).sum() == count
-        assert set(names.ravel()) == {full, blank} | ({NO_NAME} if columns * rows > 4 else set())
-    wide = np.array(names_of(Scene(6, 2, (7,), (11,), 0, 0))).reshape(GRID, GRID)
-    assert wide[3, 5] == full and (wide[[0, 1, 4, 5]] == NO_NAME).all() and (wide[2] == blank).all()
-    # Four cells a side: every third patch lies across two of them.
-    middle = np.array(names_of(Scene(4, 2, (7,), (0,), 0, 0))).reshape(GRID, GRID)
-    assert middle[2, 0] == full and (middle[:, [1, 4]] == NO_NAME).all() and (middle[[0, 1, 4, 5]] == NO_NAME).all()
-    assert (middle[2, [2, 3, 5]] == blank).all() and (middle[3, [0, 2, 3, 5]] == blank).all()
+    """By hand: where the patches lie that say what the cells show."""
+    rest, blank = "△ black white", "□ white"
+    middles = {
+        (2, 2): ((1, 4), (1, 4)),
+        (4, 2): ((2, 3), (0, 2, 3, 5)),
+        (2, 4): ((0, 2, 3, 5), (2, 3)),
+        (6, 2): ((2, 3), (0, 1, 2, 3, 4, 5)),
+        (2, 6): ((0, 1, 2, 3, 4, 5), (2, 3)),
+    }
+    assert set(middles) == set(SHEETS)
+    for (columns, rows), (lines, places) in middles.items():
+        digits = (7, 3)  # in the first cell and in the last one
+        names = np.array(names_of(Scene(columns, rows, digits, (0, columns * rows - 1), ink=0, paper=0)))
+        names = names.reshape(GRID, GRID)
+        cells = names[np.ix_(lines, places)]
+        assert cells[0, 0] == "7 black white" and cells[-1, -1] == "3 black white"
+        assert cells.shape == (rows, columns) and (cells == blank).sum() == columns * rows - 2
+        assert (names == rest).sum() == GRID**2 - columns * rows
 
 
-def test_named_patches_show_their_paper_and_ink():
-    """Pixels of a padded sheet, patch by patch: the paper's colour is there, a digit's ink where one is named."""
+def test_digits_are_said_once_in_reading_order():
+    """And the patches that say them show their ink."""
     config, scans = get_config("small"), load_scan_splits(0)["train"]
     rng = np.random.default_rng(0)
-    for _ in range(40):
+    for _ in range(60):
         scene = sample_scene(rng)
         pixels, _ = draw_sheet(scene, scans, rng, cell_pixels=int(rng.integers(16, 23)))
         answer = cell_record(0, scene, "")["conversations"][1]["value"].split(NAME_SEPARATOR)
         names = patch_names(answer, pixels.shape[1], pixels.shape[0])
+        assert tuple(int(name[0]) for name in names if name[0].isdigit()) == scene.digits
         (tile,) = image_tiles(Image.fromarray(pixels), config.image)
+        assert tile.shape == (SIDE, SIDE, 3)
         patches = tile.reshape(GRID, PATCH, GRID, PATCH, 3).transpose(0, 2, 1, 3, 4).reshape(GRID**2, -1, 3)
         for patch, name in zip(patches.astype(int), names, strict=True):
-            if name == NO_NAME:
-                continue
-            paper = np.abs(patch - PAPERS[scene.paper][2]).max(-1)
-            assert (paper <= 24).sum() >= (100 if name[0] == "□" else 5), (scene, name)
-            if name[0] != "□" and max(scene.columns, scene.rows) == GRID:  # the whole digit is in one patch
-                assert (np.abs(patch - INKS[scene.ink][2]).max(-1) < paper).sum() > 5, (scene, name)
-        assert tile.shape == (SIDE, SIDE, 3)
+            to_ink, to_paper = (
+                np.abs(patch - np.array(colour)).max(-1) for colour in (INKS[scene.ink][2], PAPERS[scene.paper][2])
+            )
+            if name[0] == "□":
+                assert (to_paper <= 24).mean() > 0.6, scene  # edges are blurred
+            elif name[0].isdigit() and max(scene.columns, scene.rows) == GRID:  # all of the digit is in one patch
+                assert (to_ink < to_paper).sum() > 5, scene
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ tokenizer and benchmark are those of `experiments/quickstart.py`; clips and spee
     2   instruction tuning: projector and language model, on questions and text; the tower is frozen
 
 A picture is one tile, as LLaVA has it, padded to a square of 72 pixels, which are 6 x 6 tokens: a sheet of two cells a
-side has 3 x 3 patches a cell, one of six has one. As in the paper, captions are answers to a request (the script's way,
-picture and caption alone, is `--config.stages.alignment.template=plain`).
+side has 3 x 3 patches a cell, one of six has one. The tower is taught to say of each cell in one patch what it shows,
+see `patch_names`. As in the paper, captions are answers to a request (the script's way, picture and caption alone, is
+`--config.stages.alignment.template=plain`).
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipelines.quickstart.build import build_quickstart
-from data_pipelines.quickstart.scenes import CELLS_PER_TILE_SIDE
+from data_pipelines.quickstart.scenes import CELLS_PER_TILE_SIDE, OVERVIEW
 from data_pipelines.records import build_records
 from data_pipelines.sources import RecordsFile
 from experiments import quickstart
 from experiments.quickstart import BENCHMARK, Rows, captions, mixture
-from vita_jax.data.examples import NAME_SEPARATOR, NO_NAME
+from vita_jax.data.examples import NAME_SEPARATOR
 from vita_jax.data.images import ImageConfig, picture_size
 from vita_jax.data.llava_prompts import LlavaPromptOptions
 from vita_jax.data.loader import SourceConfig
@@ -192,7 +193,9 @@ def build_patches(folder: Path) -> None:
 
 
 def patch_names(names: list[str], width: int, height: int) -> list[str]:
-    """What each of the 6 x 6 patches of a padded sheet shows: its cell, or nothing if it shows several or the margin.
+    """What each of the 6 x 6 patches of a padded sheet is to say: the one in the middle of a cell says what the cell
+    shows, all others, those of the margin among them, only which colours the sheet has. So every digit is said once, in
+    reading order, as in a scene in words.
 
     Args:
       names: of the cells, tile after tile; those of an overview may follow.
@@ -202,24 +205,21 @@ def patch_names(names: list[str], width: int, height: int) -> list[str]:
     num_cells = len(names) if len(names) == tile**2 else len(names) - tile**2
     columns = round(math.sqrt(num_cells * width / height))
     rows = num_cells // columns
-    cells: dict[tuple[int, int], str] = {}
+    side = max(columns, rows)
+    top, left = (side - rows) // 2, (side - columns) // 2
+    _, ink, paper = next(name for name in names if name[0].isdigit()).split(" ")
+    patches = [f"{OVERVIEW} {ink} {paper}"] * GRID**2
     for index, name in enumerate(names[:num_cells]):
         number, (row, column) = index // tile**2, divmod(index % tile**2, tile)
         tile_row, tile_column = divmod(number, columns // tile)
-        cells[tile_row * tile + row, tile_column * tile + column] = name
-    side = max(columns, rows)
-    top, left = (side - rows) // 2, (side - columns) // 2
-
-    def name_of(row: int, column: int) -> str:
-        first, last = ((row * side // GRID, column * side // GRID), (_last(row, side), _last(column, side)))
-        return cells.get((first[0] - top, first[1] - left), NO_NAME) if first == last else NO_NAME
-
-    return [name_of(row, column) for row in range(GRID) for column in range(GRID)]
+        middle = (_middle(top + tile_row * tile + row, side), _middle(left + tile_column * tile + column, side))
+        patches[middle[0] * GRID + middle[1]] = name
+    return patches
 
 
-def _last(patch: int, side: int) -> int:
-    """The last of `side` cells that a patch reaches into."""
-    return -(-(patch + 1) * side // GRID) - 1
+def _middle(cell: int, side: int) -> int:
+    """The patch in the middle of one of `side` cells."""
+    return (2 * cell + 1) * GRID // (2 * side)
 
 
 # What is measured after a stage; after the tower both parts of stage 0, joined by a projector that has learnt nothing.

@@ -16,6 +16,7 @@ from vita_jax.data.images import (
     ImageConfig,
     dynamic_tiles,
     frame_cat_tiles,
+    image_tiles,
     norm_lut,
     normalise,
     normalise_constants,
@@ -265,6 +266,7 @@ def test_huge_pictures_are_refused_before_decoding(monkeypatch):
         ("min_tiles", 0),
         ("max_tiles", 0),
         ("aspect", "wide"),
+        ("tiling", "tiles"),
         ("mean", (0.5,)),
         ("std", (0.5, 0.5, 0)),
     ],
@@ -272,6 +274,17 @@ def test_huge_pictures_are_refused_before_decoding(monkeypatch):
 def test_bad_settings_name_the_field(field, value):
     with pytest.raises(UserError, match=field):
         ImageConfig(**{field: value})
+
+
+@given(st.integers(1, 90), st.integers(1, 90), st.sampled_from(["square", "pad"]))
+@settings(deadline=None, max_examples=30)
+def test_a_crop_is_one_tile_however_many_a_grid_would_have(width, height, aspect):
+    image = picture(width, height)
+    crop = ImageConfig(image_size=16, max_tiles=4, aspect=aspect, tiling="crop")
+    grid = ImageConfig(image_size=16, max_tiles=4, aspect=aspect)
+    np.testing.assert_array_equal(image_tiles(image, crop), single_tile(image, crop)[None])
+    np.testing.assert_array_equal(image_tiles(image, grid), dynamic_tiles(image, grid))
+    assert tile_count(width, height, crop) == crop.most_tiles == 1 and grid.most_tiles == 5
 
 
 def test_presets():

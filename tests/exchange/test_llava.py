@@ -19,7 +19,7 @@ from vita_jax.conversion.tables import flatten
 from vita_jax.conversion.torch_files import TensorFiles, write_tensors
 from vita_jax.errors import UnsupportedOption, UserError
 from vita_jax.exchange.exporting import export_checkpoint, open_checkpoint
-from vita_jax.exchange.importing import import_released
+from vita_jax.exchange.importing import fitting_table, import_released
 from vita_jax.exchange.inspecting import open_and_verify
 from vita_jax.exchange.released import guess_model, read_released
 from vita_jax.inference.session import Session
@@ -170,6 +170,11 @@ def test_what_the_first_stage_leaves(tmp_path):
         "projector/linear/kernel": (1024, 4096),
         "projector/linear/bias": (4096,),
     }
+    layers = {"0.weight": (5120, 1024), "0.bias": (5120,), "2.weight": (5120, 5120), "2.bias": (5120,)}
+    tensors = {f"base_model.model.mm_projector.{name}": np.zeros(shape, np.int8) for name, shape in layers.items()}
+    write_tensors(tmp_path / "mlp", (tensors | {"model.embed_tokens.weight": np.zeros((2, 2), np.int8)}).items())
+    released = read_released("llava_projector", tmp_path / "mlp")
+    assert released.config.projector.projector_type == "mlp2x_gelu" and fitting_table(released)[1] == []
     write_tensors(tmp_path / "other", [("model.mm_projector.weight", np.zeros((3, 2), np.float32))])
     with pytest.raises(UserError, match="shape .3, 2., which is neither"):
         read_released("llava_projector", tmp_path / "other")

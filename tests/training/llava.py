@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,9 @@ def llava_config(vocab_size: int = tiny.VOCAB, projector: str = "mlp2x_gelu") ->
 def llava_experiment(run_dir: Path | str, **fields: Any) -> ExperimentConfig:
     """Stage `alignment` of the projector alone, then `tuning` of projector and language model."""
     model = fields.pop("model", llava_config())
-    image = ImageConfig.clip(model.vision.image_size, aspect="pad")
     defaults: dict[str, Any] = {
         "model": model,
-        "image": dataclasses.replace(image, mean=model.image_mean, std=model.image_std),
+        "image": ImageConfig.clip(model.vision.image_size, aspect="pad"),
         "prompt": LlavaPromptOptions(),
         "template": "vicuna_v1",
         "stages": (

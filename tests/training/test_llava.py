@@ -24,7 +24,9 @@ from vita_jax.errors import UserError
 from vita_jax.evaluation.answering import answer_items
 from vita_jax.evaluation.items import Item
 from vita_jax.evaluation.runner import evaluate_params
+from vita_jax.inference.duplex import Duplex
 from vita_jax.inference.session import Session
+from vita_jax.models.lora import LoraConfig, detach
 from vita_jax.parallel.rules import unbox
 from vita_jax.training import loop
 from vita_jax.training.checkpoint import checkpoint_folder, load_params
@@ -104,6 +106,16 @@ def test_flops_are_the_products_of_the_gradient(trainable, projector):
     assert counted == gradient_products(config, own, make_batch(0, ROWS, LENGTH))
 
 
+def test_adapters_train_in_place_of_the_language_model(finished, tmp_path):
+    own = stage("adapted", trainable=("^projector/",), lora=LoraConfig(rank=2), start_from=str(finished), steps=2)
+    run(llava_experiment(tmp_path, stages=(own,)))
+    tuned, (base, adapters) = saved(finished, "tuning"), detach(load_params(tmp_path).params)
+    layers = {path.rpartition("/")[0] for path in flatten(adapters)}
+    assert len(layers) == 7 and all(path.startswith("language/layers/") for path in layers)
+    for path, value in flatten(base).items():
+        assert (np.asarray(value).tobytes() == tuned[path].tobytes()) == (not path.startswith("projector/")), path
+
+
 def test_cells_may_be_named_by_its_tower(tmp_path):
     own = stage("naming", objective="cell_naming", trainable=("^vision/", "^naming_head/"), steps=2)
     run(llava_experiment(tmp_path, stages=(own,)))
@@ -167,6 +179,7 @@ def test_it_is_measured_and_talked_to(trained, tmp_path):
         (lambda: session.ask("", audio=[tmp_path / "a.png"]), "does not hear"),
         (lambda: session.speaker("en"), "does not speak"),
         (lambda: session.listener, "does not hear"),
+        (lambda: Duplex.of(session, speak=False), "does not hear"),
     ):
         with pytest.raises(UserError, match=message):
             wrong()

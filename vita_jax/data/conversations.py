@@ -101,6 +101,14 @@ def encode_prompt(
     )
 
 
+def check_template(template: Template, options: WritingOptions) -> None:
+    """Raises UserError for a template that LLaVA's conversations are not written in."""
+    if isinstance(options, LlavaPromptOptions) and template.style not in llava_prompts.STYLES:
+        raise UserError(
+            f"template {template.name!r} is none of LLaVA's; use vicuna_v1, llava_v0, llava_llama_2 or plain"
+        )
+
+
 def sees_video(options: WritingOptions) -> bool:
     """Whether these rules have a place for videos."""
     return isinstance(options, PromptOptions)

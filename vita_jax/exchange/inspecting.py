@@ -165,10 +165,11 @@ def _bits(array: np.ndarray) -> np.dtype:
 def open_and_verify(checkpoint: str | Path, model: str, folder: str | Path, progress: Progress) -> int:
     """`verify` of a checkpoint against one public folder."""
     stored = open_checkpoint(checkpoint)
-    released, parts = read_released(model, folder), parts_of(stored)
-    if model == "llava":  # has several layouts
-        parts = [replace(part, table=released.table) for part in parts]
-    tensors = {
-        part.place: open_tensors(Path(folder) / part.place) if part.place else released.tensors for part in parts
-    }
+    parts = parts_of(stored)
+    tensors = {part.place: open_tensors(Path(folder) / part.place) for part in parts if part.place}
+    if any(not part.place for part in parts):
+        released = read_released(model, folder)
+        tensors[""] = released.tensors
+        if model == "llava":  # has several layouts
+            parts = [replace(part, table=released.table) for part in parts]
     return verify(stored, parts, tensors, progress)

@@ -262,7 +262,8 @@ def _llava_projector(folder: Path, tensors: TensorSource) -> Released:
     whole = by_widths.get(shapes[first])
     if whole is None:
         raise UserError(f"its projector is of shape {shapes[first]}, which is neither that of LLaVA-7B nor of 13B")
-    kind = "linear" if first == "weight" else f"mlp{sum(name.endswith('.weight') for name in shapes)}x_gelu"
+    layers = sum(name.endswith(".weight") and name[0].isdigit() for name in shapes)
+    kind = "linear" if first == "weight" else f"mlp{layers}x_gelu"
     config = replace(whole, projector=replace(whole.projector, projector_type=kind))
     table = projectors_weights.weight_table(config.projector).prefixed(path="projector/")
     # Beside it, where image markers were trained; without them nothing reads it.

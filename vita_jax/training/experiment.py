@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from vita_jax import config as config_lib
 from vita_jax.data.audio import AudioConfig, AudioContext
-from vita_jax.data.conversations import WritingOptions
+from vita_jax.data.conversations import WritingOptions, check_template
 from vita_jax.data.examples import ExampleContext
 from vita_jax.data.few_shot import FewShotOptions
 from vita_jax.data.images import ImageConfig
@@ -308,7 +308,7 @@ def validate(config: ExperimentConfig, num_devices: int | None = None) -> None:
 
 
 def _validate_parts(config: ExperimentConfig) -> None:
-    get_template(config.template)
+    template = get_template(config.template)
     rules = ["paper", *ORIGINAL_RULES]
     if config.video_rule not in rules:
         raise UserError(f"video_rule={config.video_rule!r} is unknown; {_nearest(config.video_rule, rules)}")
@@ -318,6 +318,7 @@ def _validate_parts(config: ExperimentConfig) -> None:
             f"prompt: {type(config.prompt).__name__} is not how {family.title}'s conversations are written; use "
             f"{family.prompts.__name__}"
         )
+    check_template(template, config.prompt)
     if family.one_tile and image.most_tiles > 1:
         raise UserError(
             f"image: {family.title} reads a picture as one tile, but tiling={image.tiling!r} gives up to "
@@ -368,8 +369,6 @@ def _validate_numbers(stage: Stage) -> None:
         raise UserError(
             f"{where}.objective={stage.objective!r} is unknown; {_nearest(stage.objective, list(OBJECTIVES))}"
         )
-    if stage.template is not None:
-        get_template(stage.template)
     if stage.objective == "flamingo":
         _validate_mixture(stage)
     elif not stage.sources or stage.sets:
@@ -427,6 +426,8 @@ def _validate_rows(config: ExperimentConfig, stage: Stage, mesh: Mapping[str, in
 def _validate_family(config: ExperimentConfig, stage: Stage) -> None:
     """What the stage asks of the model is something that its family has."""
     family, where = family_of(config.model), f"stages.{stage.name}"
+    if stage.template is not None:
+        check_template(get_template(stage.template), config.prompt)
     if stage.objective not in family.objectives:
         raise UserError(
             f"{where}.objective={stage.objective!r}: {family.title} has no parts that this trains; use one of "

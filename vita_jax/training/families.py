@@ -1,8 +1,8 @@
 """The families of models that one house trains, evaluates, converts and talks to: what each is asked for.
 
-A run's configuration holds the config of a model, and the class of that config says the family; whatever differs
-between families is an entry here, and nothing else asks which one it has. A new family is a config, a module and a
-weight table in `vita_jax.models`, and an entry of `FAMILIES`.
+A run's configuration holds the config of a model, and the class of that config says the family. What differs between
+families is an entry here; only `vita_jax.exchange`, which knows the files of each, asks for one by name. A new family
+is a config, a module and a weight table in `vita_jax.models`, and an entry of `FAMILIES`.
 
 A config may lack parts that another family has (`audio`, `codec`, ...): it then says None for them, and whoever needs
 one tells the user that it is not there.

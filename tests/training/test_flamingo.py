@@ -268,6 +268,8 @@ def test_batches_are_as_planned(finished):
         ({"stages.seeing.sets.pages.weight": "0"}, "data set 'pages': weight is 0.0"),
         ({"stages.seeing.sets.clips.name": "pages"}, "data set 'pages' is there 2 times"),
         ({"model.cross_attention_every": "3"}, "cross_attention_every 3 must be between 1 and the number of layers, 2"),
+        ({"model.resampler.max_media": "3"}, "max_media=3: rows hold several documents"),
+        ({"stages.seeing.sets.clips.frames": "4"}, "sets.clips.frames=4, but model.resampler.max_frames=3"),
         ({"model.resampler.kind": "conv"}, "kind 'conv' is unknown; use one of perceiver, transformer, mlp"),
     ],
 )

@@ -300,6 +300,7 @@ def validate(config: ExperimentConfig, num_devices: int | None = None) -> None:
     for index, stage in enumerate(config.stages):
         _validate_numbers(stage)
         _validate_family(config, stage)
+        _validate_times(config, stage)
         _validate_sound(config, stage)
         _validate_codebooks(config, stage)
         if not planned:
@@ -421,6 +422,24 @@ def _validate_rows(config: ExperimentConfig, stage: Stage, mesh: Mapping[str, in
             raise UserError(f"{where}batch_size={batch_size} must be a multiple of data.lanes={config.data.lanes}")
         if row_length % mesh["context"]:
             raise UserError(f"{where}row_length={row_length} must be a multiple of mesh.context={mesh['context']}")
+
+
+def _validate_times(config: ExperimentConfig, stage: Stage) -> None:
+    """The resampler tells frames apart that the stage's clips have, and no pictures by their place in a packed row."""
+    if stage.objective != "flamingo":
+        return
+    resampler = config.model.resampler
+    if resampler.max_media:
+        raise UserError(
+            f"model.resampler.max_media={resampler.max_media}: rows hold several documents, so their pictures have no "
+            "numbers of their own to be told apart by; use 0"
+        )
+    for data in stage.sets:
+        if data.frames > max(1, resampler.max_frames):
+            raise UserError(
+                f"stages.{stage.name}.sets.{data.name}.frames={data.frames}, but model.resampler.max_frames="
+                f"{resampler.max_frames}; raise it, so that every frame has a time embedding"
+            )
 
 
 def _validate_family(config: ExperimentConfig, stage: Stage) -> None:

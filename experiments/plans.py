@@ -1,6 +1,6 @@
 """Plans every full-size stage on its recommended slices and writes a table.
 
-    python -m experiments.plans                          # all: 56 compilations of about a minute each on two cores
+    python -m experiments.plans                          # all: 65 compilations of about a minute each on two cores
     python -m experiments.plans stage_1_3 stage_2_2      # only these stages
     python -m experiments.plans --output /tmp/plans.md
 
@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.flamingo.curriculum import MODELS as MODELS_FLAMINGO
+from experiments.flamingo.curriculum import SLICES as SLICES_FLAMINGO
 from experiments.llava.curriculum import MODELS as LLAVAS
 from experiments.llava.curriculum import SLICES as SLICES_LLAVA
 from experiments.vita_1_0.curriculum import SLICES as SLICES_1_0
@@ -55,6 +57,10 @@ def stage_files() -> Iterator[Planned]:
         for path in sorted((folder / "llava").glob(f"{version}_stage_*.py")):
             slices = [slice for slice in SLICES_LLAVA if slice != DEVICE]
             yield Planned(model, path, slices, (f"--config.scale={scale}",))
+    for scale in MODELS_FLAMINGO:
+        slices = [slice for slice in SLICES_FLAMINGO if slice != DEVICE]
+        options = (f"--config.scale={scale}",)
+        yield Planned(f"Flamingo-{scale.upper()}", folder / "flamingo" / "pretrain.py", slices, options)
 
 
 def plan_line(planned: Planned, slice: str) -> str:
@@ -78,7 +84,8 @@ def read_lines(output: Path) -> dict[str, str]:
     """The lines of an earlier table by what they plan: `model | stage | slice`."""
     if not output.is_file():
         return {}
-    rows = [line for line in output.read_text(encoding="utf-8").splitlines() if line.startswith(("| VITA", "| LLaVA"))]
+    known = ("| VITA", "| LLaVA", "| Flamingo")
+    rows = [line for line in output.read_text(encoding="utf-8").splitlines() if line.startswith(known)]
     return {" | ".join(cell.strip() for cell in row.split("|")[1:4]): row for row in rows}
 
 

@@ -56,7 +56,7 @@ def test_the_table_of_plans_has_all_stages():
         ("LLaVA-1.5-13B", "v1_5_stage_1"),
         ("LLaVA-1.5-13B", "v1_5_stage_2"),
     ]
-    assert len(found) == len(set(found)) == 12 + 8
+    assert len(found) == len(set(found)) == 12 + 8 + 3
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ LEARN = ["--checkpoint", "{base}", "--to", "{new}", "--texts", "{zh}"]
     ("arguments", "message"),
     [
         ([], "required"),
-        (["--checkpoint", "{base}", "--to", "{new}"], "one of the arguments --texts --pieces-from"),
+        (["--checkpoint", "{base}", "--to", "{new}"], "there is nothing to add; give --texts"),
         (LEARN, "--texts needs --pieces N"),
         ([*LEARN, "--pieces", "0"], "--pieces 0 must be at least 1"),
         ([*LEARN, "--pieces", "5", "--script", "chinese"], "script 'chinese' is unknown"),

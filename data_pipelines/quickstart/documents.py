@@ -14,6 +14,7 @@ language model learns both before it sees anything.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -74,11 +75,12 @@ class DocumentCounts:
 # ---- names and scenes -----------------------------------------------------------------------------------------------
 
 
-def names(held_out: bool) -> list[str]:
+@functools.lru_cache
+def names(held_out: bool) -> tuple[str, ...]:
     """All names of either list."""
     syllables = [consonant + vowel for consonant in CONSONANTS for vowel in VOWELS]
     every = [first + second for first in syllables for second in syllables if first != second]
-    return [name for i, name in enumerate(every) if (i % HELD_OUT_NAMES == 0) == held_out]
+    return tuple(name for i, name in enumerate(every) if (i % HELD_OUT_NAMES == 0) == held_out)
 
 
 def square_scene(rng: np.random.Generator, digits: list[int] | None = None, count: int | None = None) -> Scene:

@@ -135,7 +135,8 @@ def config_of_tensors(
     if vision is None:
         vision = _vision_of_tensors(shapes, shape)
     language = replace(language, vocab_size=shape(f"{LANGUAGE_PREFIX}model.embed_tokens.weight")[0])
-    numbers = _numbers(shapes, rf"{re.escape(LAYER).replace('{i}', '([0-9]+)')}gated_cross_attn_layer\..*")
+    blocks = rf"{re.escape(LANGUAGE_PREFIX)}model\.layers\.([0-9]+)\.gated_cross_attn_layer\..*"
+    numbers = _numbers(shapes, blocks)
     if not numbers:
         raise UserError("there is no gated cross-attention in it (...gated_cross_attn_layer...)")
     block = LAYER.replace("{i}", str(numbers[0])) + "gated_cross_attn_layer."

@@ -33,7 +33,7 @@ def test_a_document_without_pictures_is_one():
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ([], "is a null; expected an object with 'document'"),
+        ([], "is a list; expected an object with 'document'"),
         ({"document": []}, r"document: must be a non-empty list"),
         ({"document": ["a"], "image": "a.png"}, "image: unknown field; known: set, id, document"),
         ({"document": ["a"], "documents": []}, "did you mean 'document'"),

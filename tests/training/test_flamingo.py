@@ -106,7 +106,10 @@ def test_micro_batches_add_up(finished):
         trainable, frozen = plan.split({path: jnp.asarray(leaf) for path, leaf in params.items()})
         state = init_state(trainable, plan.optimizer, jnp.asarray(plan.rng))
         step = partial(
-            train_step, loss_fn=partial(plan.objective.loss, model), optimizer=plan.optimizer, schedule=lambda _: 0.1
+            train_step,
+            loss_fn=partial(plan.objective.loss, model),
+            optimizer=plan.optimizer,
+            schedule=lambda _: jnp.asarray(0.1),
         )
         _, both = jax.jit(partial(step, accumulation=2))(state, frozen, batch)
         halves = [

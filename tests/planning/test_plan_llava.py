@@ -33,7 +33,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize(("name", "scale"), itertools.product(FILES, SCALES))
+@pytest.mark.parametrize(("name", "scale"), list(itertools.product(FILES, SCALES)))
 def test_every_stage_is_valid_on_its_slices(name, scale):
     rate, side, tokens = PUBLISHED[name]
     for slice in ON:

@@ -80,7 +80,7 @@ def test_the_loss_falls_in_both_stages(tmp_path):
     run(dataclasses.replace(config, stages=stages), batches)
     records = [r for r in read_metrics(tmp_path) if r["event"] == "step"]
     alignment, tuning = ([r["loss"] for r in records if r["stage"] == name] for name in STAGES)
-    assert alignment[-1] < alignment[0] - 0.05
+    assert alignment[-1] < alignment[0] - 0.03  # of one layer that looks through a frozen model
     assert tuning[-1] < 0.5 * tuning[0]
 
 

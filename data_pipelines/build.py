@@ -31,6 +31,8 @@ examples:
   python -m data_pipelines.build records --tfds tfds/mnist/3.0.1 --image image --answer label \\
       --question "Which digit is this?" --output runs/digits
   python -m data_pipelines.build records --json chats.jsonl --layout messages --output runs/chats
+  python -m data_pipelines.build records --json pages.jsonl --root pictures --layout mmc4 --output runs/pages
+  python -m data_pipelines.build records --json captions.jsonl --root pictures --layout pairs --output runs/captions
   python -m data_pipelines.build recordings --layout librispeech --from LibriSpeech/train-clean-100 --output runs/clean
   python -m data_pipelines.build recordings --tfds librispeech --split train_clean100 --output runs/clean
   python -m data_pipelines.build recordings --layout manifest --from list.jsonl --root sounds --output runs/mine
@@ -44,10 +46,13 @@ examples:
 my.json is a list of records like
   {"id": "1", "image": "cat.png", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                                                     {"from": "gpt", "value": "A cat."}]}
+A document for Flamingo (--layout documents):
+  {"id": "2", "document": ["Two animals.", {"image": "cat.png"}, "This is a cat.", {"video": "dog.mp4"}, "A dog runs."]}
 """
 SHOWN_REJECTS = 20
 CORPORA = ("manifest", "librispeech", "aishell")
 RECORD_LAYOUTS = ("vita", "messages", "sharegpt", "alpaca")
+DOCUMENT_LAYOUTS = ("documents", "tagged", "pairs", "mmc4")  # for Flamingo
 # Options of `records` that belong to one kind of source, and what they are where they are not given.
 OF_FILES = {"root": None, "folders": None, "layout": "vita", "ignore_fields": ""}
 OF_SPOKEN_TFDS = {"split": "train", "data_dir": None, "audio": None, "answer": ""}
@@ -112,9 +117,8 @@ def make_parser() -> ArgumentParser:
         one.add_argument("--folders", metavar="FILE", help="JSON object {set: root folder} for records that name a set")
         one.add_argument("--ignore-fields", default="", metavar="A,B", help="fields outside of the format to skip")
     for one in (build, check, speak):
-        one.add_argument(
-            "--layout", choices=RECORD_LAYOUTS, default="vita", help=f"of the file: {', '.join(RECORD_LAYOUTS)}"
-        )
+        layouts = RECORD_LAYOUTS if one is speak else (*RECORD_LAYOUTS, *DOCUMENT_LAYOUTS)
+        one.add_argument("--layout", choices=layouts, default="vita", help=f"of the file: {', '.join(layouts)}")
     for one in (build, heard):
         one.add_argument("--split", default="train", help="of a tfds data set (default train)")
         one.add_argument("--data-dir", metavar="FOLDER", help="where tfds data sets lie")

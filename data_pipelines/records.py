@@ -40,6 +40,7 @@ from data_pipelines.rejects import REJECTS_NAME, beside, check_budget, check_bud
 from data_pipelines.sources import RecordsFile, file_sha256
 from data_pipelines.tfds_source import TfdsSource
 from vita_jax.data.audio import MAX_SECONDS, AudioConfig, read_audio
+from vita_jax.data.documents import DocumentRecord, encode_document
 from vita_jax.data.images import open_image
 from vita_jax.data.records import (
     MANIFEST_NAME,
@@ -56,6 +57,7 @@ from vita_jax.data.video import choose_frames, probe_video, read_frames
 from vita_jax.errors import UserError
 
 Source = RecordsFile | TfdsSource
+Built = tuple[Record | DocumentRecord, bytes]  # with the bytes that are stored
 # A run may accept less, never more.
 LONGEST_AUDIO = AudioConfig(max_seconds=MAX_SECONDS)
 MAX_SHARDS = 1000
@@ -87,7 +89,7 @@ class _MediaChecker:
     def __init__(self) -> None:
         self._verdicts: dict[tuple[str, bytes], str] = {}
 
-    def check(self, record: Record, where: str) -> None:
+    def check(self, record: Record | DocumentRecord, where: str) -> None:
         """Raises RecordError for the first file that does not decode."""
         for media in record.media:
             key = (media.kind, hashlib.sha256(media.data).digest())
@@ -130,16 +132,17 @@ class PartBuilder:
             report.show(done=counts["records"] + len(rejects), rejected=len(rejects))
         return {"counts": counts, "rejects": rejects, "shard": None if writer is None else writer.close()}
 
-    def _result(self, checker: _MediaChecker) -> Callable[[tuple[int, Any]], tuple[Record, bytes] | dict[str, Any]]:
+    def _result(self, checker: _MediaChecker) -> Callable[[tuple[int, Any]], Built | dict[str, Any]]:
         """What makes a record with its stored bytes of an entry, or a line of rejects.jsonl."""
 
-        def result(item: tuple[int, Any]) -> tuple[Record, bytes] | dict[str, Any]:
+        def result(item: tuple[int, Any]) -> Built | dict[str, Any]:
             place, entry = item
             try:
                 checked = self.source.checked(entry, place)
                 record = checked.with_media()
                 checker.check(record, checked.where)
-                return record, encode_record(record)
+                encode = encode_document if isinstance(record, DocumentRecord) else encode_record
+                return record, encode(record)
             except RecordError as error:
                 fields = {"file": self.source.name, "record": place, "id": self.source.identity(entry)}
                 return fields | {"field": error.field, "category": error.category, "reason": error.reason}
@@ -155,9 +158,9 @@ def _empty_counts() -> Counter[str]:
     return Counter(records=0, rounds=0, images=0, videos=0, text_only=0)
 
 
-def _count(counts: Counter[str], record: Record) -> None:
+def _count(counts: Counter[str], record: Record | DocumentRecord) -> None:
     counts["records"] += 1
-    counts["rounds"] += record.num_rounds
+    counts["rounds"] += 0 if isinstance(record, DocumentRecord) else record.num_rounds
     for media in record.media:
         counts[f"{media.kind}s"] += 1
     counts["text_only"] += not record.media

@@ -40,6 +40,7 @@ SPECTRUM = (400, 160)  # samples per window and hop, of waves that are shown as 
 def show(arguments: config_lib.ConfigArgs) -> int:
     """Prints the batch and saves its picture. Returns the exit status."""
     # Imported here so that --help and a mistyped flag answer at once.
+    from vita_jax.data.document_loader import format_mixture
     from vita_jax.data.loader import format_batch
     from vita_jax.training.experiment_file import open_stage
     from vita_jax.training.loop import record_batches
@@ -54,7 +55,9 @@ def show(arguments: config_lib.ConfigArgs) -> int:
     batches.close()
     marks = (GREEN, PLAIN) if sys.stdout.isatty() else ("«", "»")
     print(f"batch {number} of {stage.title}")
-    if "tokens" in batch or "cell_names" in batch:
+    if stage.sets:
+        print(format_mixture(batch, tokenizer, rows, marks))
+    elif "tokens" in batch or "cell_names" in batch:
         print(format_batch(batch, tokenizer, rows, marks))
     else:
         print(_format_speech(batch, tokenizer, rows))
@@ -81,7 +84,7 @@ Cell = tuple[str, np.ndarray]  # title, and an RGB picture (h w 3) uint8 or a sp
 
 
 def cells_of(batch: Mapping[str, np.ndarray], rows: int, frame_rate: float, wave_rate: int) -> list[Cell]:
-    """What there is to see in the first rows: tiles, filter-bank features, and spectra of waves.
+    """What there is to see in the first rows: tiles or pictures, filter-bank features, and spectra of waves.
 
     Args:
       batch: of any stage; its empty slots are left out.
@@ -89,6 +92,10 @@ def cells_of(batch: Mapping[str, np.ndarray], rows: int, frame_rate: float, wave
       frame_rate, wave_rate: features and samples of waves per second.
     """
     cells: list[Cell] = []
+    for name, pictures in batch.items():
+        if name.endswith("/images"):
+            shown = np.argwhere(pictures[:rows].any(axis=(3, 4, 5)))
+            cells += [(f"{name.split('/')[0]} {row}, [{t + 1}]", pictures[row, t, f]) for row, t, f in shown]
     for row in range(min(rows, len(next(iter(batch.values()))))):
         for i, tile in enumerate(batch["tiles"][row] if "tiles" in batch else ()):
             if np.any(tile):

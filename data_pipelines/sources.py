@@ -1,4 +1,4 @@
-"""Where records come from: files in the public format, or in a layout that chats are published in."""
+"""Where records come from: files in a public format, or in a layout that chats or documents are published in."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.chat_layouts import CHAT_LAYOUTS, public_record
+from data_pipelines.document_layouts import DOCUMENT_LAYOUTS, public_document
 from data_pipelines.parts import file_state
+from vita_jax.data.documents import CheckedDocument, check_document
 from vita_jax.data.records import CheckedRecord, RecordError, check_record, read_json_records
 from vita_jax.errors import UserError
 
 LINES_SUFFIXES = (".jsonl", ".ndjson")
-SOURCE_LAYOUTS = ("vita", *CHAT_LAYOUTS)
+SOURCE_LAYOUTS = ("vita", *CHAT_LAYOUTS, *DOCUMENT_LAYOUTS)
 
 
 def file_sha256(path: Path) -> str:
@@ -34,7 +36,8 @@ class RecordsFile:
       root: folder that media paths are relative to; None if `folders` covers everything, or for text.
       folders: {set: root} for records that name a set.
       ignore_fields: fields outside of the format to skip; other unknown fields reject their record.
-      layout: "vita" for the public format, or one of `chat_layouts.CHAT_LAYOUTS`.
+      layout: "vita" for the public format of conversations, one of `chat_layouts.CHAT_LAYOUTS`; or for documents one of
+        `document_layouts.DOCUMENT_LAYOUTS`.
     """
 
     path: str | os.PathLike[str]
@@ -94,10 +97,11 @@ class RecordsFile:
         if empty:
             raise UserError(f"records file {self.path} is empty; expected a JSON object a line")
 
-    def checked(self, entry: dict[str, Any], place: int) -> CheckedRecord:
-        """The record of an entry, its media not read yet. Raises RecordError."""
+    def checked(self, entry: dict[str, Any], place: int) -> CheckedRecord | CheckedDocument:
+        """The record, or document, of an entry, its media not read yet. Raises RecordError."""
         rules = {"folders": self.folders, "ignore_fields": self.ignore_fields}
-        return check_record(self.public(entry, place), self.root, where=self.name, index=place, **rules)
+        check = check_document if self.layout in DOCUMENT_LAYOUTS else check_record
+        return check(self.public(entry, place), self.root, where=self.name, index=place, **rules)
 
     def public(self, entry: dict[str, Any], place: int) -> Any:
         """What an entry says in the public format, not checked yet. Raises RecordError for what cannot be read."""
@@ -105,6 +109,9 @@ class RecordsFile:
         if "error" in entry:
             raise RecordError(where, "", entry["error"])
         record = entry["record"]
+        if self.layout in DOCUMENT_LAYOUTS:
+            root = None if self.root is None else os.fspath(self.root)
+            return public_document(record, self.layout, where, root, self.folders)
         return record if self.layout == "vita" else public_record(record, self.layout, where)
 
     def state(self, entry: dict[str, Any], place: int) -> str:

@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from data_pipelines.document_layouts import DOCUMENT_LAYOUTS
 from data_pipelines.records import LONGEST_AUDIO
 from vita_jax.data.audio import read_audio
+from vita_jax.data.documents import DocumentRecord, decode_document
 from vita_jax.data.images import ImageConfig, open_image, tile_count
 from vita_jax.data.loader import RecordSource, SourceConfig
 from vita_jax.data.manifests import MANIFEST as SPEECH_MANIFEST
@@ -101,11 +103,12 @@ def gather(
     return stats
 
 
-def _open(folder: Path) -> tuple[int, Callable[[int], Record]]:
+def _open(folder: Path) -> tuple[int, Callable[[int], Record | DocumentRecord]]:
     """How many records there are, and what reads one of them."""
     if (folder / MANIFEST_NAME).is_file():
         source = RecordSource(SourceConfig(str(folder)), 0, 0)
-        return len(source), lambda index: decode_record(source[index][1])
+        decode = decode_document if source.manifest.options.get("layout") in DOCUMENT_LAYOUTS else decode_record
+        return len(source), lambda index: decode(source[index][1])
     if folder.is_file() or (folder / SPEECH_MANIFEST).is_file():
         pairs = read_manifest(folder)
 
@@ -125,7 +128,27 @@ def _open(folder: Path) -> tuple[int, Callable[[int], Record]]:
     )
 
 
-def _measure(stats: Stats, record: Record, image: ImageConfig, tokenizer: Tokenizer | None) -> None:
+def _measure(stats: Stats, record: Record | DocumentRecord, image: ImageConfig, tokenizer: Tokenizer | None) -> None:
+    if isinstance(record, DocumentRecord):
+        _measure_document(stats, record, tokenizer)
+    else:
+        _measure_conversation(stats, record, tokenizer)
+    for media in record.media:
+        _measure_media(stats, media, image)
+
+
+def _measure_document(stats: Stats, record: DocumentRecord, tokenizer: Tokenizer | None) -> None:
+    stats.add("pictures and videos of a document", len(record.media))
+    stats.count("media of a record", " + ".join(sorted({media.kind for media in record.media})) or "text only")
+    for text in record.texts:
+        stats.add("characters of a text", len(text))
+        stats.count("script of a text", script_of(text))
+    if tokenizer is not None:
+        ids = (tokenizer.encode(text, allow_special=False, add_bos=False) for text in record.texts)
+        stats.add("text tokens of a record", sum(map(len, ids)))
+
+
+def _measure_conversation(stats: Stats, record: Record, tokenizer: Tokenizer | None) -> None:
     stats.add("rounds of a record", record.num_rounds)
     kinds = Counter(media.kind for media in record.media)
     stats.count("media of a record", " + ".join(sorted(kinds)) or "text only")
@@ -139,8 +162,6 @@ def _measure(stats: Stats, record: Record, image: ImageConfig, tokenizer: Tokeni
             tokens += len(tokenizer.encode(text, allow_special=False, add_bos=False))
     if tokenizer is not None:
         stats.add("text tokens of a record", tokens)
-    for media in record.media:
-        _measure_media(stats, media, image)
 
 
 def _measure_media(stats: Stats, media: Media, image: ImageConfig) -> None:

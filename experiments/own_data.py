@@ -347,7 +347,9 @@ def fitted(config: ExperimentConfig, counts: dict[str, int]) -> ExperimentConfig
         starts = starts_given(stage)
         if stage.name == "own_data":
             encoder = data.asr is None and base_of(config) is None
-            stage = _own_stage(stage, sees, hears, trains_encoder=encoder, has_state=model.state_head is not None)
+            tower = sees and isinstance(model, VitaConfig)  # LLaVA's is frozen in every stage
+            has_state = model.state_head is not None
+            stage = _own_stage(stage, sees, hears, trains_tower=tower, trains_encoder=encoder, has_state=has_state)
         stages.append(dataclasses.replace(stage, start_from=starts or None))
     return dataclasses.replace(config, model=model, stages=tuple(stages))
 
@@ -364,12 +366,14 @@ def _trimmed(config: ExperimentConfig, hears: bool) -> VitaConfig:
     return model
 
 
-def _own_stage(stage: Stage, sees: bool, hears: bool, trains_encoder: bool, has_state: bool) -> Stage:
+def _own_stage(
+    stage: Stage, sees: bool, hears: bool, *, trains_tower: bool, trains_encoder: bool, has_state: bool
+) -> Stage:
     """The stage on the records, of the modalities that they have. A trained speech encoder is frozen, so that it stays
     the recogniser it is; so is the language model where it gets adapters.
     """
     trainable = {
-        "^vision/": sees,
+        "^vision/": trains_tower,
         "^projector/": sees,
         "^language/": stage.lora is None,
         "^audio/": hears,

@@ -1,6 +1,6 @@
 """Plans every full-size stage on its recommended slices and writes a table.
 
-    python -m experiments.plans                          # all: 32 compilations of about a minute each on two cores
+    python -m experiments.plans                          # all: 65 compilations of about a minute each on two cores
     python -m experiments.plans stage_1_3 stage_2_2      # only these stages
     python -m experiments.plans --output /tmp/plans.md
 
@@ -13,9 +13,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from experiments.flamingo.curriculum import MODELS as MODELS_FLAMINGO
+from experiments.flamingo.curriculum import SLICES as SLICES_FLAMINGO
+from experiments.llava.curriculum import MODELS as LLAVAS
+from experiments.llava.curriculum import SLICES as SLICES_LLAVA
 from experiments.vita_1_0.curriculum import SLICES as SLICES_1_0
 from experiments.vita_1_5.curriculum import SLICES as SLICES_1_5
 from vita_jax.command_line import ArgumentParser, run_command
@@ -32,30 +37,45 @@ How these numbers are computed is said in docs/plan.md.
 """
 
 
-def stage_files() -> list[tuple[Path, list[str]]]:
-    """Every stage's file, and the slices it is laid out for."""
-    found = []
-    for folder, slices in (("vita_1_5", SLICES_1_5), ("vita_1_0", SLICES_1_0)):
-        names = [name for name in slices if name != DEVICE]
-        found += [(path, names) for path in sorted((ROOT / "experiments" / folder).glob("stage_*.py"))]
-    return found
+class Planned(NamedTuple):
+    """A stage of a model: its file, the slices it is laid out for, and what else the file is asked for."""
+
+    model: str
+    path: Path
+    slices: list[str]
+    options: tuple[str, ...] = ()
 
 
-def model_of(path: Path) -> str:
-    """`VITA-1.5` for a file of `vita_1_5/`."""
-    return path.parent.name.replace("vita_", "VITA-").replace("_", ".")
+def stage_files() -> Iterator[Planned]:
+    """Every stage of every model."""
+    folder = ROOT / "experiments"
+    for model, name, slices in (("VITA-1.5", "vita_1_5", SLICES_1_5), ("VITA-1.0", "vita_1_0", SLICES_1_0)):
+        for path in sorted((folder / name).glob("stage_*.py")):
+            yield Planned(model, path, [slice for slice in slices if slice != DEVICE])
+    for version, scale in LLAVAS:
+        model = f"LLaVA-{'1.5-' if version == 'v1_5' else ''}{scale.upper()}"
+        for path in sorted((folder / "llava").glob(f"{version}_stage_*.py")):
+            slices = [slice for slice in SLICES_LLAVA if slice != DEVICE]
+            yield Planned(model, path, slices, (f"--config.scale={scale}",))
+    for scale in MODELS_FLAMINGO:
+        slices = [slice for slice in SLICES_FLAMINGO if slice != DEVICE]
+        options = (f"--config.scale={scale}",)
+        yield Planned(f"Flamingo-{scale.upper()}", folder / "flamingo" / "pretrain.py", slices, options)
 
 
-def plan_line(path: Path, slice: str) -> str:
+def plan_line(planned: Planned, slice: str) -> str:
     """The table's line of one stage on one slice. Raises RuntimeError if the command fails."""
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "table.md"
-        command = [sys.executable, "-m", "vita_jax.plan", f"--config={path}", f"--config.slice={slice}"]
+        command = [sys.executable, "-m", "vita_jax.plan", f"--config={planned.path}", f"--config.slice={slice}"]
         done = subprocess.run(
-            [*command, f"--topology={slice}", f"--table={table}"], capture_output=True, text=True, cwd=ROOT
+            [*command, *planned.options, f"--topology={slice}", f"--table={table}"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
         )
         if done.returncode not in (0, 1) or not table.is_file():
-            raise RuntimeError(f"{path.name} on {slice}: {done.stderr.strip()[-2000:]}")
+            raise RuntimeError(f"{planned.path.name} on {slice}: {done.stderr.strip()[-2000:]}")
         head, rule, line = table.read_text(encoding="utf-8").splitlines()
     return line
 
@@ -64,7 +84,8 @@ def read_lines(output: Path) -> dict[str, str]:
     """The lines of an earlier table by what they plan: `model | stage | slice`."""
     if not output.is_file():
         return {}
-    rows = [line for line in output.read_text(encoding="utf-8").splitlines() if line.startswith("| VITA")]
+    known = ("| VITA", "| LLaVA", "| Flamingo")
+    rows = [line for line in output.read_text(encoding="utf-8").splitlines() if line.startswith(known)]
     return {" | ".join(cell.strip() for cell in row.split("|")[1:4]): row for row in rows}
 
 
@@ -82,10 +103,10 @@ def plan_all(arguments: object) -> int:
     """Plans what is asked for; the table is written after every line, so that a run can be stopped."""
     output = Path(arguments.output)
     lines = read_lines(output)
-    chosen = [(path, names) for path, names in stage_files() if not arguments.stages or path.stem in arguments.stages]
-    for path, names in chosen:
-        for slice in names:
-            line = f"| {model_of(path)} {plan_line(path, slice)}"
+    chosen = [planned for planned in stage_files() if not arguments.stages or planned.path.stem in arguments.stages]
+    for planned in chosen:
+        for slice in planned.slices:
+            line = f"| {planned.model} {plan_line(planned, slice)}"
             lines[" | ".join(cell.strip() for cell in line.split("|")[1:4])] = line
             write_table(output, lines)
             print(line, flush=True)

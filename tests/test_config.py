@@ -44,6 +44,25 @@ class Widths:
 
 
 @dataclasses.dataclass(frozen=True)
+class Circle:
+    size: float = 1.0
+    colour: str = "red"
+
+
+@dataclasses.dataclass(frozen=True)
+class Box:
+    size: float
+    depth: int = 2
+    height: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    shape: Circle | Box = Circle()
+    other: Circle | Box | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     optimizer: Inner = Inner()
     widths: Widths = Widths()
@@ -158,6 +177,25 @@ def test_json_round_trip_and_errors(tmp_path):
         config_lib.load_json(Config, path)
     with pytest.raises(UserError, match="does not exist"):
         config_lib.load_json(Config, tmp_path / "none.json")
+
+
+def test_alternatives_are_told_by_their_fields():
+    for drawing in (Drawing(), Drawing(Box(4.0)), Drawing(Circle(2.0), Box(1.0)), Drawing(Box(1.0), Circle())):
+        assert config_lib.from_dict(Drawing, config_lib.to_dict(drawing)) == drawing
+    assert config_lib.from_dict(Drawing, {"shape": {"size": 3.0}}).shape == Circle(3.0)  # the first of several
+    for shape, message in (
+        ({"size": 1.0, "depth": 2, "heigth": 3}, "unknown field 'heigth' of Box; the nearest is 'height'"),
+        ({"size": 1.0, "color": "blue"}, "unknown field 'color' of Circle"),
+        ({"depth": 1}, "Box needs the missing field.s. size"),
+        ({"size": "a", "depth": 1}, "shape.size: 'a' is not valid, expected float"),
+        ("box", "expected Circle or Box"),
+    ):
+        with pytest.raises(UserError, match=message):
+            config_lib.from_dict(Drawing, {"shape": shape})
+    boxed = config_lib.apply_overrides(Drawing(), {"shape": '{"size": 5, "depth": 7}', "shape.height": "9"})
+    assert boxed.shape == Box(5.0, 7, 9)
+    with pytest.raises(UserError, match="no field 'depth'; the nearest"):
+        config_lib.apply_overrides(Drawing(), {"shape.depth": "1"})
 
 
 def test_from_dict_is_strict_about_types():

@@ -126,7 +126,7 @@ LEARN = ["--checkpoint", "{base}", "--to", "{new}", "--texts", "{zh}"]
     ("arguments", "message"),
     [
         ([], "required"),
-        (["--checkpoint", "{base}", "--to", "{new}"], "one of the arguments --texts --pieces-from"),
+        (["--checkpoint", "{base}", "--to", "{new}"], "there is nothing to add; give --texts"),
         (LEARN, "--texts needs --pieces N"),
         ([*LEARN, "--pieces", "0"], "--pieces 0 must be at least 1"),
         ([*LEARN, "--pieces", "5", "--script", "chinese"], "script 'chinese' is unknown"),
@@ -159,3 +159,20 @@ def test_help(capsys):
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
     assert "examples:" in printed and "python -m vita_jax.enlarge_vocabulary --checkpoint" in printed
+
+
+def test_symbols_alone(base, capsys):
+    """As Flamingo's tags are added; nothing is counted then."""
+    symbols = ["--symbols", "<|endofchunk|>", "<image>", "<PAD>", "--multiple-of", "1"]
+    enlarged = run_command(base, "tagged", *symbols)
+    tokenizer = load_tokenizer(enlarged / "tokenizer")
+    assert [tokenizer.special_tokens[s] for s in symbols[1:4]] == [ENTRIES, ENTRIES + 1, ENTRIES + 2]
+    assert f"tokenizer: {ENTRIES} -> {ENTRIES + 3} entries" in capsys.readouterr().out
+    table = load_params(enlarged).params["language"]["embed_tokens"]["embedding"]
+    assert table.shape[0] == ROWS  # there were rows enough
+    for arguments, message in (
+        ([], "there is nothing to add; give --texts, --pieces-from or --symbols"),
+        (["--symbols", "<x>", "--pieces", "3"], "--pieces says how many of --texts or --pieces-from"),
+    ):
+        assert enlarge_vocabulary.main(["--checkpoint", str(base / "base"), "--to", str(base / "no"), *arguments]) == 2
+        assert message in capsys.readouterr().err

@@ -15,6 +15,8 @@ from PIL import Image
 
 from tests.data.media import talk, tone, write_wav
 from tests.training.hearing import hearing_model
+from tests.training.llava import llava_records
+from tests.training.records import prepare_records
 from tests.training.voice import CODEC, SPEECH, training
 from vita_jax import chat, train
 from vita_jax.config import apply_overrides, load_module
@@ -196,6 +198,21 @@ def test_adapters_for_a_model_that_is_there_already(source, tmp_path, capsys):
     session = Session.load(run_dir)
     assert session.tokenizer.vocab_size == Session.load(tmp_path / "base").tokenizer.vocab_size
     assert isinstance("".join(session.ask("Кто?", [str(source / "1.jpg")], [])), str)
+
+
+def test_a_llava_that_is_there_already(source, tmp_path):
+    base = llava_records(tmp_path / "base")
+    prepare_records(base, ["</s>"])
+    loop.run(base, stream=io.StringIO())
+    config = config_for(tmp_path / "run", **places(source, "json", records="seen"))
+    prepared = own_data.prepare(apply_overrides(config, {"stages.own_data.start_from": str(base.run_dir)}))
+    assert (prepared.model, prepared.prompt, prepared.image) == (base.model, base.prompt, base.image)
+    assert prepared.stage("own_data").trainable == ("^projector/", "^language/")
+    loop.run(prepared, stream=io.StringIO())
+    before, after = (flatten(load_params(run_dir).params) for run_dir in (base.run_dir, prepared.run_dir))
+    for path, leaf in before.items():
+        same = np.asarray(leaf).tobytes() == np.asarray(after[path]).tobytes()
+        assert same == path.startswith("vision/"), path
 
 
 def test_adapters_take_the_place_of_the_language_model(source, tmp_path):

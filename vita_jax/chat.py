@@ -43,6 +43,7 @@ examples:
   python -m vita_jax.chat --image digits.png --duplex
   python -m vita_jax.chat --image digits.png --duplex --audio first.wav second.wav --speak replies.wav
   python -m vita_jax.chat --checkpoint runs/vita_1_0 --text "What is a tensor?" --speak reply.wav --voice espeak
+  python -m vita_jax.chat --checkpoint runs/quickstart_flamingo --image digits.png --text "What is the largest digit?"
 """
 
 COMMANDS = (
@@ -88,9 +89,12 @@ def chat(arguments: argparse.Namespace) -> int:
     """Loads the model, then answers the one question, or questions until the end of input."""
     # Imported here so that --help and a mistyped argument answer at once.
     from vita_jax.data.examples import media_from_file
+    from vita_jax.inference.flamingo_session import FlamingoSession
     from vita_jax.inference.quantization import int8_parts
     from vita_jax.inference.session import Session
     from vita_jax.parallel.process import prepare_process
+    from vita_jax.training.checkpoint import load_params
+    from vita_jax.training.families import family_of
 
     if arguments.speak is not None:
         check_sound_file(arguments.speak, "--speak")
@@ -102,9 +106,13 @@ def chat(arguments: argparse.Namespace) -> int:
     if arguments.duplex:
         check_duplex(arguments)
     prepare_process()
-    session = Session.load(
-        arguments.checkpoint, num_rows=2 if arguments.duplex else 1, quantization=int8_parts(arguments.int8)
-    )
+    int8 = int8_parts(arguments.int8)
+    loaded = load_params(arguments.checkpoint, change=int8.change)
+    if family_of(loaded.config.model).in_context and not arguments.duplex:
+        int8.check(loaded.config)
+        session = FlamingoSession.of(loaded)
+    else:
+        session = Session.of(loaded, num_rows=2 if arguments.duplex else 1, quantization=int8)
     if arguments.int8:
         print(session.memory)
     if arguments.duplex:

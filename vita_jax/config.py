@@ -7,7 +7,8 @@ fit is a `UserError` that names the field, the value, the type expected and the 
 
 Command line: `--config=experiments/x.py --config.size=smoke --config.stages.vision_sft.steps=10`. Entries of a tuple
 are addressed by index or, for dataclasses with a field `name`, by that name. A group of fields that is `None` appears,
-with its defaults, when one of its fields is set: `--config.stages.vision_sft.lora.rank=16`.
+with its defaults, when one of its fields is set: `--config.stages.vision_sft.lora.rank=16`. Where a field may be one of
+several dataclasses, the names of its fields tell which one a file holds.
 """
 
 from __future__ import annotations
@@ -122,6 +123,8 @@ def _parse_union(annotation: Any, text: str, where: str) -> Any:
     members = get_args(annotation)
     if type(None) in members and text.lower() in _NONE_WORDS:
         return None
+    if text.startswith("{"):
+        return from_plain(annotation, _parse_json(text, annotation, where), where)
     # A list is tried before a plain string only when the text looks like one.
     looks_like_list = "," in text or text.startswith("[")
     rest = [member for member in members if member is not type(None)]
@@ -213,11 +216,11 @@ def _union_from_plain(annotation: Any, value: Any, where: str) -> Any:
     if value is None and type(None) in members:
         return None
     if isinstance(value, Mapping):
-        # Alternatives among dataclasses are told apart by their field names: what was saved has all of them.
+        # Alternatives among dataclasses are told apart by their field names: it is the one that has most of them, of
+        # several the first, and must then be it exactly.
         classes = [member for member in members if dataclasses.is_dataclass(member)]
-        for cls in classes:
-            if set(field_types(cls)) == set(value) or len(classes) == 1:
-                return from_plain(cls, value, where)
+        if classes:
+            return from_plain(max(classes, key=lambda cls: len(set(value) & set(field_types(cls)))), value, where)
     for member in members:
         if dataclasses.is_dataclass(member):
             continue

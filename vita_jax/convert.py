@@ -14,10 +14,14 @@ from vita_jax.errors import UserError
 MODELS = (
     "vita_1_5",
     "vita_1_0",
+    "llava",
+    "llava_projector",
+    "flamingo",
     "qwen2",
     "mixtral",
     "llama",
     "internvit",
+    "clip",
     "whale",
     "projector",
     "audio_adapter",
@@ -25,6 +29,7 @@ MODELS = (
     "codec",
 )
 LORA = "lora"
+LLAVA_LAYOUTS = ("original", "hf", "hf_5", "hf_memory")
 ALLOWANCES = ("missing", "unexpected", "misshapen")
 DTYPES = ("float32", "float16", "bfloat16")
 DESCRIPTION = """\
@@ -44,6 +49,9 @@ examples:
   python -m vita_jax.convert export --from runs/quickstart --to quickstart_torch
   python -m vita_jax.convert export --layout vita_jax --dtype bfloat16 --from runs/quickstart --to kept
   python -m vita_jax.chat --checkpoint kept --text "1 + 2?"
+  python -m vita_jax.convert import --model llava --from llava-1.5-7b-hf --to runs/llava
+  python -m vita_jax.convert export --layout original --from runs/llava --to llava-v1.5-7b
+  python -m vita_jax.convert import --model flamingo --from open_flamingo --to runs/flamingo
   python -m vita_jax.convert import --model lora --base runs/vita_1_5 --from adapters --to runs/adapted
   python -m vita_jax.convert export --layout peft --from runs/adapted --to adapters
 
@@ -80,10 +88,11 @@ def make_parser() -> ArgumentParser:
     out.add_argument("--to", dest="target", metavar="DIR", required=True, help="a new folder")
     out.add_argument(
         "--layout",
-        choices=("pytorch", "vita_jax", "peft"),
+        choices=("pytorch", "vita_jax", "peft", *LLAVA_LAYOUTS),
         default="pytorch",
         help="pytorch: names, config and tokenizer of public checkpoints; vita_jax: for this package, without the run; "
-        "peft: the adapters (LoRA) alone, which the other two merge",
+        "peft: the adapters (LoRA) alone, which all others merge; of a LLaVA also original, hf (the public llava-hf "
+        "files), hf_5 (what transformers 5 writes), hf_memory (its state dict)",
     )
     out.add_argument("--dtype", choices=DTYPES, help="default: as they are; with --layout vita_jax of matrices only")
     out.add_argument("--shard-gb", type=float, default=1.0, metavar="N", help="largest file of weights; default 1")
@@ -129,17 +138,17 @@ def import_folder(arguments: argparse.Namespace) -> int:
         raise UserError("--base and --keep-adapters belong to --model lora")
     # Imported here, as below, so that --help and a mistyped argument answer at once.
     from vita_jax.data.templates import SystemTexts
-    from vita_jax.exchange.importing import PLAIN_TEXTS, fitting_table, import_released
+    from vita_jax.exchange.importing import fitting_table, import_released
     from vita_jax.exchange.released import read_released
 
-    texts = PLAIN_TEXTS
-    if arguments.system_texts is not None:
-        texts = SystemTexts.from_file(arguments.system_texts)
+    texts = None if arguments.system_texts is None else SystemTexts.from_file(arguments.system_texts)
     released = read_released(arguments.model, arguments.source)
     for note in released.notes:
         print(f"note: {note}")
-    if arguments.model.startswith("vita") and arguments.system_texts is None:
+    if arguments.model.startswith("vita") and texts is None:
         print("note: no --system-texts: prompts will have a plain system text, not those the weights were trained with")
+    if arguments.model == "llava" and texts is None:
+        print("note: no --system-texts: prompts will have no system text, as those of the model card of v1.5")
     if arguments.dry_run:
         table, notes = fitting_table(released, arguments.allow)
         print("\n".join([*notes, f"{len(table.torch_names)} tensors would become {len(table.rules)} parameters"]))
@@ -185,7 +194,12 @@ def export_checkpoint(arguments: argparse.Namespace) -> int:
         shard_bytes = int(arguments.shard_gb * 10**9)
         with Bar("writing") as bar:
             files = exporting.export_checkpoint(
-                stored, arguments.target, dtype=arguments.dtype, shard_bytes=shard_bytes, progress=bar.show
+                stored,
+                arguments.target,
+                layout=arguments.layout if arguments.layout in LLAVA_LAYOUTS else None,
+                dtype=arguments.dtype,
+                shard_bytes=shard_bytes,
+                progress=bar.show,
             )
     size = sum((Path(arguments.target) / file).stat().st_size for file in files)
     print(f"written: {arguments.target}, {len(files)} files, {size / 1e6:,.1f} MB")

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from vita_jax.data.vocabulary import Enlargement, TokenCount
 
 EXAMPLES = """\
-The new pieces are learnt from text (--texts), or taken from a sentencepiece model (--pieces-from). They come behind all
-old ones, which keep their ids. Each starts as the mean of the old pieces it was spelt with, in the embedding table and
-in the output head. DIR is a run, a stage's folder or one checkpoint; the new folder is a run of its own. A stage trains
-it further with
+The new pieces are learnt from text (--texts), or taken from a sentencepiece model (--pieces-from), or there are none
+beside --symbols. They come behind all old ones, which keep their ids. Each starts as the mean of the old pieces it
+was spelt with, in the embedding table and in the output head. DIR is a run, a stage's folder or one checkpoint; the
+new folder is a run of its own. A stage trains it further with
 
   Stage(..., start_from="runs/enlarged"), TokenizerConfig(vocab_size=..., folder="runs/enlarged/tokenizer")
 
@@ -28,6 +28,8 @@ examples:
   python -m vita_jax.enlarge_vocabulary --checkpoint runs/base --to runs/enlarged --texts chinese.txt --pieces 20000
   python -m vita_jax.enlarge_vocabulary --checkpoint runs/base --to runs/enlarged \\
       --pieces-from chinese.model --measure news_zh.txt news_en.txt --symbols "<1>" "<2>" "<3>"
+  python -m vita_jax.enlarge_vocabulary --checkpoint runs/public/llama_7b --to runs/public/llama_7b_flamingo \\
+      --symbols "<|endofchunk|>" "<image>" "<PAD>" --multiple-of 1
 """
 HELD_OUT_EVERY = 10
 
@@ -41,7 +43,7 @@ def make_parser() -> ArgumentParser:
     )
     parser.add_argument("--checkpoint", metavar="DIR", required=True, help="the model to enlarge")
     parser.add_argument("--to", metavar="DIR", required=True, help="new folder for the enlarged model")
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--texts", metavar="FILE", nargs="+", help="learn pieces from these UTF-8 files, line by line")
     source.add_argument("--pieces-from", metavar="FILE", help="take the pieces of this sentencepiece model")
     parser.add_argument("--pieces", metavar="N", type=int, help="at most N new pieces (needed with --texts)")
@@ -62,6 +64,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     from vita_jax.models.language.vocabulary import INITIALISATIONS, padded_rows
     from vita_jax.training.portable import check_new_folder
 
+    if not (arguments.texts or arguments.pieces_from or arguments.symbols):
+        raise UserError("there is nothing to add; give --texts, --pieces-from or --symbols")
+    if arguments.pieces is not None and not (arguments.texts or arguments.pieces_from):
+        raise UserError("--pieces says how many of --texts or --pieces-from to take; give one of them, too")
     if arguments.pieces is None and arguments.texts:
         raise UserError("--texts needs --pieces N: how many new pieces to learn")
     if arguments.pieces is not None and arguments.pieces < 1:
@@ -86,6 +92,8 @@ def read_texts(arguments: argparse.Namespace) -> tuple[list[str], dict[str, list
     lines = [line for path in arguments.texts or () for line in read_lines(path)]
     if arguments.measure:
         return lines, {path: read_lines(path) for path in arguments.measure}
+    if not arguments.texts:
+        return [], {}
     if len(lines) < 2 * HELD_OUT_EVERY:
         raise UserError(
             f"--texts has {len(lines)} lines, too few to keep some back for counting tokens; "
@@ -112,6 +120,8 @@ def enlarge_vocabulary(arguments: argparse.Namespace) -> int:
     old = load_tokenizer(stored.run_dir / TOKENIZER)
     if arguments.texts:
         candidates = train_pieces(lines, arguments.pieces, old, arguments.script)
+    elif arguments.pieces_from is None:
+        candidates = []
     else:
         candidates = pieces_of_model(read_model_file(arguments.pieces_from), arguments.pieces_from, arguments.script)
     grown = enlarge(old, candidates, arguments.symbols, arguments.pieces)
@@ -146,6 +156,8 @@ def format_result(grown: Enlargement, counts: dict[str, tuple[TokenCount, TokenC
         notes.append(f"{len(grown.unreachable)} left out, such as {grown.unreachable[0]!r}: no two pieces give them")
     size = grown.tokenizer.vocab_size
     lines = [f"tokenizer: {grown.first_id} -> {size} entries ({'; '.join(notes)})"]
+    if not counts:
+        return lines[0]
     rows = [("text", "characters", "tokens before", "after", "per character before", "after")]
     for name, (before, after) in counts.items():
         sizes = (f"{before.characters:,}", f"{before.tokens:,}", f"{after.tokens:,}")

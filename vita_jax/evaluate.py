@@ -6,10 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vita_jax.command_line import ArgumentParser, add_int8, run_command
 from vita_jax.errors import UserError
 from vita_jax.parallel.huge_pages import restart_with_huge_pages
+
+if TYPE_CHECKING:
+    from vita_jax.training.experiment import ExperimentConfig
 
 EXAMPLES = """\
 DIR is a run (its last finished stage is taken), a stage's folder, or one checkpoint.
@@ -29,6 +33,11 @@ examples:
   python -m vita_jax.evaluate --checkpoint runs/mine --questions questions.jsonl --root images --answers answers.jsonl
       asks what the file asks, {"question_id": 1, "image": "a.jpg", "text": "What is this?"} a line, and scores nothing;
       `python -m vita_jax.judge` does
+
+A Flamingo is measured by its few-shot tasks: DIR/data/few_shot, or --data. For a run, figures and a line for every
+query are kept as DIR/evaluation/few_shot.json and few_shot.jsonl.
+  python -m vita_jax.evaluate --checkpoint runs/quickstart_flamingo --shots 0 4 8
+  python -m vita_jax.evaluate --checkpoint runs/flamingo_9b --data my_tasks --choice similar --groups captions
 """
 
 
@@ -49,6 +58,9 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--answers", metavar="FILE", help="gets the answers to --questions, a JSON object a line")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="of these answers (default 256)")
     add_int8(parser)
+    parser.add_argument("--shots", metavar="N", nargs="+", type=int, help="of a Flamingo: demonstrations of a prompt")
+    parser.add_argument("--choice", choices=("random", "similar"), help="of a Flamingo: which demonstrations")
+    parser.add_argument("--data", metavar="DIR", help="of a Flamingo: queries.jsonl, support.jsonl and their media")
     return parser
 
 
@@ -65,6 +77,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from vita_jax.inference.quantization import int8_parts
     from vita_jax.parallel.process import prepare_process
     from vita_jax.training.checkpoint import CONFIG, load_params
+    from vita_jax.training.families import family_of
 
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit {arguments.limit} must be at least 1")
@@ -78,6 +91,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
     config = dataclasses.replace(loaded.config, run_dir=str(loaded.run_dir))
     print(f"checkpoint {loaded.path} (stage {loaded.stage}, step {loaded.step})", flush=True)
     is_run = (Path(arguments.checkpoint) / CONFIG).is_file()
+    if family_of(config.model).in_context:
+        int8.check(config)
+        return evaluate_by_shots(arguments, config, loaded.params, is_run)
+    for name in ("shots", "choice", "data"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name} is for a Flamingo; this is a {family_of(config.model).title}")
     is_kept = is_run and arguments.limit is None and arguments.groups is None and not arguments.int8
     result = evaluate_params(
         config,
@@ -117,6 +136,7 @@ def answer_questions(arguments: argparse.Namespace) -> int:
     from vita_jax.inference.quantization import int8_parts
     from vita_jax.parallel.process import prepare_process
     from vita_jax.training.checkpoint import load_params
+    from vita_jax.training.families import family_of
 
     if arguments.questions is None or arguments.answers is None:
         raise UserError("--questions and --answers go together: what is asked, and where the answers go")
@@ -126,6 +146,9 @@ def answer_questions(arguments: argparse.Namespace) -> int:
     items, int8 = question_items(questions), int8_parts(arguments.int8)
     prepare_process()
     loaded = load_params(arguments.checkpoint, change=int8.change)
+    family = family_of(loaded.config.model)
+    if family.in_context:
+        raise UserError(f"--questions asks models that hold conversations; {arguments.checkpoint} is a {family.title}")
     subject = Subject(loaded.config, loaded.params, load_tokenizer(loaded.run_dir / "tokenizer"))
     said = answer_items(
         subject.model,
@@ -142,6 +165,45 @@ def answer_questions(arguments: argparse.Namespace) -> int:
     asked = dict(list(questions.items())[: len(texts)])
     write_lines(arguments.answers, answer_lines(asked, texts, arguments.checkpoint))
     print(f"written: {arguments.answers} ({len(texts)} answers)")
+    return 0
+
+
+def evaluate_by_shots(arguments: argparse.Namespace, config: ExperimentConfig, params: Any, is_run: bool) -> int:
+    """Measures a Flamingo, prints, saves."""
+    import dataclasses
+
+    from vita_jax.data.tokenizer import load_tokenizer
+    from vita_jax.evaluation.few_shot import (
+        LINES,
+        RESULT,
+        evaluate_few_shot,
+        format_few_shot,
+        subject_of,
+        write_lines,
+    )
+    from vita_jax.evaluation.results import save_result
+
+    changes = {"shots": tuple(arguments.shots)} if arguments.shots else {}
+    changes |= {"choice": arguments.choice} if arguments.choice else {}
+    folder = None if arguments.data is None else Path(arguments.data)
+    tokenizer = load_tokenizer(Path(config.run_dir) / "tokenizer")
+    result, lines = evaluate_few_shot(
+        subject_of(config, params, tokenizer, folder),
+        dataclasses.replace(config.few_shot, **changes),
+        tasks=arguments.groups,
+        limit=arguments.limit,
+        progress=show_progress if sys.stderr.isatty() else None,
+    )
+    print(format_few_shot(result))
+    if is_run and folder is None and arguments.limit is None and arguments.groups is None:
+        kept = Path(config.run_dir) / "evaluation"
+        save_result(result, kept / RESULT)
+        write_lines(lines, kept / LINES)
+        print(f"\nwritten: {kept / RESULT}, {kept / LINES}")
+    if arguments.output is not None:
+        save_result(result, Path(arguments.output))
+        write_lines(lines, Path(arguments.output).with_suffix(".jsonl"))
+        print(f"written: {arguments.output}")
     return 0
 
 

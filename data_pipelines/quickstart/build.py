@@ -213,13 +213,17 @@ _PLACEHOLDERS = re.compile(r"<(?:image|video|audio)>\n?")
 
 
 def tokenizer_texts(records: Iterable[dict[str, Any]]) -> list[str]:
-    """Every turn once; cells of written scenes apart from each other, so that each stays one token."""
-    texts = {BLANK, OVERVIEW, *(str(digit) for digit in range(10))}
-    for record in records:
-        for turn in record["conversations"]:
-            text = _PLACEHOLDERS.sub("", turn["value"])
-            texts.update(part for part in text.replace(OVERVIEW, BLANK).split(BLANK) if part)
-    return sorted(texts)
+    """Every turn once, see `tokenizer_pieces`."""
+    turns = (turn for record in records for turn in record["conversations"])
+    return tokenizer_pieces(_PLACEHOLDERS.sub("", turn["value"]) for turn in turns)
+
+
+def tokenizer_pieces(texts: Iterable[str]) -> list[str]:
+    """Every text once; cells of written scenes apart from each other, so that each stays one token."""
+    pieces = {BLANK, OVERVIEW, *(str(digit) for digit in range(10))}
+    for text in texts:
+        pieces.update(part for part in text.replace(OVERVIEW, BLANK).split(BLANK) if part)
+    return sorted(pieces)
 
 
 # ---- the benchmark ---------------------------------------------------------------------------------------------------

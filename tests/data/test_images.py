@@ -16,6 +16,7 @@ from vita_jax.data.images import (
     ImageConfig,
     dynamic_tiles,
     frame_cat_tiles,
+    image_tiles,
     norm_lut,
     normalise,
     normalise_constants,
@@ -143,7 +144,7 @@ def test_padding_centres_on_the_mean_colour():
     assert square.shape == (10, 10, 3)
     np.testing.assert_array_equal(square[2:7], np.asarray(picture(10, 5)))
     assert (square[[0, 1, 7, 8, 9]] == (123, 116, 103)).all()
-    clip = ImageConfig.clip_vit_l_14_336px()
+    clip = ImageConfig.clip()
     assert np.asarray(pad_to_square(picture(2, 1), clip))[1, 0].tolist() == [122, 116, 104]
 
 
@@ -161,7 +162,7 @@ def test_frame_cat_gives_groups_of_five(width, height, use_thumbnail):
 # ---- normalisation --------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(0, 255), st.sampled_from([ImageConfig(), ImageConfig.clip_vit_l_14_336px()]))
+@given(st.integers(0, 255), st.sampled_from([ImageConfig(), ImageConfig.clip()]))
 def test_normalised_values(value, config):
     pixels = np.full((2, 2, 3), value, np.uint8)
     got = normalise(pixels, config)
@@ -265,6 +266,7 @@ def test_huge_pictures_are_refused_before_decoding(monkeypatch):
         ("min_tiles", 0),
         ("max_tiles", 0),
         ("aspect", "wide"),
+        ("tiling", "tiles"),
         ("mean", (0.5,)),
         ("std", (0.5, 0.5, 0)),
     ],
@@ -274,8 +276,19 @@ def test_bad_settings_name_the_field(field, value):
         ImageConfig(**{field: value})
 
 
+@given(st.integers(1, 90), st.integers(1, 90), st.sampled_from(["square", "pad"]))
+@settings(deadline=None, max_examples=30)
+def test_a_crop_is_one_tile_however_many_a_grid_would_have(width, height, aspect):
+    image = picture(width, height)
+    crop = ImageConfig(image_size=16, max_tiles=4, aspect=aspect, tiling="crop")
+    grid = ImageConfig(image_size=16, max_tiles=4, aspect=aspect)
+    np.testing.assert_array_equal(image_tiles(image, crop), single_tile(image, crop)[None])
+    np.testing.assert_array_equal(image_tiles(image, grid), dynamic_tiles(image, grid))
+    assert tile_count(width, height, crop) == crop.most_tiles == 1 and grid.most_tiles == 5
+
+
 def test_presets():
-    vita, clip = ImageConfig.internvit_300m_448px(), ImageConfig.clip_vit_l_14_336px()
+    vita, clip = ImageConfig.internvit_300m_448px(), ImageConfig.clip()
     assert (vita.image_size, vita.most_tiles) == (448, 13)
     assert (clip.image_size, clip.most_tiles) == (336, 1)
     assert len(dynamic_tiles(picture(40, 10), clip)) == 1

@@ -16,6 +16,7 @@ from vita_jax.data.tokenizer import (
     TextStream,
     load_tokenizer,
     train_sentencepiece,
+    until,
 )
 from vita_jax.errors import UserError
 
@@ -139,6 +140,20 @@ def test_a_stream_holds_back_half_characters(own_tokenizer):
     assert [stream.push(id_) for id_ in ids] == ["", "", "鼠"]
     stream.push(ids[0])
     assert stream.flush() == "\ufffd"
+
+
+@given(st.lists(st.text("ab#", max_size=4), max_size=8), st.sampled_from(["###", "#", "aba", "</s>"]))
+def test_a_text_ends_where_its_end_begins(pieces, end):
+    text, sent = "".join(pieces), ""
+    for piece in until(pieces, end):
+        sent += piece
+        assert text.split(end)[0].startswith(sent), "what has been sent is never taken back"
+    assert sent == text.split(end)[0]
+    assert "".join(until(pieces, None)) == text
+
+
+def test_only_what_may_be_the_end_is_held_back():
+    assert list(until(["ab", "#", "#c", "d##", "#", "e"], "###")) == ["ab", "", "##c", "d", ""]
 
 
 def test_file_errors_are_one_clear_line(own_tokenizer, qwen_like, tmp_path):

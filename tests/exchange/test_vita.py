@@ -16,11 +16,12 @@ from vita_jax.data.tokenizer import load_tokenizer
 from vita_jax.errors import UserError
 from vita_jax.exchange import importing
 from vita_jax.exchange.exporting import export_checkpoint, open_checkpoint
-from vita_jax.exchange.importing import PLAIN_TEXTS, import_released
+from vita_jax.exchange.importing import import_released
 from vita_jax.exchange.inspecting import open_and_verify
 from vita_jax.exchange.released import read_released
 from vita_jax.inference.session import Session
 from vita_jax.training.checkpoint import load_params, read_meta
+from vita_jax.training.families import PLAIN_TEXTS
 from vita_jax.training.param_store import StoredLeaf, total_bytes
 
 

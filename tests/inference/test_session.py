@@ -51,6 +51,14 @@ def test_symbol_is_stripped_and_kept_in_history(session):
     assert session.prompts[2].keys == session.prompts[0].keys
 
 
+def test_an_answer_ends_with_the_text_of_its_marker(session, monkeypatch):
+    """`###` of LLaVA's first templates is no token; what was drawn of the next turn is not part of the answer."""
+    monkeypatch.setattr("vita_jax.inference.session.stop_text", lambda tokenizer, template: "###")
+    session.says = "☜It-is #7.###Human: and?"
+    assert "".join(session.ask("number?")) == "It-is #7."
+    assert session.turns[1]["value"] == "☜It-is #7."
+
+
 def test_pictures_stay_in_the_conversation(session, tmp_path):
     for name, colour in (("a.png", "red"), ("b.png", "blue")):
         Image.new("RGB", (16, 16), colour).save(tmp_path / name)

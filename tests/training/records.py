@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ from data_pipelines.sources import RecordsFile
 from tests.training.tiny import TILE, experiment, model_config, stage
 from vita_jax.data.loader import SourceConfig
 from vita_jax.data.tokenizer import train_sentencepiece
+from vita_jax.data.vocabulary import enlarge
 from vita_jax.models.connectors.projectors import ProjectorConfig
 from vita_jax.models.language.decoder import DecoderConfig
 from vita_jax.models.vita import VitaConfig
 from vita_jax.training.experiment import ExperimentConfig, TokenizerConfig, data_folder, tokenizer_folder
+from vita_jax.training.families import family_of
 
 VOCAB = 330
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
@@ -42,8 +45,8 @@ def records_experiment(run_dir: str | Path, **fields) -> ExperimentConfig:
     return experiment(run_dir, **{**defaults, **fields})
 
 
-def prepare_records(config: ExperimentConfig) -> None:
-    """Builds the three folders and the tokenizer."""
+def prepare_records(config: ExperimentConfig, symbols: Sequence[str] = ()) -> None:
+    """Builds the three folders, and a tokenizer that has these special tokens, too."""
     folder = data_folder(config)
     source = folder / "source"
     source.mkdir(parents=True, exist_ok=True)
@@ -57,11 +60,13 @@ def prepare_records(config: ExperimentConfig) -> None:
         asked = [{"from": "human", "value": "<image>\ncolour?"}, {"from": "gpt", "value": name}]
         again = [{"from": "human", "value": "number?"}, {"from": "gpt", "value": str(number)}]
         records["pictures"].append({**picture, "conversations": asked + again})
-        cells = " | ".join([name] * config.model.vision.tokens_per_tile)
+        cells = " | ".join([name] * family_of(config.model).layout(config.model).tokens_per_tile)
         records["cells"].append({**picture, "conversations": [asked[0], {"from": "gpt", "value": cells}]})
         records["text"].append({"id": f"t{number}", "conversations": again})
     for name, entries in records.items():
         (source / f"{name}.json").write_text(json.dumps(entries))
         build_records(RecordsFile(source / f"{name}.json", source), folder / name)
     texts = [turn["value"] for entry in records["pictures"] for turn in entry["conversations"]]
-    train_sentencepiece(texts * 3, VOCAB, tokenizer_folder(config), at_most=True)
+    tokenizer = train_sentencepiece(texts * 3, VOCAB - len(symbols), tokenizer_folder(config), at_most=True)
+    if symbols:
+        enlarge(tokenizer, [], symbols).tokenizer.save(tokenizer_folder(config))

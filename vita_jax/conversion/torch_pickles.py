@@ -47,8 +47,8 @@ def require_torch() -> ModuleType:
 class PickledTensors(Mapping[str, np.ndarray]):
     """Files of `torch.save` as a mapping from name to array; nested dicts have names joined by dots.
 
-    Entries that are no tensors (a step, a learning rate) are left out, a single dict named `model` or `state_dict`
-    around everything is taken off. Tensors stay on disk until they are looked up.
+    Entries that are no tensors (a step, a learning rate) are left out, a dict named `model`, `state_dict` or
+    `model_state_dict` around everything is taken off. Tensors stay on disk until they are looked up.
 
     Args:
       files: read one after the other.
@@ -98,7 +98,7 @@ def _load(torch: ModuleType, file: Path) -> Any:
 
 
 def _unwrapped(content: Any) -> Any:
-    for key in ("model", "state_dict"):
+    for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             return content[key]
     return content

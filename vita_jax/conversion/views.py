@@ -5,10 +5,11 @@ apart. A table then reads the view, and `joined` turns what it writes into the s
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from vita_jax.conversion.torch_files import TensorInfo
 from vita_jax.errors import UserError
 
 
@@ -41,6 +42,13 @@ class View(Mapping[str, np.ndarray]):
             raise UserError(f"tensor {source.name}: {tensor.shape[0]} rows cannot be cut in {source.parts} equal parts")
         rows = tensor.shape[0] // source.parts
         return tensor[source.part * rows : (source.part + 1) * rows]
+
+    def info(self, name: str) -> TensorInfo:
+        """Of a tensor of the view, over a mapping that is a `TensorSource`."""
+        source = self._sources[name]
+        info = self._tensors.info(source.name)
+        shape = info.shape if source.parts == 1 else (info.shape[0] // source.parts, *info.shape[1:])
+        return replace(info, shape=shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -26,14 +27,13 @@ from typing import Literal
 import numpy as np
 
 from vita_jax.data.audio import AudioContext, Clip, clip_features, pad_clips
-from vita_jax.data.images import ImageConfig, dynamic_tiles, open_image, require_file, single_tile
+from vita_jax.data.conversations import WritingOptions, encode_conversation, encode_prompt
+from vita_jax.data.images import ImageConfig, image_tiles, open_image, require_file, single_tile
 from vita_jax.data.prompts import (
     STATE_LABELS,
     PromptOptions,
     answer_states,
     count_placeholders,
-    encode_conversation,
-    encode_prompt,
     state_labels,
     with_media,
 )
@@ -67,6 +67,7 @@ class ExampleContext:
 
     Attributes:
       layout: how features are numbered; `FeatureLayout(model.vision.tokens_per_tile)` for VITA.
+      options: variants of writing; their kind says whether conversations are VITA's or LLaVA's.
       video_rule: which frames are taken, see `video.choose_frames`.
       untiled_sets: folder keys whose pictures stay one tile (the original's `NoPatchSets`).
       cell_name_width: m, the most token ids one cell name may have.
@@ -80,7 +81,7 @@ class ExampleContext:
     image: ImageConfig
     layout: FeatureLayout
     video_rule: FrameRule | str = "paper"
-    options: PromptOptions = PromptOptions()
+    options: WritingOptions = PromptOptions()
     untiled_sets: tuple[str, ...] = ("khair", "jester")
     cell_name_width: int = 8
     audio: AudioContext | None = None
@@ -178,7 +179,7 @@ def media_tiles(media: Media, context: ExampleContext) -> np.ndarray:
     picture = open_image(media.data, name=media.name)
     if media.set is not None and media.set in context.untiled_sets:
         return single_tile(picture, context.image)[None]
-    return dynamic_tiles(picture, context.image)
+    return image_tiles(picture, context.image)
 
 
 def tile_table(media: Sequence[Media], context: ExampleContext, where: str | None = None) -> TileTable:
@@ -258,24 +259,28 @@ class _Part:
     Attributes:
       first_clip: which of the record's sounds its first `<audio>` is.
       inserted_id, end_tag: as in `Record`, for this conversation.
+      seed: for orders that are drawn.
     """
 
     turns: Sequence[Mapping[str, str]]
     first_clip: int = 0
     inserted_id: int | None = None
     end_tag: bool = True
+    seed: int = 0
 
 
 def _parts(record: Record, split_rounds: bool) -> list[_Part]:
     """The segments of a record. Without sounds its `inserted_id` and `end_tag` mean nothing, as in the original."""
     hears = any(media.kind == "audio" for media in record.media)
     inserted_id, end_tag = (record.inserted_id, record.end_tag) if hears else (None, True)
+    seed = zlib.crc32(str(record.id).encode())
     if not split_rounds:
-        return [_Part(record.conversations, 0, inserted_id, end_tag)]
+        return [_Part(record.conversations, 0, inserted_id, end_tag, seed)]
     parts, clips = [], 0
     for number, turns in enumerate(rounds_apart(record.conversations)):
         is_last = number == record.num_rounds - 1
-        parts.append(_Part(turns, clips, 1 if inserted_id == 2 * number + 1 else None, end_tag or not is_last))
+        noise = 1 if inserted_id == 2 * number + 1 else None
+        parts.append(_Part(turns, clips, noise, end_tag or not is_last, seed + number))
         clips += turns[0]["value"].count(PLACEHOLDERS["audio"])
     return parts
 
@@ -380,6 +385,7 @@ def _encode(part: _Part, table: TileTable, context: ExampleContext, clip_frames:
         inserted_id=part.inserted_id,
         end_tag=part.end_tag,
         options=context.options,
+        seed=part.seed,
     )
     on_clips = context.state_labels == "audio"
     return _expand(

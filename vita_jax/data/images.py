@@ -68,6 +68,8 @@ class ImageConfig:
       mean, std: per channel, for pixel values in 0..1.
       aspect: "pad" pastes the image on a square of the mean colour before anything else; "square" (the name the
         released VITA models use) does not pad.
+      tiling: "grid" cuts an image into tiles; "crop" makes one tile of it as CLIP does, by its shortest edge and the
+        central square.
 
     Raises:
       UserError: a value outside its range.
@@ -80,6 +82,7 @@ class ImageConfig:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     aspect: str = "square"
+    tiling: str = "grid"
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -90,6 +93,8 @@ class ImageConfig:
             )
         if self.aspect not in ("square", "pad"):
             raise UserError(f"aspect is {self.aspect!r}; use 'square' or 'pad'")
+        if self.tiling not in ("grid", "crop"):
+            raise UserError(f"tiling is {self.tiling!r}; use 'grid' or 'crop'")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise UserError(f"mean={self.mean}, std={self.std}; each needs three numbers, those of std positive")
 
@@ -99,13 +104,15 @@ class ImageConfig:
         return cls()
 
     @classmethod
-    def clip_vit_l_14_336px(cls) -> ImageConfig:
-        """LLaVA: 336 pixels, one tile, CLIP mean and deviation. LLaVA-1.5 additionally sets `aspect="pad"`."""
-        return cls(image_size=336, max_tiles=1, mean=CLIP_MEAN, std=CLIP_STD)
+    def clip(cls, image_size: int = 336, aspect: str = "square") -> ImageConfig:
+        """LLaVA v1 at 224 pixels, v1.5 at 336 with `aspect="pad"`: one tile, CLIP mean and deviation."""
+        return cls(image_size, max_tiles=1, mean=CLIP_MEAN, std=CLIP_STD, aspect=aspect, tiling="crop")
 
     @property
     def most_tiles(self) -> int:
         """The largest number of tiles one image can give, thumbnail included."""
+        if self.tiling == "crop":
+            return 1
         return self.max_tiles + int(self.use_thumbnail and self.max_tiles > 1)
 
 
@@ -248,7 +255,9 @@ def tile_grid(width: int, height: int, config: ImageConfig) -> tuple[int, int]:
 
 
 def tile_count(width: int, height: int, config: ImageConfig) -> int:
-    """How many tiles `dynamic_tiles` returns for an image of this size, without having its pixels."""
+    """How many tiles `image_tiles` returns for an image of this size, without having its pixels."""
+    if config.tiling == "crop":
+        return 1
     if config.aspect == "pad":
         width = height = max(width, height)
     columns, rows = tile_grid(width, height, config)
@@ -313,6 +322,11 @@ def dynamic_tiles(image: Image.Image, config: ImageConfig) -> np.ndarray:
     if config.use_thumbnail and len(tiles) != 1:
         tiles.append(image.resize((side, side)))
     return _stack(tiles)
+
+
+def image_tiles(image: Image.Image, config: ImageConfig) -> np.ndarray:
+    """The tiles of an RGB image as `config.tiling` says: uint8 (t S S 3). See `dynamic_tiles` and `single_tile`."""
+    return single_tile(image, config)[None] if config.tiling == "crop" else dynamic_tiles(image, config)
 
 
 def single_tile(image: Image.Image, config: ImageConfig) -> np.ndarray:

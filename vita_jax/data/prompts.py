@@ -55,6 +55,7 @@ __all__ = [
     "state_labels",
     "state_symbol_ids",
     "stop_ids",
+    "stop_text",
     "with_media",
 ]
 
@@ -156,6 +157,11 @@ def stop_ids(tokenizer: Tokenizer, template: Template) -> tuple[int, ...]:
     """Ids that end an answer: the template's end marker and the tokenizer's eos."""
     marker = tokenizer.special_tokens.get(template.end_marker)
     return tuple(dict.fromkeys(id_ for id_ in (marker, tokenizer.eos_id) if id_ is not None))
+
+
+def stop_text(tokenizer: Tokenizer, template: Template) -> str | None:
+    """The text that ends an answer where the template's end marker is no token of its own; None where it is one."""
+    return None if template.end_marker in tokenizer.special_tokens else template.end_marker
 
 
 def state_labels(conversations: Sequence[Message], inserted_id: int | None = None) -> list[int]:

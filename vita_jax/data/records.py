@@ -69,7 +69,7 @@ class Record:
     """A checked conversation with its media.
 
     Attributes:
-      id: for messages only.
+      id: for messages, and the seed of what is drawn for the record.
       conversations: {"from", "value"} turns; human first, taking turns, ending with gpt.
       media: all images in order of their placeholders, then all videos and all sounds in order of theirs.
       set: folder keys, () if the record names none.
@@ -124,9 +124,7 @@ def read_json_records(path: str | os.PathLike[str]) -> list[Any]:
     """The entries of a records file, unchecked. Raises UserError unless it is a non-empty JSON list."""
     entries = read_json(path, "records")
     if not isinstance(entries, list):
-        raise UserError(
-            f"records file {os.fspath(path)} holds a JSON {_json_type(entries)}; expected a list of records"
-        )
+        raise UserError(f"records file {os.fspath(path)} holds a JSON {json_type(entries)}; expected a list of records")
     if not entries:
         raise UserError(f"records file {os.fspath(path)} is an empty list; there is nothing to train on")
     return entries
@@ -140,7 +138,8 @@ def read_folders(path: str | os.PathLike[str]) -> dict[str, str]:
     return {key: str(Path(path).parent / root) for key, root in table.items()}
 
 
-def _json_type(value: Any) -> str:
+def json_type(value: Any) -> str:
+    """What JSON calls the type of a value."""
     names = {dict: "object", list: "list", str: "text", bool: "boolean", int: "number", float: "number"}
     return names.get(type(value), "null")
 
@@ -156,8 +155,8 @@ class MediaFile:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Checker:
-    """The rules for one record; `where` names file, index and id in every message."""
+class Checker:
+    """The rules for one record, or document; `where` names file, index and id in every message."""
 
     where: str
 
@@ -166,7 +165,7 @@ class _Checker:
 
     def text(self, value: Any, field: str) -> str:
         if not isinstance(value, str):
-            raise self.fail(field, f"is a {_json_type(value)}; expected text")
+            raise self.fail(field, f"is a {json_type(value)}; expected text")
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -183,15 +182,15 @@ class _Checker:
             raise self.fail(field, "is empty; leave the field out or give a value")
         return out
 
-    def known_fields(self, entry: Mapping[str, Any], ignore: Sequence[str]) -> None:
+    def known_fields(self, entry: Mapping[str, Any], ignore: Sequence[str], known: Sequence[str] = FIELDS) -> None:
         for field in entry:
-            if field in FIELDS or field in ignore:
+            if field in known or field in ignore:
                 continue
-            near = difflib.get_close_matches(field, FIELDS, n=1)
+            near = difflib.get_close_matches(field, known, n=1)
             hint = (
                 f"did you mean {near[0]!r}?"
                 if near
-                else f"known: {', '.join(FIELDS)}; or ignore it (--ignore-fields {field})"
+                else f"known: {', '.join(known)}; or ignore it (--ignore-fields {field})"
             )
             raise self.fail(field, f"unknown field; {hint}", "unknown field")
 
@@ -202,7 +201,7 @@ class _Checker:
         for i, turn in enumerate(value):
             field = f"conversations[{i}]"
             if not isinstance(turn, dict) or set(turn) != {"from", "value"}:
-                found = sorted(turn) if isinstance(turn, dict) else _json_type(turn)
+                found = sorted(turn) if isinstance(turn, dict) else json_type(turn)
                 raise self.fail(field, f"must have exactly the fields 'from' and 'value', got {found}")
             expected = ROLES[i % 2]
             if turn["from"] != expected:
@@ -311,16 +310,7 @@ def check_record(
     Raises:
       RecordError: the first thing that is wrong, with its field.
     """
-    where = f"{where}: record {index}"
-    if not isinstance(entry, dict):
-        raise RecordError(where, "", f"is a {_json_type(entry)}; expected an object with 'conversations'")
-    identity = entry.get("id", index)
-    joined = identity if isinstance(identity, list) and identity else [identity]  # of samples joined to one record
-    if any(type(one) not in (str, int) for one in joined):
-        raise RecordError(where, "id", f"is a {_json_type(identity)}; expected text, a number, or a list of them")
-    identity = "+".join(map(str, joined)) if isinstance(identity, list) else identity
-    check = _Checker(f"{where} (id {identity!r})")
-    check.text(str(identity), "id")
+    check, identity = identified(entry, f"{where}: record {index}", index, "conversations")
     check.known_fields(entry, ignore_fields)
     sets = () if entry.get("set") is None else check.texts(entry["set"], "set")
     turns = check.conversations(entry.get("conversations"))
@@ -334,8 +324,26 @@ def check_record(
     keys = list(sets) if len(sets) == len(pairs) else [sets[0] if sets else None] * len(pairs)
     base = None if root is None else os.fspath(root)
     files = tuple(check.locate(kind, name, key, base, folders) for (kind, name), key in zip(pairs, keys, strict=True))
-    record = Record(id=str(identity), conversations=turns, set=sets, inserted_id=inserted_id, end_tag=end_tag)
+    record = Record(id=identity, conversations=turns, set=sets, inserted_id=inserted_id, end_tag=end_tag)
     return CheckedRecord(check.where, record, files)
+
+
+def identified(entry: Any, where: str, index: int, main_field: str) -> tuple[Checker, str]:
+    """The rules for an entry, whose messages name it, and its id; the index is that of a record without one.
+
+    Raises:
+      RecordError: the entry is no object, or its id is neither text, nor a number, nor a list of them.
+    """
+    if not isinstance(entry, dict):
+        raise RecordError(where, "", f"is a {json_type(entry)}; expected an object with {main_field!r}")
+    identity = entry.get("id", index)
+    joined = identity if isinstance(identity, list) and identity else [identity]  # of samples joined to one record
+    if any(type(one) not in (str, int) for one in joined):
+        raise RecordError(where, "id", f"is a {json_type(identity)}; expected text, a number, or a list of them")
+    identity = "+".join(map(str, joined)) if isinstance(identity, list) else identity
+    check = Checker(f"{where} (id {identity!r})")
+    check.text(str(identity), "id")
+    return check, str(identity)
 
 
 def read_media(file: MediaFile, where: str) -> Media:
@@ -398,6 +406,8 @@ def decode_record(data: bytes) -> Record:
         schema = fields["schema"]
         if schema != RECORD_SCHEMA:
             raise UserError(f"record of schema {schema!r}, this version reads {RECORD_SCHEMA}; build the data again")
+        if "pieces" in fields:
+            raise UserError("is a document, which only the data sets of Flamingo hold; build conversations")
         return Record(
             id=fields["id"],
             conversations=tuple(fields["conversations"]),

@@ -417,6 +417,27 @@ class TextStream:
         return text[start:end]
 
 
+def until(pieces: Iterable[str], end: str | None) -> Iterator[str]:
+    """The pieces of a text up to the first `end`, which is left out with everything behind it; None ends nothing.
+
+    What may be the beginning of `end` is held back until that is known.
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        if end is None:
+            sent = len(held)
+        elif end in held:
+            yield held[: held.index(end)]
+            return
+        else:
+            begun = next((n for n in range(min(len(end) - 1, len(held)), 0, -1) if held.endswith(end[:n])), 0)
+            sent = len(held) - begun
+        yield held[:sent]
+        held = held[sent:]
+    yield held
+
+
 def _alternatives(strings: Sequence[str], keep: bool = True) -> re.Pattern[str]:
     pattern = "|".join(re.escape(string) for string in sorted(strings, key=len, reverse=True))
     return re.compile(f"({pattern})" if keep else pattern)

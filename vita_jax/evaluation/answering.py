@@ -26,10 +26,12 @@ from vita_jax.data.examples import (
     prompt_example,
     tile_table,
 )
-from vita_jax.data.prompts import stop_ids
+from vita_jax.data.prompts import stop_ids, stop_text
+from vita_jax.data.tokenizer import until
 from vita_jax.evaluation.items import Item
 from vita_jax.inference.generate import LENGTH_BUCKETS, TILE_BUCKETS, Params, bucket, generate
-from vita_jax.models.vita import Vita, VitaInputs
+from vita_jax.models.vita import VitaInputs
+from vita_jax.training.families import Model
 
 Progress = Callable[[int, int], None]
 
@@ -55,7 +57,7 @@ class _Question:
 
 
 def question_batches(
-    model: Vita,
+    model: Model,
     params: Params,
     context: ExampleContext,
     items: Sequence[Item],
@@ -95,7 +97,7 @@ def question_batches(
 
 
 def answer_items(
-    model: Vita,
+    model: Model,
     params: Params,
     context: ExampleContext,
     items: Sequence[Item],
@@ -119,7 +121,7 @@ def answer_items(
       UserError: a file is missing or damaged.
     """
     answers = [""] * len(items)
-    answered = 0
+    answered, end = 0, stop_text(context.tokenizer, context.template)
     for indices, inputs in question_batches(model, params, context, items, root, batch_size):
         generated = generate(
             model,
@@ -134,7 +136,7 @@ def answer_items(
         for row, index in enumerate(indices):
             # A model's table may have more rows than its tokenizer has entries; those spell nothing.
             ids = [i for i in tokens[row, : lengths[row]].tolist() if i < context.tokenizer.vocab_size]
-            answers[index] = context.tokenizer.decode(ids)
+            answers[index] = "".join(until([context.tokenizer.decode(ids)], end))
         answered += len(indices)
         if progress is not None:
             progress(answered, len(items))
@@ -155,19 +157,19 @@ def _question(
 
 
 @partial(jax.jit, static_argnames="model")
-def _encode_tiles(model: Vita, params: Params, tiles: jax.Array) -> jax.Array:
+def _encode_tiles(model: Model, params: Params, tiles: jax.Array) -> jax.Array:
     """tiles: (n S S 3) -> (n k d), each tile's part of the feature table."""
     return model.apply({"params": params}, tiles[:, None], method="encode_tiles")
 
 
 @partial(jax.jit, static_argnames="model")
-def _encode_clips(model: Vita, params: Params, features: jax.Array, lengths: jax.Array) -> jax.Array:
+def _encode_clips(model: Model, params: Params, features: jax.Array, lengths: jax.Array) -> jax.Array:
     """features (n f m), lengths (n,) -> (n p d), each clip's part of the feature table."""
     return model.apply({"params": params}, features[:, None], lengths[:, None], method="encode_audio")
 
 
 def _batch_features(
-    model: Vita,
+    model: Model,
     params: Params,
     batch: Sequence[_Question],
     tables: Mapping[tuple[str, str], TileTable],
@@ -193,7 +195,7 @@ def _batch_features(
 
 
 def _clip_features(
-    model: Vita, params: Params, files: Sequence[tuple[str, str]], tables: Mapping[tuple[str, str], TileTable]
+    model: Model, params: Params, files: Sequence[tuple[str, str]], tables: Mapping[tuple[str, str], TileTable]
 ) -> dict[tuple[str, str], np.ndarray]:
     """(tokens d) of every sound; those of similar length go through the tower together."""
     features: dict[tuple[str, str], np.ndarray] = {}

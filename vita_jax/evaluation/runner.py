@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from vita_jax.data.conversations import sees_video
 from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UserError
 from vita_jax.evaluation.answering import Progress, answer_items
@@ -154,6 +155,8 @@ def _why_not(subject: Subject, group: Group, items: Sequence[Item]) -> str | Non
             return f"the data has no items of {source!r}"
         if subject.config.model.audio is None and any(item.audio is not None for item in mine):
             return "the model does not hear"
+        if not sees_video(subject.config.prompt) and any(item.video is not None for item in mine):
+            return "the model sees no videos"
     if group.measure == "recogniser":
         return why_no_recogniser(subject.config)
     return why_no_input_head(subject) if group.measure == "input_head" else None

@@ -10,8 +10,8 @@ from typing import Any
 
 from vita_jax.data.examples import ExampleContext
 from vita_jax.data.tokenizer import Tokenizer
-from vita_jax.models.vita import Vita
 from vita_jax.training.experiment import ExperimentConfig, build_model, data_folder, example_context
+from vita_jax.training.families import Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Subject:
     keep_sounds: bool = False
 
     @cached_property
-    def model(self) -> Vita:
+    def model(self) -> Model:
         """The network."""
         return build_model(self.config)
 

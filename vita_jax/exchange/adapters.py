@@ -20,9 +20,9 @@ from vita_jax.exchange.importing import ORIGINAL, STAGE, STEP, past_stage, seal
 from vita_jax.exchange.released import read_json
 from vita_jax.models.lora import detach, linear_sites, merge
 from vita_jax.models.lora_weights import export_adapters, import_adapters, peft_table
-from vita_jax.models.vita_weights import weight_table
 from vita_jax.nn.layers import LORA_DOWN, LORA_SCALE
 from vita_jax.training.checkpoint import checkpoint_folder
+from vita_jax.training.families import weight_table
 from vita_jax.training.param_store import ParamWriter
 from vita_jax.training.portable import TOKENIZER, new_folder
 

@@ -8,14 +8,15 @@ files of their own (codec, speech decoders, the speech encoder's `train.yaml`) g
   audio_encoder/train.yaml
   codec/model.json, codec/model.safetensors;  decoder/model.json, decoder/model.safetensors
 
-A checkpoint that holds only a part of a model (a tower) gives that part's public layout.
+A checkpoint that holds only a part of a model (a tower) gives that part's public layout. A LLaVA has one file or
+several of weights, in its original's layout or in one of transformers'.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,22 @@ import yaml
 from vita_jax import config as config_lib
 from vita_jax.conversion.tables import Table, flatten, iter_export, unflatten
 from vita_jax.conversion.torch_files import write_tensors
+from vita_jax.conversion.views import Source, joined
 from vita_jax.data.tokenizer import load_tokenizer
-from vita_jax.errors import UserError
+from vita_jax.errors import UnsupportedOption, UserError
 from vita_jax.exchange.importing import GENERATION, ORIGINAL, Progress
-from vita_jax.exchange.released import CONFIG, MODEL_JSON, TRAIN
+from vita_jax.exchange.released import CONFIG, FLAMINGO, MODEL_JSON, TRAIN, read_json
+from vita_jax.models import flamingo_weights, llava_weights
 from vita_jax.models.audio import ctc_head_weights, tower_weights
 from vita_jax.models.codec import codec_weights
 from vita_jax.models.codec import config as codec_config
+from vita_jax.models.flamingo import FlamingoConfig
 from vita_jax.models.language import decoder_weights
+from vita_jax.models.llava import LlavaConfig
 from vita_jax.models.lora import detach, merge
 from vita_jax.models.speech import config as speech_config
 from vita_jax.models.speech import speech_decoder_weights
-from vita_jax.models.vision import internvit_weights
+from vita_jax.models.vision import clip_weights, internvit_weights
 from vita_jax.models.vita import VitaConfig
 from vita_jax.models.vita_hf import config_to_hf
 from vita_jax.models.vita_weights import weight_table
@@ -101,21 +106,42 @@ def _read_all(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Part:
-    """A folder of the export: where it is below the export's, what it holds, and the small files beside it."""
+    """A folder of the export: where it is below the export's, what it holds, and the small files beside it.
+
+    stacks: names of the table -> where they stand in the files, if that differs; see `conversion.views.joined`.
+    """
 
     place: str
     table: Table
     params: Mapping[str, Any]
     texts: Mapping[str, str]
+    stacks: Mapping[str, Source] | None = None
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(torch name, array) of all."""
+        tensors = iter_export(self.table, self.params)
+        return tensors if self.stacks is None else joined(tensors, self.stacks)
 
 
-def parts_of(stored: Stored) -> list[Part]:
+def parts_of(stored: Stored, layout: str | None = None) -> list[Part]:
     """What the export consists of. The recogniser's head has a file of its own: the original does not know it.
+
+    Args:
+      stored: the checkpoint.
+      layout: of a LLaVA, a key of `llava_weights.LAYOUTS`; None: that of the folder it came from, as far as its
+        `config.json` tells, else the original's.
 
     Raises:
       UserError: a checkpoint with parts of a model that have no public layout by themselves.
+      UnsupportedOption: a layout that the model has not.
     """
     params, model = stored.params, stored.config.model
+    if isinstance(model, LlavaConfig):
+        return [_llava(model, params, layout or ("hf" if of_transformers(stored) else "original"))]
+    if layout is None and isinstance(model, FlamingoConfig):
+        return [_flamingo(model, params)]
+    if layout is not None:
+        raise UnsupportedOption(f"layout {layout!r} is one of LLaVA's checkpoints, and this is none; use 'pytorch'")
     voice = [name for name in ("codec", "speech") if name in params]
     rest = {name: tree for name, tree in params.items() if name not in (*voice, "ctc_head")}
     parts = []
@@ -130,6 +156,42 @@ def parts_of(stored: Stored) -> list[Part]:
         place = CODEC_FOLDER if name == "codec" else SPEECH_FOLDER
         parts.append(_voice(name, model, params[name], place if len(params) > 1 else ""))
     return parts
+
+
+def of_transformers(stored: Stored) -> bool:
+    """Whether the public folder that a run came from, if it did, was written by transformers."""
+    file = stored.run_dir / ORIGINAL / CONFIG
+    return file.is_file() and "text_config" in read_json(file)
+
+
+def _llava(model: LlavaConfig, params: Mapping[str, Any], layout: str) -> Part:
+    table, stored = llava_weights.weight_table(model, layout), flatten(params)
+    if set(params) == set(WHOLE):
+        dtype = {"torch_dtype": str(stored["language/norm/scale"].dtype)}
+        return Part("", table, params, {CONFIG: _json({**llava_weights.config_to_hf(model, layout), **dtype})})
+    (name, *others) = params
+    if others:
+        raise UserError(f"the checkpoint holds {name}, {', '.join(others)}, which together are no public checkpoint")
+    if name == "vision":
+        text = {CONFIG: _json(clip_weights.config_to_hf(model.vision))}
+        return Part("", clip_weights.weight_table(model.vision), params[name], text)
+    own = Table(tuple(rule for rule in table.rules if rule.path.startswith(f"{name}/")), table.ignore)
+    text = {CONFIG: _json(decoder_weights.config_to_hf(model.language))} if name == "language" else {}
+    return Part("", own, params, text)
+
+
+def _flamingo(model: FlamingoConfig, params: Mapping[str, Any]) -> Part:
+    """open_flamingo's names, and a `config.json` as that of its LLaMA, with our sizes of the whole."""
+    table = flamingo_weights.weight_table(model)
+    missing = {rule.path for rule in table.rules} - set(flatten(params))
+    if missing:
+        raise UserError(
+            f"the checkpoint holds {', '.join(params)}, which together are no open_flamingo checkpoint; "
+            f"{sorted(missing)[0]} is missing"
+        )
+    dtype = {"torch_dtype": str(flatten(params)["language/norm/scale"].dtype)}
+    values = {**decoder_weights.config_to_hf(model.language), **dtype, FLAMINGO: config_lib.to_dict(model)}
+    return Part("", table, params, {CONFIG: _json(values)}, flamingo_weights.stacks(model))
 
 
 def _whole(model: VitaConfig, params: Mapping[str, Any]) -> Part:
@@ -186,6 +248,7 @@ def export_checkpoint(
     stored: Stored,
     folder: str | Path,
     *,
+    layout: str | None = None,
     dtype: DType | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = lambda done, total, name: None,
@@ -195,6 +258,7 @@ def export_checkpoint(
     Args:
       stored: see `open_checkpoint`.
       folder: must not exist, or be empty.
+      layout: see `parts_of`.
       dtype: of floating-point tensors; None keeps the bits.
       shard_bytes: largest file of weights; about twice this is held in memory.
       progress: called after every tensor, with bytes of the result.
@@ -206,18 +270,18 @@ def export_checkpoint(
       UserError: the folder is in use or cannot be written, or the parameters have no public layout.
     """
     folder = Path(folder)
-    parts = parts_of(stored)
+    parts = parts_of(stored, layout)
     total = sum(leaf.dtype.itemsize * int(np.prod(leaf.shape)) for leaf in flatten(stored.params).values())
     count = Counter(total, progress)
     with new_folder(folder) as partial:
         for part in parts:
             place = partial / part.place
-            tensors = count.over(iter_export(part.table, part.params))
+            tensors = count.over(part.tensors())
             write_tensors(place, as_dtype(tensors, dtype, smallest_rank=0), max_shard_bytes=shard_bytes)
             for name, text in part.texts.items():
                 (place / name).parent.mkdir(parents=True, exist_ok=True)
                 (place / name).write_text(text, encoding="utf-8")
-        _small_files(stored, partial)
+        _small_files(stored, partial, parts)
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
@@ -235,11 +299,16 @@ class Counter:
             self._progress(self._done, self._total, name)
 
 
-def _small_files(stored: Stored, folder: Path) -> None:
+def _small_files(stored: Stored, folder: Path, parts: Sequence[Part]) -> None:
     """The public files that the run was imported with, else the tokenizer's own and a generation config."""
     original = stored.run_dir / ORIGINAL
     if original.is_dir():
         shutil.copytree(original, folder, dirs_exist_ok=True)
+        for part in parts:
+            # A folder in another layout than the one it came from has another configuration.
+            text = part.texts.get(CONFIG)
+            if text is not None and ("text_config" in json.loads(text)) != of_transformers(stored):
+                (folder / part.place / CONFIG).write_text(text, encoding="utf-8")
         return
     tokenizer = stored.run_dir / TOKENIZER
     if not tokenizer.is_dir() or "language" not in stored.params:

@@ -20,16 +20,15 @@ import numpy as np
 from vita_jax import config as config_lib
 from vita_jax.conversion.tables import Rule, Table, compare, iter_parts
 from vita_jax.data.audio import AudioConfig
-from vita_jax.data.images import ImageConfig
 from vita_jax.data.loader import SourceConfig
 from vita_jax.data.templates import SystemTexts
 from vita_jax.errors import UserError
 from vita_jax.exchange.released import CONFIG as RELEASED_CONFIG
 from vita_jax.exchange.released import MODEL_JSON, TRAIN, Released, find_file, read_json
 from vita_jax.exchange.tokenizers import TOKENIZER_FILES, make_tokenizer
-from vita_jax.models.vita import VitaConfig
 from vita_jax.training.checkpoint import CONFIG, checkpoint_folder, snapshot_meta, write_manifest
 from vita_jax.training.experiment import DataConfig, DTypePolicy, ExperimentConfig, TokenizerConfig
+from vita_jax.training.families import ModelConfig, family_of
 from vita_jax.training.param_store import ParamWriter
 from vita_jax.training.portable import TOKENIZER, DType, as_dtype, new_run
 from vita_jax.training.stages import Stage
@@ -38,8 +37,8 @@ STAGE, STEP = "imported", 0
 ORIGINAL, JOURNAL = "original", "journal.json"
 GENERATION = "generation_config.json"
 ALLOWANCES = ("missing", "unexpected", "misshapen")
-# The released weights were trained with texts that are not public domain; a user who has them gives them in a file.
-PLAIN_TEXTS = SystemTexts(*("You are a helpful assistant.",) * 3)
+# Of how transformers prepares pictures; nothing of it is read.
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being read
 
@@ -82,27 +81,28 @@ def fitting_table(released: Released, allow: Iterable[str] = ()) -> tuple[Table,
 
 
 def experiment_of(
-    released: Released, run_dir: Path, *, system_texts: SystemTexts, half: bool, template: str | None = None
+    released: Released, run_dir: Path, *, system_texts: SystemTexts | None, half: bool, template: str | None = None
 ) -> ExperimentConfig:
     """The configuration of the imported run: the model, how it was talked to, and a stage that stands for its past.
 
     Args:
       released: the folder.
       run_dir: of the result.
-      system_texts: of the prompts.
+      system_texts: of the prompts; None: the family's.
       half: whether the parameters are half precision; activations then are bfloat16.
       template: of the conversations; default the one of the model.
     """
-    model = released.config
+    model, family = released.config, family_of(released.config)
     return ExperimentConfig(
         name=released.model,
         size="full",
         run_dir=str(run_dir),
         model=model,
-        image=ImageConfig(image_size=model.vision.image_size),
+        image=replace(family.image(model), aspect=released.aspect),
         tokenizer=TokenizerConfig(vocab_size=model.language.vocab_size),
-        template=template or ("mixtral_two" if model.language.num_experts else "qwen2p5_instruct"),
-        system_texts=system_texts,
+        template=template or family.template(model),
+        system_texts=system_texts or family.system_texts,
+        prompt=family.prompts(),
         data=DataConfig(),
         stages=(past_stage(f"imported {released.model}", model),),
         audio=AudioConfig(),
@@ -110,7 +110,7 @@ def experiment_of(
     )
 
 
-def past_stage(title: str, model: VitaConfig) -> Stage:
+def past_stage(title: str, model: ModelConfig) -> Stage:
     """A finished stage that stands for whatever the weights went through elsewhere."""
     return Stage(
         STAGE,
@@ -147,7 +147,7 @@ def import_released(
     *,
     allow: Iterable[str] = (),
     dtype: DType | None = None,
-    system_texts: SystemTexts = PLAIN_TEXTS,
+    system_texts: SystemTexts | None = None,
     progress: Progress = lambda done, total, name: None,
 ) -> list[str]:
     """Writes the run.
@@ -157,7 +157,7 @@ def import_released(
       run_dir: must not exist, or be empty. What an interrupted import of the same folder left is gone on with.
       allow: see `fitting_table`.
       dtype: of floating-point tensors; None keeps the bits.
-      system_texts: of the prompts.
+      system_texts: of the prompts; None: the family's plain ones.
       progress: called after every tensor.
 
     Returns:
@@ -253,7 +253,7 @@ def _copy_originals(released: Released, partial: Path) -> None:
     folder = released.folder if released.folder.is_dir() else released.folder.parent
     target = partial / ORIGINAL
     target.mkdir(exist_ok=True)
-    for name in (RELEASED_CONFIG, TRAIN, MODEL_JSON, GENERATION, *TOKENIZER_FILES):
+    for name in (RELEASED_CONFIG, TRAIN, MODEL_JSON, GENERATION, *PROCESSORS, *TOKENIZER_FILES):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, target / name)
     values = read_json(folder / RELEASED_CONFIG) if (folder / RELEASED_CONFIG).is_file() else {}

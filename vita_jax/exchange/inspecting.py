@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from vita_jax.conversion.tables import MAX_NAMES_IN_MESSAGE, Table, compare, fla
 from vita_jax.conversion.torch_files import TensorSource
 from vita_jax.conversion.torch_pickles import open_tensors
 from vita_jax.errors import UserError
-from vita_jax.exchange.exporting import Counter, Stored, open_checkpoint, parts_of
+from vita_jax.exchange.exporting import Counter, Part, Stored, open_checkpoint, parts_of
 from vita_jax.exchange.importing import Progress
 from vita_jax.exchange.released import Released, guess_model, read_released
 from vita_jax.training.checkpoint import CONFIG as RUN_CONFIG
@@ -122,11 +122,12 @@ def differences(released: Released) -> Iterator[str]:
         yield "complete: every tensor has its place, and every parameter its tensor"
 
 
-def verify(stored: Stored, tensors: dict[str, TensorSource], progress: Progress) -> int:
+def verify(stored: Stored, parts: Sequence[Part], tensors: dict[str, TensorSource], progress: Progress) -> int:
     """Compares a checkpoint with public folders, bit for bit and one tensor at a time.
 
     Args:
       stored: the checkpoint.
+      parts: of its export.
       tensors: place of a part of the export ("" for the main one) -> the folder's tensors.
       progress: called after every tensor.
 
@@ -138,7 +139,7 @@ def verify(stored: Stored, tensors: dict[str, TensorSource], progress: Progress)
     """
     total = sum(np.dtype(leaf.dtype).itemsize * math.prod(leaf.shape) for leaf in flatten(stored.params).values())
     count, compared, wrong = Counter(total, progress), 0, []
-    for part in parts_of(stored):
+    for part in parts:
         if part.place not in tensors:
             raise UserError(f"the checkpoint has a part {part.place!r} that there is nothing to compare with")
         source = tensors[part.place]
@@ -164,10 +165,11 @@ def _bits(array: np.ndarray) -> np.dtype:
 def open_and_verify(checkpoint: str | Path, model: str, folder: str | Path, progress: Progress) -> int:
     """`verify` of a checkpoint against one public folder."""
     stored = open_checkpoint(checkpoint)
-    return verify(
-        stored, {part.place: _tensors(model, Path(folder), part.place) for part in parts_of(stored)}, progress
-    )
-
-
-def _tensors(model: str, folder: Path, place: str) -> TensorSource:
-    return open_tensors(folder / place) if place else read_released(model, folder).tensors
+    parts = parts_of(stored)
+    tensors = {part.place: open_tensors(Path(folder) / part.place) for part in parts if part.place}
+    if any(not part.place for part in parts):
+        released = read_released(model, folder)
+        tensors[""] = released.tensors
+        if model == "llava":  # has several layouts
+            parts = [replace(part, table=released.table) for part in parts]
+    return verify(stored, parts, tensors, progress)

@@ -15,26 +15,36 @@ from typing import Any
 import numpy as np
 import yaml
 
+from vita_jax import config as config_lib
 from vita_jax.conversion.tables import Table
 from vita_jax.conversion.torch_files import TensorInfo, TensorSource
 from vita_jax.conversion.torch_pickles import open_tensors
 from vita_jax.errors import UserError
+from vita_jax.models import flamingo_weights, llava_weights
 from vita_jax.models.audio import tower_weights
 from vita_jax.models.codec import codec_weights
 from vita_jax.models.codec import config as codec_config
 from vita_jax.models.connectors import projectors_weights
 from vita_jax.models.connectors.projectors import DEFAULT_PROJECTOR, ProjectorConfig
+from vita_jax.models.flamingo import FlamingoConfig
 from vita_jax.models.language import decoder_weights
+from vita_jax.models.llava import llava_v1_5_7b, llava_v1_5_13b
 from vita_jax.models.speech import config as speech_config
 from vita_jax.models.speech import speech_decoder_weights
-from vita_jax.models.vision import internvit_weights
-from vita_jax.models.vita import VitaConfig, vita_1_0, vita_1_5
+from vita_jax.models.vision import clip_weights, internvit_weights
+from vita_jax.models.vision.clip import clip_vit_large_224px
+from vita_jax.models.vita import vita_1_0, vita_1_5
 from vita_jax.models.vita_hf import EMBEDDING, around, config_from_hf
 from vita_jax.models.vita_weights import weight_table
+from vita_jax.training.families import ModelConfig
 
 CONFIG, TRAIN, MODEL_JSON = "config.json", "train.yaml", "model.json"
 # Heads beside the speech encoder in its own file; the original passes over them, too.
 OTHER_HEADS = r"(ctc|decoder|criterion|predictor)\b.*"
+FLAMINGO = "flamingo"  # our sizes of a Flamingo, in the `config.json` of an export
+LLAVAS = (llava_v1_5_7b, llava_v1_5_13b)
+# CLIP's text half, and what joins it to the tower.
+CLIP_TEXT = (r"text_model\..*", r"(text|visual)_projection\.weight", r"logit_scale")
 
 
 @dataclass(frozen=True)
@@ -48,14 +58,16 @@ class Released:
       table: from its names to paths of the whole model.
       tensors: by the names of the table.
       notes: what the user should know about how it was read.
+      aspect: as in `vita_jax.data.images.ImageConfig`.
     """
 
     model: str
     folder: Path
-    config: VitaConfig
+    config: ModelConfig
     table: Table
     tensors: TensorSource
     notes: tuple[str, ...] = ()
+    aspect: str = "square"
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -82,6 +94,31 @@ class Renamed(Mapping[str, np.ndarray]):
     def info(self, name: str) -> TensorInfo:
         """See `TensorSource`."""
         return self._tensors.info(self._names[name])
+
+
+class Joined(Mapping[str, np.ndarray]):
+    """The tensors of several sources as those of one. Raises `UserError` if two have the same name."""
+
+    def __init__(self, *sources: TensorSource) -> None:
+        self._sources: dict[str, TensorSource] = {}
+        for source in sources:
+            for name in source:
+                if name in self._sources:
+                    raise UserError(f"tensor {name} is there twice, in {source.info(name).file} and beside it")
+                self._sources[name] = source
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._sources[name][name]
+
+    def __iter__(self) -> Any:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def info(self, name: str) -> TensorInfo:
+        """See `TensorSource`."""
+        return self._sources[name].info(name)
 
 
 def shapes_of(tensors: TensorSource) -> dict[str, tuple[int, ...]]:
@@ -120,14 +157,23 @@ def guess_model(folder: str | Path) -> str:
     def has(start: str) -> bool:
         return any(start in name for name in names)
 
+    if has("perceiver.latents"):
+        return "flamingo"
     sparse = has("block_sparse_moe")
+    original = llava_weights.LAYOUTS["original"]
+    if has("multi_modal_projector.") or (EMBEDDING in names and has(original.tower)):
+        return "llava"
     if EMBEDDING in names:
+        if has(original.projector) and not has("model.vision_tower."):
+            return "llava"  # its tower is in CLIP's own files
         if has("model.vision_tower."):
             return "vita_1_0" if sparse else "vita_1_5"
         return "mixtral" if sparse else "qwen2" if has(".q_proj.bias") else "llama"
     for model, start in (
+        ("llava_projector", "mm_projector.weight"),  # VITA's have several layers
         ("projector", "mm_projector."),
         ("audio_adapter", "audio_encoder.adpter."),
+        ("clip", "vision_model.embeddings.class_embedding"),
         ("internvit", "embeddings.class_embedding"),
         ("whale", "encoder.enc.0."),
         ("speech_decoder", "layers_pre_nn."),
@@ -167,6 +213,80 @@ def _vita(model: str) -> Callable[[Path, TensorSource], Released]:
         return Released(model, folder, config, weight_table(config), tensors, tuple(notes))
 
     return read
+
+
+def _llava(folder: Path, tensors: TensorSource) -> Released:
+    values, layout = read_json(folder / CONFIG), llava_weights.layout_of(tensors)
+    tower = find_file(folder, values.get("mm_vision_tower"), CONFIG)
+    config = llava_weights.config_from_hf(values, None if tower is None else read_json(tower))
+    notes, said = [f"layout {layout}"], config.language.vocab_size
+    embedding = f"{llava_weights.LAYOUTS[layout].language}embed_tokens.weight"
+    if embedding not in tensors:
+        raise UserError(f"there is no tensor {embedding}")
+    rows = tensors.info(embedding).shape[0]
+    if rows != said:
+        notes.append(f"{CONFIG} says {said} vocabulary rows, the tensors have {rows}: {rows} are taken")
+        config = replace(config, language=replace(config.language, vocab_size=rows))
+    whole = llava_weights.has_tower(tensors, layout)
+    table = llava_weights.weight_table(config, layout, tower=whole)
+    if not whole:
+        name = PurePosixPath(str(values.get("mm_vision_tower", "clip"))).name
+        if not (folder / name).is_dir():
+            raise UserError(
+                f"it holds no vision tower ({llava_weights.LAYOUTS[layout].tower}...); put CLIP's own folder, with its "
+                f"weights, into it as {name}"
+            )
+        clip = clip_weights.weight_table(config.vision).prefixed(path="vision/")
+        table, tensors = table + clip + Table((), CLIP_TEXT), Joined(tensors, open_tensors(folder / name))
+        notes.append(f"the vision tower is that of {name}")
+    aspect = "pad" if values.get("image_aspect_ratio") == "pad" else "square"
+    return Released("llava", folder, config, table, tensors, tuple(notes), aspect)
+
+
+def _clip(folder: Path, tensors: TensorSource) -> Released:
+    """The tower, as the part of a LLaVA that it is."""
+    vision, whole = clip_weights.config_from_hf(read_json(folder / CONFIG)), llava_v1_5_7b()
+    config = replace(whole, vision=vision, projector=replace(whole.projector, input_size=vision.hidden_size))
+    table = clip_weights.weight_table(vision).prefixed(path="vision/") + Table((), CLIP_TEXT)
+    return Released("clip", folder, config, table, tensors)
+
+
+def _llava_projector(folder: Path, tensors: TensorSource) -> Released:
+    """What LLaVA's first stage leaves (`mm_projector.bin`), as the part of a LLaVA of these widths that it is."""
+    renamed = Renamed(tensors, llava_weights.PROJECTOR_MARK)
+    shapes = shapes_of(renamed)
+    first = "weight" if "weight" in shapes else "0.weight"
+    if first not in shapes:
+        raise UserError("it holds no linear and no mlp projector (...mm_projector.weight or .0.weight)")
+    by_widths = {(m.projector.output_size, m.projector.input_size): m for m in (preset() for preset in LLAVAS)}
+    whole = by_widths.get(shapes[first])
+    if whole is None:
+        raise UserError(f"its projector is of shape {shapes[first]}, which is neither that of LLaVA-7B nor of 13B")
+    layers = sum(name.endswith(".weight") and name[0].isdigit() for name in shapes)
+    kind = "linear" if first == "weight" else f"mlp{layers}x_gelu"
+    config = replace(whole, projector=replace(whole.projector, projector_type=kind))
+    table = projectors_weights.weight_table(config.projector).prefixed(path="projector/")
+    # Beside it, where image markers were trained; without them nothing reads it.
+    return Released("llava_projector", folder, config, table + Table((), (r"model\.embed_tokens\.weight",)), renamed)
+
+
+def _flamingo(folder: Path, tensors: TensorSource) -> Released:
+    """open_flamingo's checkpoint, beside the `config.json` and the tokenizer of its LLaMA: the files that it lies with
+    say nothing of its sizes. What training saves is the part that trained, to start from beside the others.
+    """
+    viewed = flamingo_weights.view(tensors)
+    values = read_json((folder if folder.is_dir() else folder.parent) / CONFIG)
+    shapes = shapes_of(viewed)
+    whole = flamingo_weights.is_whole(shapes)
+    if FLAMINGO in values:
+        config = config_lib.from_dict(FlamingoConfig, values[FLAMINGO])
+    else:
+        language = decoder_weights.config_from_hf(values)
+        config = flamingo_weights.config_of_tensors(shapes, language, None if whole else clip_vit_large_224px())
+    if whole:
+        return Released("flamingo", folder, config, flamingo_weights.weight_table(config), viewed)
+    note = "it holds what trained alone; language model and tower come from elsewhere, see docs/flamingo.md"
+    return Released("flamingo", folder, config, flamingo_weights.trained_table(config), viewed, (note,))
 
 
 def _language(model: str) -> Callable[[Path, TensorSource], Released]:
@@ -254,10 +374,14 @@ def _codec(folder: Path, tensors: TensorSource) -> Released:
 MODELS: dict[str, Callable[[Path, TensorSource], Released]] = {
     "vita_1_5": _vita("vita_1_5"),
     "vita_1_0": _vita("vita_1_0"),
+    "llava": _llava,
+    "llava_projector": _llava_projector,
+    "flamingo": _flamingo,
     "qwen2": _language("qwen2"),
     "mixtral": _language("mixtral"),
     "llama": _language("llama"),
     "internvit": _internvit,
+    "clip": _clip,
     "whale": _whale,
     "projector": _projector,
     "audio_adapter": _audio_adapter,

@@ -32,7 +32,7 @@ from vita_jax.inference.prefix import BLOCK_LENGTHS, Key, Prompt, blocks, common
 from vita_jax.inference.row_sampling import NO_PENALTIES, Penalties, row_sampling
 from vita_jax.inference.rows import MAX_STOPS, NO_STOP, Answering, Block
 from vita_jax.inference.sampling import GREEDY, Greedy, Sampler
-from vita_jax.models.vita import Vita
+from vita_jax.training.families import Model
 
 _compiled = partial(partial, jax.jit, donate_argnames="rows")
 _prefill = _compiled(static_argnames="decoder")(device.prefill_row)
@@ -199,7 +199,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Vita,
+        model: Model,
         params: Mapping[str, Any],
         *,
         num_rows: int = 1,

@@ -17,11 +17,11 @@ from vita_jax.inference.generate import TILE_BUCKETS, bucket
 from vita_jax.inference.listen import hear_whole, pad_frames
 from vita_jax.inference.prefix import LIVE, MediaId, Prompt, example_prompt, live_id, media_id
 from vita_jax.models.audio.tower import AudioTower
-from vita_jax.models.vita import Vita
+from vita_jax.training.families import Model
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _see(model: Vita, params: Any, tiles: jax.Array) -> jax.Array:
+def _see(model: Model, params: Any, tiles: jax.Array) -> jax.Array:
     """tiles (n S S 3) -> (n k d), each tile's part of the feature table."""
     return model.apply({"params": params}, tiles[:, None], method="encode_tiles")
 
@@ -29,7 +29,7 @@ def _see(model: Vita, params: Any, tiles: jax.Array) -> jax.Array:
 class KnownMedia:
     """What a conversation has seen and heard, as vectors of the language model."""
 
-    def __init__(self, model: Vita, params: Mapping[str, Any], context: ExampleContext) -> None:
+    def __init__(self, model: Model, params: Mapping[str, Any], context: ExampleContext) -> None:
         """
         Args:
           model, params: the whole model; its towers run here.

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from vita_jax.errors import UserError
 from vita_jax.models.int8 import LeafChange, int8_weights, weight_bytes
 from vita_jax.models.language.decoder import Decoder, make_cache
-from vita_jax.models.vita_weights import weight_table
 from vita_jax.training.experiment import ExperimentConfig
+from vita_jax.training.families import family_of, weight_table
 
 PARTS = ("weights", "cache")
 MEBIBYTE = 2**20
@@ -51,6 +51,12 @@ class QuantizationConfig:
         """For `vita_jax.training.checkpoint.load_params`; None where weights stay floats."""
         return None if self.weights is None else _change
 
+    def check(self, config: ExperimentConfig) -> None:
+        """Raises UserError for a model that has nothing in int8."""
+        family = family_of(config.model)
+        if self != FLOATS and family.in_context:
+            raise UserError(f"a {family.title} answers in floats only; leave out --int8")
+
 
 FLOATS = QuantizationConfig()
 
@@ -64,6 +70,7 @@ def int8_parts(parts: Sequence[str]) -> QuantizationConfig:
 
 
 def _change(config: ExperimentConfig) -> LeafChange:
+    QuantizationConfig(weights="int8").check(config)
     return int8_weights(weight_table(config.model))
 
 

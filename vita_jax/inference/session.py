@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vita_jax.data.examples import ExampleContext, media_from_file
-from vita_jax.data.prompts import split_state_symbol, stop_ids, with_media
+from vita_jax.data.prompts import split_state_symbol, stop_ids, stop_text, with_media
 from vita_jax.data.records import Media
-from vita_jax.data.tokenizer import TextStream, Tokenizer, load_tokenizer
+from vita_jax.data.tokenizer import TextStream, Tokenizer, load_tokenizer, until
 from vita_jax.errors import UserError
 from vita_jax.inference.engine import Answer, AnswerOptions, Engine, Seat
 from vita_jax.inference.generate import Params
@@ -33,8 +33,7 @@ from vita_jax.inference.sampling import GREEDY, Sampler
 from vita_jax.inference.speak import Speaker, voices
 from vita_jax.inference.talk import ModelVoice, Spoken, Voice, talk
 from vita_jax.inference.timings import FIRST_TOKEN, Timeline
-from vita_jax.models.vita import Vita
-from vita_jax.training.checkpoint import load_params
+from vita_jax.training.checkpoint import LoadedModel, load_params
 from vita_jax.training.experiment import (
     CTC_VOCABULARY,
     ExperimentConfig,
@@ -42,6 +41,7 @@ from vita_jax.training.experiment import (
     data_folder,
     example_context,
 )
+from vita_jax.training.families import Model, family_of
 from vita_jax.training.stages import flatten, trained_so_far
 
 File = str | Path | Media  # of a question: where it lies, or what is in it
@@ -68,7 +68,7 @@ class Session:
       engine: what answers; its own if None.
     """
 
-    model: Vita
+    model: Model
     params: Params
     config: ExperimentConfig
     tokenizer: Tokenizer
@@ -106,9 +106,21 @@ class Session:
         Raises:
           UserError: there is no checkpoint, or it is damaged; or int8 weights for a model with LoRA adapters.
         """
-        loaded = load_params(checkpoint_dir, change=quantization.change)
-        tokenizer = load_tokenizer(loaded.run_dir / "tokenizer")
+        return cls.of(
+            load_params(checkpoint_dir, change=quantization.change), num_rows=num_rows, quantization=quantization
+        )
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, *, num_rows: int = 1, quantization: QuantizationConfig = FLOATS) -> Session:
+        """From a checkpoint that is loaded, its weights already as `quantization` says; see `load`."""
         config = dataclasses.replace(loaded.config, run_dir=str(loaded.run_dir))
+        family = family_of(config.model)
+        if family.in_context:
+            raise UserError(
+                f"{loaded.run_dir} is a {family.title}, which continues documents and holds no conversations; ask it "
+                "by python -m vita_jax.chat"
+            )
+        tokenizer = load_tokenizer(loaded.run_dir / "tokenizer")
         paths = trained_so_far(config.stage(loaded.stage), config.stages, list(flatten(loaded.params)))
         trained = frozenset(path.split("/")[0] for path in paths)
         model = build_model(config)
@@ -314,7 +326,7 @@ class Session:
         try:
             # The model's table may have more rows than the tokenizer has entries; those spell nothing.
             spelt = (token for token in self._marked(tokens) if token < self.tokenizer.vocab_size)
-            for text in self._pieces(spelt, decoder):
+            for text in until(self._pieces(spelt, decoder), stop_text(self.tokenizer, context.template)):
                 if self._answered is not asked:  # interrupted, or something else was asked
                     return
                 asked.raw += text

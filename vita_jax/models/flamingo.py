@@ -12,6 +12,7 @@ tokens of a picture, c the tower's width, d the language model's, g gated blocks
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import chex
 import flax.linen as nn
@@ -21,7 +22,8 @@ from einops import rearrange
 from flax import struct
 
 from vita_jax.errors import UnsupportedOption, UserError
-from vita_jax.models.connectors.perceiver_resampler import PerceiverResampler, ResamplerConfig
+from vita_jax.models.connectors.perceiver_resampler import ResamplerConfig
+from vita_jax.models.connectors.plain_resamplers import make_resampler
 from vita_jax.models.language.cache import KVCache, last_valid
 from vita_jax.models.language.decoder import Decoder, DecoderConfig
 from vita_jax.models.language.gated_cross_attention import GatedCrossAttentionConfig, gated_stack
@@ -32,7 +34,7 @@ from vita_jax.models.language.gated_decoder import (
     num_blocks,
     run_layers,
 )
-from vita_jax.models.language.llama import llama_7b
+from vita_jax.models.language.llama import llama_7b, sheared_llama_1_3b, sheared_llama_2_7b
 from vita_jax.models.vision.clip import CLIP_MEAN, CLIP_STD, ClipVision, clip_vit_large_224px
 from vita_jax.models.vision.encoder import ViTConfig
 from vita_jax.models.vita import normalise_tiles
@@ -55,6 +57,13 @@ class FlamingoConfig:
     cross_attention_every: int = 4
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
+
+    # What only VITA has; whoever asks for it finds none.
+    audio: ClassVar[None] = None
+    state_head: ClassVar[None] = None
+    codec: ClassVar[None] = None
+    speech: ClassVar[None] = None
+    ctc_vocab_size: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         for name, got, want in (
@@ -84,9 +93,9 @@ class FlamingoConfig:
 LLAMA_VOCABULARY = 32000 + 3
 
 
-def flamingo_llama_7b(cross_attention_every: int = 4) -> FlamingoConfig:
-    """open_flamingo around LLaMA-7B; with a block before every fourth layer its first 9B model."""
-    vision, language = clip_vit_large_224px(), llama_7b(LLAMA_VOCABULARY)
+def flamingo(language: DecoderConfig, cross_attention_every: int) -> FlamingoConfig:
+    """open_flamingo around a language model: CLIP ViT-L/14 at 224 pixels, its resampler, heads of 8 x 64."""
+    vision = clip_vit_large_224px()
     return FlamingoConfig(
         vision,
         ResamplerConfig(vision.hidden_size),
@@ -94,6 +103,21 @@ def flamingo_llama_7b(cross_attention_every: int = 4) -> FlamingoConfig:
         GatedCrossAttentionConfig(language.hidden_size, vision.hidden_size),
         cross_attention_every,
     )
+
+
+def flamingo_llama_7b(cross_attention_every: int = 4) -> FlamingoConfig:
+    """open_flamingo around LLaMA-7B; with a block before every fourth layer its first 9B model."""
+    return flamingo(llama_7b(LLAMA_VOCABULARY), cross_attention_every)
+
+
+def flamingo_3b() -> FlamingoConfig:
+    """As open_flamingo's 3B, a block before every layer, with a LLaMA as wide and deep in place of its MPT-1B."""
+    return flamingo(sheared_llama_1_3b(LLAMA_VOCABULARY), 1)
+
+
+def flamingo_4b() -> FlamingoConfig:
+    """As open_flamingo's 4B, a block before every second layer, with a LLaMA in place of its RedPajama-INCITE-3B."""
+    return flamingo(sheared_llama_2_7b(LLAMA_VOCABULARY), 2)
 
 
 @struct.dataclass
@@ -127,14 +151,27 @@ class Flamingo(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.vision = ClipVision(c.vision, dtype=self.dtype)
-        self.resampler = PerceiverResampler(c.resampler, dtype=self.dtype)
+        self.resampler = make_resampler(c.resampler, self.dtype)
         self.language = Decoder(c.language, dtype=self.dtype)
         self.cross_attention = gated_stack(c.cross_attention, c.num_blocks, self.dtype)
 
-    def image_features(self, images: jax.Array) -> jax.Array:
-        """Patch tokens of the tower's last layer, before its last norm: images (n S S 3) -> (n v c)."""
+    def tower_features(self, images: jax.Array, deterministic: bool = True) -> jax.Array:
+        """Patch tokens of the tower's last layer, before its last norm: images (n S S 3) uint8, or float if normalised
+        -> (n v c). deterministic: nothing here is random.
+        """
+        del deterministic
         pixels = normalise_tiles(images, self.config.image_mean, self.config.image_std)
         return self.vision(pixels.astype(self.dtype))["last_hidden_state"][:, 1:]
+
+    def picture_embedding(self, images: jax.Array) -> jax.Array:
+        """One vector per picture, of length 1, whose products say how alike pictures are: images (n S S 3) -> (n e).
+
+        CLIP's projected embedding where the tower has its projection; else the mean of the patch tokens.
+        """
+        pixels = normalise_tiles(images, self.config.image_mean, self.config.image_std)
+        out = self.vision(pixels.astype(self.dtype))
+        embedding = out.get("image_embeds", out["last_hidden_state"][:, 1:].mean(axis=1)).astype(jnp.float32)
+        return embedding / jnp.linalg.norm(embedding, axis=-1, keepdims=True)
 
     def encode_media(self, images: jax.Array) -> jax.Array:
         """The pictures' tokens: images (b t f S S 3) -> (b t m c)."""
@@ -143,7 +180,7 @@ class Flamingo(nn.Module):
             return jnp.zeros((b, 0, self.config.resampler.num_latents, self.config.vision.hidden_size), self.dtype)
         if t == 0:
             images = jnp.zeros((b, 1, *images.shape[2:]), images.dtype)
-        features = self.image_features(rearrange(images, "b t f ... -> (b t f) ..."))
+        features = self.tower_features(rearrange(images, "b t f ... -> (b t f) ..."))
         media, _ = self.resampler(rearrange(features, "(b t f) v c -> b t f v c", b=b, f=f))
         return media if t else media[:, :0]
 

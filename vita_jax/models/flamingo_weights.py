@@ -12,8 +12,9 @@ frozen (`trained_table`); the language model and the tower then come from files 
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,11 +24,15 @@ from vita_jax.conversion.tables import Rule, Table, copy, iter_export, linear, n
 from vita_jax.conversion.views import Source, View, joined
 from vita_jax.errors import UnsupportedOption, UserError
 from vita_jax.models.connectors import perceiver_resampler_weights
+from vita_jax.models.connectors.perceiver_resampler import ResamplerConfig
 from vita_jax.models.flamingo import FlamingoConfig
 from vita_jax.models.language import gated_cross_attention_weights
+from vita_jax.models.language.decoder import DecoderConfig
 from vita_jax.models.language.decoder_weights import layer_rules
+from vita_jax.models.language.gated_cross_attention import GatedCrossAttentionConfig
 from vita_jax.models.language.gated_decoder import block_numbers
 from vita_jax.models.vision import clip_weights
+from vita_jax.models.vision.encoder import ViTConfig
 
 VISION_PREFIX, LANGUAGE_PREFIX = "vision_encoder.", "lang_encoder."
 LAYER = f"{LANGUAGE_PREFIX}model.layers.{{i}}."
@@ -43,6 +48,7 @@ OTHER_MODELS = {
     "model.decoder.layers.": "OPT",
     "transformer.h.": "GPT-J",
 }
+HEAD_WIDTH = 64
 # Buffers that follow from the config, and what training saves of a frozen tower because its name has "embed" in it.
 IGNORED = (r".*rotary_emb\.inv_freq",)
 SAVED_BY_NAME = (r"vision_encoder\.(class_embedding|positional_embedding)",)
@@ -107,6 +113,90 @@ def view(tensors: Mapping[str, np.ndarray]) -> View:
     return View(tensors, {**aliases, **sources})
 
 
+def config_of_tensors(
+    shapes: Mapping[str, tuple[int, ...]], language: DecoderConfig, vision: ViTConfig | None = None
+) -> FlamingoConfig:
+    """The sizes of a published checkpoint, whose heads are all 64 wide, under the names that `view` gives.
+
+    Args:
+      shapes: of the tensors.
+      language: from its own `config.json`; the rows of its table are taken from the tensors.
+      vision: of a checkpoint without its tower; else None.
+
+    Raises:
+      UserError: a tensor is not there that tells a size.
+    """
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in shapes:
+            raise UserError(f"there is no tensor {name}")
+        return shapes[name]
+
+    if vision is None:
+        vision = _vision_of_tensors(shapes, shape)
+    language = replace(language, vocab_size=shape(f"{LANGUAGE_PREFIX}model.embed_tokens.weight")[0])
+    blocks = rf"{re.escape(LANGUAGE_PREFIX)}model\.layers\.([0-9]+)\.gated_cross_attn_layer\..*"
+    numbers = _numbers(shapes, blocks)
+    if not numbers:
+        raise UserError("there is no gated cross-attention in it (...gated_cross_attn_layer...)")
+    block = LAYER.replace("{i}", str(numbers[0])) + "gated_cross_attn_layer."
+    start = perceiver_resampler_weights.FLAMINGO_PREFIX
+    latents, width = shape(f"{start}latents")
+    return FlamingoConfig(
+        vision,
+        ResamplerConfig(
+            width,
+            num_layers=len(_numbers(shapes, rf"{re.escape(start)}layers\.([0-9]+)\..*")),
+            num_heads=shape(f"{start}layers.0.0.to_q.weight")[0] // HEAD_WIDTH,
+            head_dim=HEAD_WIDTH,
+            num_latents=latents,
+            feed_forward_multiple=shape(f"{start}layers.0.1.1.weight")[0] // width,
+            max_frames=shapes.get(f"{start}frame_embs", (0,))[0],
+            max_media=shapes.get(f"{start}media_time_embs", (0,))[0],
+        ),
+        language,
+        GatedCrossAttentionConfig(
+            language.hidden_size,
+            width,
+            num_heads=shape(f"{block}attn.to_q.weight")[0] // HEAD_WIDTH,
+            head_dim=HEAD_WIDTH,
+            feed_forward_multiple=shape(f"{block}ff.1.weight")[0] // language.hidden_size,
+        ),
+        cross_attention_every=numbers[0] + 1,
+    )
+
+
+def _vision_of_tensors(shapes: Mapping[str, tuple[int, ...]], shape: Callable[[str], tuple[int, ...]]) -> ViTConfig:
+    width, _, patch, _ = shape(f"{VISION_PREFIX}conv1.weight")
+    blocks = f"{VISION_PREFIX}transformer.resblocks."
+    return ViTConfig(
+        hidden_size=width,
+        num_layers=len(_numbers(shapes, rf"{re.escape(blocks)}([0-9]+)\..*")),
+        num_heads=width // HEAD_WIDTH,
+        intermediate_size=shape(f"{blocks}0.mlp.c_fc.weight")[0],
+        image_size=patch * math.isqrt(shape(f"{VISION_PREFIX}positional_embedding")[0] - 1),
+        patch_size=patch,
+        hidden_act="quick_gelu",
+        layer_norm_eps=1e-5,
+        projection_size=shapes.get(f"{VISION_PREFIX}proj", (0, 0))[1],
+    )
+
+
+def _numbers(names: Iterable[str], pattern: str) -> list[int]:
+    found = (re.fullmatch(pattern, name) for name in names)
+    return sorted({int(match[1]) for match in found if match})
+
+
+def is_whole(names: Iterable[str]) -> bool:
+    """Whether a file has the language model's layers, under the names that `view` gives, and not only what trained."""
+    return any(".decoder_layer." in name for name in names)
+
+
+def stacks(config: FlamingoConfig) -> Mapping[str, Source]:
+    """Names of the tables -> where they stand in published files; for `vita_jax.conversion.views.joined`."""
+    return clip_weights.open_clip_stacks(weight_table(config).torch_names)
+
+
 def _canonical(name: str) -> str:
     for pattern, part in ALIASES:
         if match := pattern.fullmatch(name):
@@ -127,5 +217,4 @@ def export_tensors(config: FlamingoConfig, params: Mapping[str, Any]) -> Iterato
     """(torch name, array) of every tensor of a whole checkpoint, in the published layout; the inverse of an import
     through `view`.
     """
-    table = weight_table(config)
-    return joined(iter_export(table, params), clip_weights.open_clip_stacks(table.torch_names))
+    return joined(iter_export(weight_table(config), params), stacks(config))

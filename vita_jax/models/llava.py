@@ -9,6 +9,7 @@ differs is what stands in the table: patch tokens of the hidden state before CLI
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import chex
 import flax.linen as nn
@@ -49,6 +50,13 @@ class LlavaConfig:
     select_feature: str = "patch"
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
+
+    # What only VITA has; whoever asks for it finds none.
+    audio: ClassVar[None] = None
+    state_head: ClassVar[None] = None
+    codec: ClassVar[None] = None
+    speech: ClassVar[None] = None
+    ctc_vocab_size: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         if self.projector.kind not in ("linear", "mlp", "identity"):
@@ -146,8 +154,12 @@ class Llava(nn.Module):
         """The language model as a module of its own; its parameters are `params["language"]`."""
         return Decoder(self.config.language, dtype=self.dtype)
 
-    def tower_features(self, images: jax.Array) -> jax.Array:
-        """images: (n S S 3) uint8, or float if normalised -> (n k c), what the projector reads."""
+    def tower_features(self, images: jax.Array, deterministic: bool = True) -> jax.Array:
+        """images: (n S S 3) uint8, or float if normalised -> (n k c), what the projector reads.
+
+        deterministic: nothing here is random.
+        """
+        del deterministic
         pixels = normalise_tiles(images, self.config.image_mean, self.config.image_std)
         selected = self.vision(pixels.astype(self.dtype), select_layer=self.config.select_layer)["selected"]
         return select_feature(selected, self.config.select_feature)

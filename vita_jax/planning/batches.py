@@ -12,6 +12,7 @@ from vita_jax.data.recognition import RecognitionShape
 from vita_jax.errors import UserError
 from vita_jax.parallel.mesh import batch_sharding
 from vita_jax.training.experiment import ExperimentConfig
+from vita_jax.training.families import family_of
 from vita_jax.training.stages import Stage
 
 Shapes = dict[str, tuple[tuple[int, ...], jnp.dtype]]
@@ -36,8 +37,9 @@ def packed_rows(config: ExperimentConfig, stage: Stage) -> Shapes:
 def named_cells(config: ExperimentConfig, stage: Stage) -> Shapes:
     """Tiles and the names of their cells (`unpack_cells`); two words a cell."""
     b, t, vision = stage.batch_size, stage.row_tiles, config.model.vision
+    tokens = family_of(config.model).layout(config.model).tokens_per_tile
     tiles = (b, t, vision.image_size, vision.image_size, vision.num_channels)
-    return {"tiles": (tiles, jnp.uint8), "cell_names": ((b, t * vision.tokens_per_tile, 2), jnp.int32)}
+    return {"tiles": (tiles, jnp.uint8), "cell_names": ((b, t * tokens, 2), jnp.int32)}
 
 
 def joined_clips(config: ExperimentConfig, stage: Stage) -> Shapes:
@@ -75,6 +77,18 @@ def spoken_sentences(config: ExperimentConfig, stage: Stage) -> Shapes:
     }
 
 
+def mixed_documents(config: ExperimentConfig, stage: Stage) -> Shapes:
+    """A batch of every data set (`vita_jax.data.document_loader`), full to its budgets."""
+    vision, shapes = config.model.vision, {}
+    for data in stage.sets:
+        row = (data.batch_size, data.row_length)
+        names = ("tokens", "labels", "positions", "segment_ids", "media_times")
+        shapes |= {f"{data.name}/{name}": (row, jnp.int32) for name in names}
+        picture = (data.frames, vision.image_size, vision.image_size, vision.num_channels)
+        shapes[f"{data.name}/images"] = ((data.batch_size, data.row_images, *picture), jnp.uint8)
+    return shapes
+
+
 SHAPES: dict[str, Callable[[ExperimentConfig, Stage], Shapes]] = {
     "language_modeling": packed_rows,
     "text_pretraining": packed_rows,
@@ -82,6 +96,7 @@ SHAPES: dict[str, Callable[[ExperimentConfig, Stage], Shapes]] = {
     "ctc": joined_clips,
     "codec": crops,
     "speech_decoder": spoken_sentences,
+    "flamingo": mixed_documents,
 }
 
 

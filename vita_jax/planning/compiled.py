@@ -13,11 +13,11 @@ from pathlib import Path
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from vita_jax.models.vita import Vita
 from vita_jax.parallel.rules import use_mesh
 from vita_jax.planning.batches import abstract_batch
 from vita_jax.planning.collectives import Collective, collectives
 from vita_jax.training.experiment import ExperimentConfig, build_model
+from vita_jax.training.families import Model
 from vita_jax.training.plan import StagePlan, compiled_step, plan_stage
 from vita_jax.training.stages import Stage
 
@@ -47,7 +47,7 @@ class CompiledStep:
     largest: Sequence[str] = ()
 
 
-def plan_for(config: ExperimentConfig, stage: Stage, mesh: Mesh | AbstractMesh) -> tuple[Vita, StagePlan]:
+def plan_for(config: ExperimentConfig, stage: Stage, mesh: Mesh | AbstractMesh) -> tuple[Model, StagePlan]:
     """Model and plan of a stage. Keys are made here, before a mesh of absent devices is current."""
     model = build_model(config)
     return model, plan_stage(config, model, stage, mesh)

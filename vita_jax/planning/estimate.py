@@ -124,6 +124,7 @@ def used_parameters(plan: StagePlan, stage: Stage) -> list[str]:
         "ctc": ("audio", "ctc_head", "ctc_state"),
         "codec": ("codec", "codec_state", "discriminators"),
         "speech_decoder": ("speech",),
+        "flamingo": ("vision", "resampler", "cross_attention", "language"),
     }.get(stage.objective)
     if components is None:
         components = ["language", "state_head"]

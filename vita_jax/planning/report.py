@@ -153,7 +153,7 @@ def advice(result: Result) -> list[str]:
         )
     if language.remat != "full":
         texts.append("--config.model.language.remat=full keeps only the input of each layer")
-    if config.model.vision.remat == "none" and stage.row_tiles:
+    if getattr(config.model.vision, "remat", None) == "none" and stage.row_tiles:  # CLIP's tower has no such choice
         texts.append("--config.model.vision.remat=full does the same for the vision tower")
     shards = result.topology.num_devices // (mesh.tensor * mesh.context)
     if stage.batch_size // stage.accumulation > shards:

@@ -23,9 +23,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vita_jax.errors import UnsupportedOption, UserError
 from vita_jax.models.lora import KERNEL, LoraConfig, Site, adapter_axes, find_sites, init_adapters, is_adapter, merge
-from vita_jax.models.vita import VitaConfig
-from vita_jax.models.vita_weights import weight_table
 from vita_jax.nn.layers import LORA_DOWN, LORA_SCALE, LORA_UP
+from vita_jax.training.families import ModelConfig, weight_table
 from vita_jax.training.stages import Stage, flatten, unflatten
 
 FlatParams = dict[str, jax.Array]
@@ -36,7 +35,7 @@ OBJECTIVES_WITH_LANGUAGE = ("language_modeling", "text_pretraining")
 ADAPTABLE = re.compile(r"^(language/layers|vision|projector|audio|state_head)/")
 
 
-def adapter_sites(model: VitaConfig, lora: LoraConfig) -> tuple[Site, ...]:
+def adapter_sites(model: ModelConfig, lora: LoraConfig) -> tuple[Site, ...]:
     """The layers that get adapters.
 
     Raises:
@@ -62,7 +61,7 @@ def check_objective(stage: Stage) -> None:
         )
 
 
-def with_adapters(boxed: Mapping[str, Any], model: VitaConfig, lora: LoraConfig | None) -> dict[str, Any]:
+def with_adapters(boxed: Mapping[str, Any], model: ModelConfig, lora: LoraConfig | None) -> dict[str, Any]:
     """The tree of a stage's parameters with its adapters, from shapes alone.
 
     Args:
@@ -89,7 +88,7 @@ def with_adapters(boxed: Mapping[str, Any], model: VitaConfig, lora: LoraConfig 
 
 
 def draw_adapters(
-    model: VitaConfig, lora: LoraConfig, key: jax.Array, shardings: Mapping[str, NamedSharding]
+    model: ModelConfig, lora: LoraConfig, key: jax.Array, shardings: Mapping[str, NamedSharding]
 ) -> FlatParams:
     """New adapters in their layout; they change nothing until they are trained.
 
@@ -103,7 +102,7 @@ def draw_adapters(
     return jax.jit(draw, out_shardings=layout)(key)
 
 
-def _drawn(model: VitaConfig, lora: LoraConfig, key: jax.Array) -> FlatParams:
+def _drawn(model: ModelConfig, lora: LoraConfig, key: jax.Array) -> FlatParams:
     return flatten(init_adapters(weight_table(model), lora, key))
 
 

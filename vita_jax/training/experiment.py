@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -13,18 +14,20 @@ import jax.numpy as jnp
 
 from vita_jax import config as config_lib
 from vita_jax.data.audio import AudioConfig, AudioContext
+from vita_jax.data.conversations import WritingOptions, check_template
 from vita_jax.data.examples import ExampleContext
+from vita_jax.data.few_shot import FewShotOptions
 from vita_jax.data.images import ImageConfig
 from vita_jax.data.lanes import Reading
+from vita_jax.data.mixture import check_mixture
 from vita_jax.data.prompts import PromptOptions
-from vita_jax.data.splice import FeatureLayout
 from vita_jax.data.templates import SystemTexts, get_template
 from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.data.video import ORIGINAL_RULES
 from vita_jax.errors import UserError
-from vita_jax.models.vita import Vita, VitaConfig
 from vita_jax.parallel.mesh import MESH_AXES, MeshConfig, mesh_shape
 from vita_jax.parallel.processes import DistributedConfig, gather, join_processes
+from vita_jax.training.families import Model, ModelConfig, family_of, make_model
 from vita_jax.training.guard import RESTARTABLE, GuardConfig, validate_guard
 from vita_jax.training.objectives import OBJECTIVES
 from vita_jax.training.objectives.speech import SPEECH_OBJECTIVES
@@ -134,24 +137,25 @@ class ExperimentConfig:
       name: of the experiment.
       size: smoke, small or full: the size `get_config` was asked for.
       run_dir: everything the run writes is below it.
-      model: the network.
+      model: the network; the class of its config says the family, see `vita_jax.training.families`.
       image: how pictures become tiles.
-      template: conversation template by name.
+      template: conversation template by name; a stage may have another.
       system_texts: system text for pictures, video and plain text.
       stages: the curriculum, in order.
       video_rule: which frames of a video are taken, see `vita_jax.data.video`.
-      prompt: variants of writing conversations.
+      prompt: variants of writing conversations; whose they are belongs to the family.
       audio: how sounds become features, for a model that hears.
       seed: of parameters, data order and drop path.
       guard: what is done about steps that go wrong.
       profile: which steps are profiled.
       distributed: how the processes of a run find each other.
+      few_shot: how a Flamingo is measured.
     """
 
     name: str
     size: str
     run_dir: str
-    model: VitaConfig
+    model: ModelConfig
     image: ImageConfig
     tokenizer: TokenizerConfig
     template: str
@@ -159,7 +163,7 @@ class ExperimentConfig:
     data: DataConfig
     stages: tuple[Stage, ...]
     video_rule: str = "paper"
-    prompt: PromptOptions = PromptOptions()
+    prompt: WritingOptions = PromptOptions()
     audio: AudioConfig = AudioConfig()
     seed: int = 0
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -170,6 +174,7 @@ class ExperimentConfig:
     guard: GuardConfig = GuardConfig()
     profile: ProfileConfig = ProfileConfig()
     distributed: DistributedConfig = DistributedConfig()
+    few_shot: FewShotOptions = FewShotOptions()
 
     def stage(self, name: str) -> Stage:
         """The stage of that name. Raises `UserError` naming the nearest."""
@@ -186,7 +191,8 @@ _READERS = ("data.num_threads", "data.num_workers", "data.lanes")  # the loader 
 _COMPUTED = ("mesh", *(f"model.language.{name}" for name in ("attention", "remat", "expert_implementation")))
 _GUARDS = tuple(f"guard.{field}" for field in RESTARTABLE)
 _PLACES = ("run_dir", "data.folder", "tokenizer.folder")
-RESTARTABLE_FIELDS = (*_READERS, *_COMPUTED, *_GUARDS, *_PLACES, "checkpoint", "distributed", "log", "profile")
+_AROUND = ("checkpoint", "distributed", "few_shot", "log", "profile")
+RESTARTABLE_FIELDS = (*_READERS, *_COMPUTED, *_GUARDS, *_PLACES, *_AROUND)
 
 # The recogniser's characters, in the data folder.
 CTC_VOCABULARY = "ctc_vocabulary.json"
@@ -205,24 +211,27 @@ def tokenizer_folder(config: ExperimentConfig) -> Path:
     return Path(config.run_dir) / "tokenizer" if config.tokenizer.folder is None else Path(config.tokenizer.folder)
 
 
-def build_model(config: ExperimentConfig) -> Vita:
+def build_model(config: ExperimentConfig) -> Model:
     """The network, computing in the dtype of the policy."""
-    return Vita(config.model, dtype=jnp.dtype(config.dtypes.compute_dtype))
+    return make_model(config.model, dtype=jnp.dtype(config.dtypes.compute_dtype))
 
 
 def example_context(config: ExperimentConfig, tokenizer: Tokenizer, stage: Stage | None = None) -> ExampleContext:
     """How the records of this run become examples, for training, evaluation and chat alike.
 
     Args:
-      stage: what is trained, if it is: some stages want labels beside those of the language model.
+      stage: what is trained, if it is: some stages have a template of their own, or want labels beside those of the
+        language model.
     """
-    model = config.model
+    model, template = config.model, config.template
+    if stage is not None and stage.template is not None:
+        template = stage.template
     return ExampleContext(
         tokenizer=tokenizer,
-        template=get_template(config.template),
+        template=get_template(template),
         system_texts=config.system_texts,
         image=config.image,
-        layout=FeatureLayout(model.vision.tokens_per_tile, model.pooled_grids),
+        layout=family_of(model).layout(model),
         video_rule=config.video_rule,
         options=config.prompt,
         audio=None if model.audio is None else AudioContext(config.audio, model.audio.num_tokens),
@@ -288,38 +297,34 @@ def validate(config: ExperimentConfig, num_devices: int | None = None) -> None:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
             raise UserError(f"stages: {name!r} is no valid name; use a letter, then letters, digits, _ and -")
     mesh = dict(zip(MESH_AXES, mesh_shape(config.mesh, num_devices), strict=True))
-    shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
     for index, stage in enumerate(config.stages):
         _validate_numbers(stage)
+        _validate_family(config, stage)
+        _validate_times(config, stage)
         _validate_sound(config, stage)
         _validate_codebooks(config, stage)
         if not planned:
             _validate_starts(stage, names[:index])
-        rows = stage.batch_size // stage.accumulation
-        if stage.batch_size % stage.accumulation or rows % shards:
-            raise UserError(
-                f"stages.{stage.name}.batch_size={stage.batch_size} must be a multiple of "
-                f"accumulation ({stage.accumulation}) x the {shards} devices the batch is divided over "
-                "(mesh data x fsdp x expert)"
-            )
-        if config.data.lanes is not None and (config.data.lanes < 1 or stage.batch_size % config.data.lanes):
-            raise UserError(
-                f"stages.{stage.name}.batch_size={stage.batch_size} must be a multiple of "
-                f"data.lanes={config.data.lanes}"
-            )
-        if stage.row_length % mesh["context"]:
-            raise UserError(
-                f"stages.{stage.name}.row_length={stage.row_length} must be a multiple of "
-                f"mesh.context={mesh['context']}"
-            )
+        _validate_rows(config, stage, mesh)
 
 
 def _validate_parts(config: ExperimentConfig) -> None:
-    get_template(config.template)
+    template = get_template(config.template)
     rules = ["paper", *ORIGINAL_RULES]
     if config.video_rule not in rules:
         raise UserError(f"video_rule={config.video_rule!r} is unknown; {_nearest(config.video_rule, rules)}")
-    model, image = config.model, config.image
+    model, image, family = config.model, config.image, family_of(config.model)
+    if not isinstance(config.prompt, family.prompts):
+        raise UserError(
+            f"prompt: {type(config.prompt).__name__} is not how {family.title}'s conversations are written; use "
+            f"{family.prompts.__name__}"
+        )
+    check_template(template, config.prompt)
+    if family.one_tile and image.most_tiles > 1:
+        raise UserError(
+            f"image: {family.title} reads a picture as one tile, but tiling={image.tiling!r} gives up to "
+            f"{image.most_tiles}; use tiling='crop'"
+        )
     if model.vision.image_size != image.image_size:
         raise UserError(
             f"image.image_size={image.image_size} but model.vision.image_size={model.vision.image_size}; "
@@ -365,8 +370,10 @@ def _validate_numbers(stage: Stage) -> None:
         raise UserError(
             f"{where}.objective={stage.objective!r} is unknown; {_nearest(stage.objective, list(OBJECTIVES))}"
         )
-    if not stage.sources:
-        raise UserError(f"{where}.sources: there must be at least one")
+    if stage.objective == "flamingo":
+        _validate_mixture(stage)
+    elif not stage.sources or stage.sets:
+        raise UserError(f"{where}.sources: there must be at least one, and no data `sets`, which are for 'flamingo'")
     for field in ("steps", "batch_size", "row_length", "accumulation"):
         if getattr(stage, field) < 1:
             raise UserError(f"{where}.{field}={getattr(stage, field)}: must be at least 1")
@@ -382,9 +389,74 @@ def _validate_numbers(stage: Stage) -> None:
         raise UserError(f"{where}.warmup_ratio={stage.warmup_ratio}: must be between 0 and 1")
 
 
+def _validate_mixture(stage: Stage) -> None:
+    """The data sets of a stage, and what sums them up."""
+    where = f"stages.{stage.name}"
+    check_mixture(stage.sets)
+    if stage.sources:
+        raise UserError(f"{where}.sources: objective 'flamingo' has them in its data sets; leave them out")
+    for field, value in (
+        ("batch_size", sum(data.batch_size for data in stage.sets)),
+        ("row_length", max(data.row_length for data in stage.sets)),
+        ("row_tiles", max(data.row_images for data in stage.sets)),
+    ):
+        if getattr(stage, field) != value:
+            raise UserError(
+                f"{where}.{field}={getattr(stage, field)}, but its data sets make it {value}; set it to that"
+            )
+
+
+def _validate_rows(config: ExperimentConfig, stage: Stage, mesh: Mapping[str, int]) -> None:
+    """Every batch of the stage can be divided over micro-batches, devices and lanes, and every row over its devices."""
+    shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
+    batches = [(f"sets.{data.name}.", data.batch_size, data.row_length) for data in stage.sets]
+    for part, batch_size, row_length in batches or [("", stage.batch_size, stage.row_length)]:
+        where = f"stages.{stage.name}.{part}"
+        if batch_size % stage.accumulation or batch_size // stage.accumulation % shards:
+            raise UserError(
+                f"{where}batch_size={batch_size} must be a multiple of "
+                f"accumulation ({stage.accumulation}) x the {shards} devices the batch is divided over "
+                "(mesh data x fsdp x expert)"
+            )
+        if config.data.lanes is not None and (config.data.lanes < 1 or batch_size % config.data.lanes):
+            raise UserError(f"{where}batch_size={batch_size} must be a multiple of data.lanes={config.data.lanes}")
+        if row_length % mesh["context"]:
+            raise UserError(f"{where}row_length={row_length} must be a multiple of mesh.context={mesh['context']}")
+
+
+def _validate_times(config: ExperimentConfig, stage: Stage) -> None:
+    """The resampler tells frames apart that the stage's clips have, and no pictures by their place in a packed row."""
+    if stage.objective != "flamingo":
+        return
+    resampler = config.model.resampler
+    if resampler.max_media:
+        raise UserError(
+            f"model.resampler.max_media={resampler.max_media}: rows hold several documents, so their pictures have no "
+            "numbers of their own to be told apart by; use 0"
+        )
+    for data in stage.sets:
+        if data.frames > max(1, resampler.max_frames):
+            raise UserError(
+                f"stages.{stage.name}.sets.{data.name}.frames={data.frames}, but model.resampler.max_frames="
+                f"{resampler.max_frames}; raise it, so that every frame has a time embedding"
+            )
+
+
+def _validate_family(config: ExperimentConfig, stage: Stage) -> None:
+    """What the stage asks of the model is something that its family has."""
+    family, where = family_of(config.model), f"stages.{stage.name}"
+    if stage.template is not None:
+        check_template(get_template(stage.template), config.prompt)
+    if stage.objective not in family.objectives:
+        raise UserError(
+            f"{where}.objective={stage.objective!r}: {family.title} has no parts that this trains; use one of "
+            f"{', '.join(family.objectives)}"
+        )
+
+
 def _validate_codebooks(config: ExperimentConfig, stage: Stage) -> None:
-    codebooks = config.model.codec_training.codebooks
-    if stage.objective == "codec" and codebooks is not None and codebooks.ease_in >= stage.steps:
+    codebooks = config.model.codec_training.codebooks if stage.objective == "codec" else None
+    if codebooks is not None and codebooks.ease_in >= stage.steps:
         raise UserError(
             f"stages.{stage.name}.steps={stage.steps}, but model.codec_training.codebooks.ease_in={codebooks.ease_in}: "
             "the codec would never be trained on whole entries; give more steps or a smaller ease_in"

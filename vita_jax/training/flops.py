@@ -31,18 +31,21 @@ from typing import NamedTuple
 
 import jax
 
+from vita_jax.data.mixture import DataSet
 from vita_jax.models.audio.tower import AudioTowerConfig
 from vita_jax.models.codec.config import CodecConfig
 from vita_jax.models.codec.discriminators import SCALE_CONVS, STFT_DILATIONS, DiscriminatorConfig
 from vita_jax.models.connectors.projectors import ProjectorConfig
+from vita_jax.models.flamingo import FlamingoConfig
 from vita_jax.models.lora import LoraConfig
-from vita_jax.models.vita import Vita, VitaConfig
+from vita_jax.models.vita import VitaConfig
 from vita_jax.nn.layers import LORA_UP
 from vita_jax.ops.filter_bank import encoder_length
 from vita_jax.parallel.rules import unbox
 from vita_jax.training.adapters import with_adapters
 from vita_jax.training.experiment import ExperimentConfig
-from vita_jax.training.objectives import OBJECTIVES, init_params
+from vita_jax.training.families import ModelConfig, family_of, make_model
+from vita_jax.training.objectives import OBJECTIVES, init_params, objective_of
 from vita_jax.training.stages import Stage, flatten, trainable_paths
 
 KERNEL = re.compile(r"((^|/|_)kernel(_v)?|/lora_[ab])$")
@@ -104,7 +107,7 @@ def stage_flops(config: ExperimentConfig, stage: Stage) -> StageFlops:
     Raises:
       UserError: a pattern of the stage's `trainable` matches nothing.
     """
-    objective = OBJECTIVES[stage.objective]
+    objective = objective_of(stage)
     sizes = _parameter_sizes(config.model, stage.objective, stage.lora)
     trains = set(trainable_paths(stage, list(sizes)))
     trains.update(path for path in sizes if path.split("/")[0] in objective.extra_names)
@@ -130,9 +133,9 @@ def stage_flops(config: ExperimentConfig, stage: Stage) -> StageFlops:
 
 
 @functools.lru_cache
-def _parameter_sizes(config: VitaConfig, objective: str, lora: LoraConfig | None) -> Mapping[str, int]:
+def _parameter_sizes(config: ModelConfig, objective: str, lora: LoraConfig | None) -> Mapping[str, int]:
     """Elements of every parameter by path, from shapes alone."""
-    model, chosen = Vita(config), OBJECTIVES[objective]
+    model, chosen = make_model(config), OBJECTIVES[objective]
     shapes = jax.eval_shape(lambda key: init_params(model, chosen, key), jax.random.key(0))
     shapes = with_adapters(shapes, config, lora)
     return {path: math.prod(leaf.shape) for path, leaf in flatten(unbox(shapes)).items()}
@@ -143,18 +146,21 @@ def _parameter_sizes(config: VitaConfig, objective: str, lora: LoraConfig | None
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _vision(config: VitaConfig, tiles: int) -> Work:
+def _vision(config: ModelConfig, tiles: int) -> Work:
     vision = config.vision
-    patches = vision.grid_side**2
+    patches = (vision.image_size // vision.patch_size) ** 2
     yield Use("vision/embeddings/", "vision", tiles * patches)
-    yield Use("vision/layers/", "vision", tiles * (patches + 1), ("vision/",))
+    # Where InternViT and CLIP keep their layers. All of them run, also the one behind LLaVA's features.
+    for layers in ("vision/layers/", "vision/encoder/layers/"):
+        yield Use(layers, "vision", tiles * (patches + 1), ("vision/",))
     attention = 4 * vision.num_layers * vision.hidden_size * (patches + 1) ** 2
     yield Product("vision attention", float(tiles * attention), ("vision/",))
 
 
-def _projector(config: VitaConfig, tiles: int) -> Work:
+def _projector(config: ModelConfig, tiles: int) -> Work:
     upstream: tuple[str, ...] = ("vision/",)
-    for name, positions in _projector_positions(config.projector, config.vision.tokens_per_tile).items():
+    tokens = family_of(config).layout(config).tokens_per_tile
+    for name, positions in _projector_positions(config.projector, tokens).items():
         yield Use(f"projector/{name}/", "projector", tiles * positions, upstream)
         upstream += (f"projector/{name}/",)
 
@@ -238,7 +244,7 @@ def _recognition(config: VitaConfig, stage: Stage) -> Work:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _language(config: VitaConfig, stage: Stage) -> Work:
+def _language(config: ModelConfig, stage: Stage) -> Work:
     """Objectives `language_modeling` and `text_pretraining`: everything that is read, then the decoder."""
     rows, s, language = stage.batch_size, stage.row_length, config.language
     tokens = rows * s
@@ -264,10 +270,11 @@ def _language(config: VitaConfig, stage: Stage) -> Work:
         yield Use("state_head/", "state head", tokens, upstream)
 
 
-def _cell_naming(config: VitaConfig, stage: Stage) -> Work:
+def _cell_naming(config: ModelConfig, stage: Stage) -> Work:
     tiles = stage.batch_size * stage.row_tiles
     yield from _vision(config, tiles)
-    yield Use("naming_head/", "naming head", tiles * config.vision.tokens_per_tile, ("vision/",))
+    tokens = family_of(config).layout(config).tokens_per_tile
+    yield Use("naming_head/", "naming head", tiles * tokens, ("vision/",))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,6 +382,58 @@ def _speech_decoder(config: VitaConfig, stage: Stage) -> Work:
     yield Use("speech/ar/head/", "speech ar", rows * spoken, both)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Flamingo
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOOKING = ("vision/", "resampler/", "cross_attention/")
+
+
+def _flamingo(config: FlamingoConfig, stage: Stage) -> Work:
+    """Objective `flamingo`: a batch of every data set, whose kernels are the same."""
+    uses: dict[str, Use] = {}
+    for data in stage.sets:
+        pictures = data.batch_size * data.row_images
+        seen = (_vision(config, pictures * data.frames), _resampler(config, pictures, data.frames))
+        for entry in (*seen[0], *seen[1], *_gated_language(config, data)):
+            if isinstance(entry, Product):
+                yield entry
+            else:
+                before = uses[entry.path].positions if entry.path in uses else 0.0
+                uses[entry.path] = entry._replace(positions=before + entry.positions)
+    yield from uses.values()
+
+
+def _resampler(config: FlamingoConfig, pictures: int, frames: int) -> Work:
+    c, upstream = config.resampler, ("vision/", "resampler/")
+    tokens, m = frames * config.vision.num_patches, c.num_latents
+    inside = {"perceiver": m, "transformer": m + tokens, "mlp": tokens}[c.kind]
+    yield Use("resampler/layers/", "resampler", pictures * inside, upstream)
+    if c.kind == "mlp":
+        yield Use("resampler/mix/", "resampler", pictures * frames * c.hidden_size, upstream)
+        return
+    yield Use("resampler/layers/attention/kv_proj/", "resampler", pictures * (tokens + m), upstream)
+    width = c.num_heads * c.head_dim
+    yield Product("resampler attention", 4.0 * c.num_layers * width * pictures * inside * (tokens + m), upstream)
+
+
+def _gated_language(config: FlamingoConfig, data: DataSet) -> Work:
+    """The layers, the blocks between them and the head. Text is counted as if it saw all pictures of its row: masked
+    scores are computed, too.
+    """
+    c, language, s = config.cross_attention, config.language, data.row_length
+    positions, media = data.batch_size * s, data.row_images * config.resampler.num_latents
+    upstream = ("language/embed_tokens/", "language/layers/", *LOOKING)
+    yield Use("cross_attention/", "cross attention", positions, upstream)
+    yield Use("cross_attention/kv_proj/", "cross attention", data.batch_size * media, ("vision/", "resampler/"))
+    scores = 4.0 * config.num_blocks * c.num_heads * c.head_dim * positions * media
+    yield Product("cross attention", scores, upstream)
+    yield Use("language/layers/", "language", positions, upstream)
+    heads = language.num_heads * language.head_dim
+    yield Product("language attention", 4.0 * language.num_layers * heads * s * positions / 2, upstream)
+    yield Use("language/lm_head/", "lm_head", positions, (*upstream, "language/norm/"))
+
+
 WORK = {
     "language_modeling": _language,
     "text_pretraining": _language,
@@ -382,4 +441,5 @@ WORK = {
     "ctc": _recognition,
     "codec": _codec,
     "speech_decoder": _speech_decoder,
+    "flamingo": _flamingo,
 }

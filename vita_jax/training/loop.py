@@ -31,11 +31,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vita_jax import config as config_lib
+from vita_jax.data.document_examples import DocumentContext
+from vita_jax.data.document_loader import MixtureLoader, make_mixture_loader
 from vita_jax.data.lanes import lanes_of_process, merge_states
-from vita_jax.data.loader import Loader, RecordCounts, make_loader
+from vita_jax.data.loader import Loader, RecordCounts, SourceConfig, make_loader
 from vita_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vita_jax.errors import UserError
-from vita_jax.models.vita import Vita
 from vita_jax.parallel.mesh import MeshConfig, check_processes, make_mesh, put_batch, put_replicated
 from vita_jax.parallel.processes import Largest, gather, is_first, on_first
 from vita_jax.parallel.rules import use_mesh
@@ -60,6 +61,7 @@ from vita_jax.training.experiment import (
     tokenizer_folder,
     validate,
 )
+from vita_jax.training.families import Model
 from vita_jax.training.guard import (
     BAD_BATCHES,
     STEPS_IN_FLIGHT,
@@ -121,7 +123,7 @@ class Run:
     """
 
     config: ExperimentConfig
-    model: Vita
+    model: Model
     mesh: Mesh
     metrics: MetricsWriter
     stop: StopSignal
@@ -225,8 +227,12 @@ def claim_run_dir(config: ExperimentConfig, file: str = CONFIG) -> None:
     config_lib.save_json(config, path)
 
 
-def record_batches(config: ExperimentConfig, stage: Stage, *, tokenizer: Tokenizer) -> Loader:
-    """Packed batches of this process from the stage's sources; relative source paths are below the data folder."""
+def record_batches(config: ExperimentConfig, stage: Stage, *, tokenizer: Tokenizer) -> Loader | MixtureLoader:
+    """Packed batches of this process from the stage's sources, or data sets; relative source paths are below the data
+    folder.
+    """
+    if stage.sets:
+        return mixture_batches(config, stage, tokenizer)
     sources = [dataclasses.replace(source, path=str(data_folder(config) / source.path)) for source in stage.sources]
     if stage.objective in SPEECH_BATCHES:
         return speech_batches(config, stage, sources, tokenizer)
@@ -243,6 +249,23 @@ def record_batches(config: ExperimentConfig, stage: Stage, *, tokenizer: Tokeniz
         reading=config.data.reading,
         max_bad_fraction=config.data.max_bad_fraction,
         lanes=lanes_of_process(config.data.lanes, jax.process_index(), jax.process_count()),
+    )
+
+
+def mixture_batches(config: ExperimentConfig, stage: Stage, tokenizer: Tokenizer) -> MixtureLoader:
+    """A batch of each of the stage's data sets, this process's part of it."""
+
+    def placed(source: SourceConfig) -> SourceConfig:
+        return dataclasses.replace(source, path=str(data_folder(config) / source.path))
+
+    return make_mixture_loader(
+        [dataclasses.replace(data, sources=tuple(map(placed, data.sources))) for data in stage.sets],
+        DocumentContext(tokenizer, config.image),
+        seed=config.seed + config.stages.index(stage),
+        reading=config.data.reading,
+        max_bad_fraction=config.data.max_bad_fraction,
+        lanes=lanes_of_process(config.data.lanes, jax.process_index(), jax.process_count()),
+        processes=jax.process_count(),
     )
 
 

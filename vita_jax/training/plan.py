@@ -16,14 +16,23 @@ from jax.sharding import Mesh, NamedSharding
 
 from vita_jax.errors import UserError
 from vita_jax.models.lora import is_adapter
-from vita_jax.models.vita import Vita
+from vita_jax.models.vision.clip import resize_positions
 from vita_jax.parallel.mesh import replicated
 from vita_jax.parallel.rules import check_whole, param_shardings, unbox
 from vita_jax.training.adapters import Say, check_objective, draw_adapters, settle_adapters, with_adapters
 from vita_jax.training.checkpoint import checkpoint_folder, load_params
 from vita_jax.training.experiment import ExperimentConfig, peak_learning_rate
-from vita_jax.training.objectives import OBJECTIVES, Objective, init_extra, init_model, init_params
-from vita_jax.training.optimizer import learning_rate_multipliers, make_optimizer, muon_matrices, warmup_cosine
+from vita_jax.training.families import Model
+from vita_jax.training.objectives import OBJECTIVES, Objective, init_extra, init_model, init_params, objective_of
+from vita_jax.training.optimizer import (
+    DECAYED,
+    learning_rate_multipliers,
+    make_optimizer,
+    muon_matrices,
+    warmup_constant,
+    warmup_cosine,
+    warmup_steps,
+)
 from vita_jax.training.stages import Stage, flatten, starts_of, trainable_paths, trained_so_far, unflatten
 from vita_jax.training.step import FlatParams, Metrics, TrainState, init_state, train_step
 
@@ -92,19 +101,19 @@ def _abstract(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 
 
 @functools.lru_cache(maxsize=8)
-def parameter_shapes(model: Vita, objective: Objective) -> Any:
+def parameter_shapes(model: Model, objective: Objective) -> Any:
     """All parameters of a model and an objective as abstract arrays in Linen's boxes. Tracing takes seconds."""
     return jax.eval_shape(lambda key: init_params(model, objective, key), jax.random.key(0))
 
 
-def plan_stage(config: ExperimentConfig, model: Vita, stage: Stage, mesh: Mesh) -> StagePlan:
+def plan_stage(config: ExperimentConfig, model: Model, stage: Stage, mesh: Mesh) -> StagePlan:
     """Resolves layout, trainable parameters, optimiser and schedule of a stage.
 
     Raises:
       UserError: a pattern matches nothing or a kernel that has an adapter, a parameter does not fit the mesh, or two
         starts trained the same parameter.
     """
-    objective = OBJECTIVES[stage.objective]
+    objective = objective_of(stage)
     check_objective(stage)
     boxed = with_adapters(parameter_shapes(model, objective), model.config, stage.lora)
     check_whole(boxed, mesh, config.mesh)
@@ -131,15 +140,23 @@ def plan_stage(config: ExperimentConfig, model: Vita, stage: Stage, mesh: Mesh) 
             learning_rate_multipliers(stage.learning_rate_scale, trainable),
             matrices,
             factored=stage.optimizer == "adafactor",
+            decayed=objective.decayed or DECAYED,
         ),
-        schedule=lambda step: warmup_cosine(step, stage.steps, stage.warmup_ratio, rate),
+        schedule=lambda step: learning_rate(stage, step, rate),
         rng=jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), purpose)),
         loss_window=config.guard.loss_window,
         spike_factor=config.guard.spike_factor,
     )
 
 
-def model_of_stage(model: Vita, stage: Stage) -> Vita:
+def learning_rate(stage: Stage, step: jax.Array, peak: float) -> jax.Array:
+    """Of optimiser step `step` (from 0) of a stage."""
+    if stage.schedule == "constant":
+        return warmup_constant(step, warmup_steps(stage.steps, stage.warmup_ratio), peak)
+    return warmup_cosine(step, stage.steps, stage.warmup_ratio, peak)
+
+
+def model_of_stage(model: Model, stage: Stage) -> Model:
     """The model as a stage runs it; its parameters are the same."""
     audio = model.config.audio
     if not stage.whole_clips or audio is None:
@@ -153,7 +170,7 @@ def model_of_stage(model: Vita, stage: Stage) -> Vita:
 TPU_OPTIONS = {"xla_disable_hlo_passes": "while-loop-all-reduce-code-motion"}
 
 
-def compiled_step(model: Vita, plan: StagePlan, mesh: Mesh) -> Callable[..., tuple[TrainState, Metrics]]:
+def compiled_step(model: Model, plan: StagePlan, mesh: Mesh) -> Callable[..., tuple[TrainState, Metrics]]:
     """`(state, frozen, batch) -> (state, metrics)` of a stage, donating the state and keeping its layout."""
     layout = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract_state(mesh))
     step = functools.partial(
@@ -199,7 +216,7 @@ def _check_starts(config: ExperimentConfig, stage: Stage, paths: Sequence[str]) 
             owner[path] = start
 
 
-def initial_params(config: ExperimentConfig, model: Vita, plan: StagePlan, say: Say = lambda line: None) -> FlatParams:
+def initial_params(config: ExperimentConfig, model: Model, plan: StagePlan, say: Say = lambda line: None) -> FlatParams:
     """The parameters a stage starts with, in their layout: what its starts contribute, the rest newly drawn.
 
     Args:
@@ -236,6 +253,20 @@ def initial_params(config: ExperimentConfig, model: Vita, plan: StagePlan, say: 
     return {path: given[path] for path in plan.shapes}
 
 
+POSITIONS = "vision/embeddings/position_embedding"  # of CLIP's tower
+
+
+def other_resolution(plan: StagePlan, loaded: FlatParams, start: str, say: Say) -> FlatParams:
+    """The tower's position embeddings for the size of picture that the stage has, where its start has another; else
+    nothing.
+    """
+    old, new = loaded.get(POSITIONS), plan.shapes.get(POSITIONS)
+    if old is None or new is None or len(old.shape) != 2 or old.shape == new.shape or old.shape[1] != new.shape[1]:
+        return {}
+    say(f"{plan.stage.title}: positions of {old.shape[0] - 1} patches of {start} are resized to {new.shape[0] - 1}\n")
+    return {POSITIONS: jax.device_put(resize_positions(old, new.shape[0] - 1), plan.shardings[POSITIONS])}
+
+
 def contributions(config: ExperimentConfig, plan: StagePlan, say: Say) -> FlatParams:
     """What the starts of a stage give it, adapters as `settle_adapters` says. Of several, a later one wins where both
     give (never where both were trained).
@@ -249,6 +280,7 @@ def contributions(config: ExperimentConfig, plan: StagePlan, say: Say) -> FlatPa
         saved = flatten(load_params(folder, unflatten(plan.shardings)).params)
         loaded = {path: leaf.astype(jnp.float32) for path, leaf in saved.items()}
         loaded = settle_adapters(plan.stage, loaded, plan.shapes, start, say)
+        loaded |= other_resolution(plan, loaded, start, say)
         paths = set(loaded)
         if own and len(starts) > 1:
             paths = trained_so_far(config.stage(start), config.stages, list(loaded))

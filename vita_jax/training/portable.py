@@ -32,9 +32,9 @@ from vita_jax.data.loader import SourceConfig
 from vita_jax.errors import UserError
 from vita_jax.models.int8 import LeafChange
 from vita_jax.models.lora import detach, merge
-from vita_jax.models.vita_weights import weight_table
 from vita_jax.parallel.processes import DistributedConfig
 from vita_jax.training.experiment import CTC_VOCABULARY, VOICES, ExperimentConfig, data_folder
+from vita_jax.training.families import weight_table
 from vita_jax.training.stages import Stage
 
 FORMAT_VERSION = 1
@@ -215,9 +215,10 @@ def _stage_without_places(stage: Stage) -> Stage:
     def moved(source: SourceConfig) -> SourceConfig:
         return dataclasses.replace(source, path=_last(source.path))
 
+    sets = tuple(dataclasses.replace(data, sources=tuple(map(moved, data.sources))) for data in stage.sets)
     start = stage.start_from
     start = tuple(map(_last, start)) if isinstance(start, tuple) else None if start is None else _last(start)
-    return dataclasses.replace(stage, sources=tuple(map(moved, stage.sources)), start_from=start)
+    return dataclasses.replace(stage, sources=tuple(map(moved, stage.sources)), sets=sets, start_from=start)
 
 
 def _last(path: str) -> str:

@@ -11,11 +11,13 @@ from typing import Any, Literal, get_args
 from flax import traverse_util
 
 from vita_jax.data.loader import SourceConfig
+from vita_jax.data.mixture import DataSet
 from vita_jax.errors import UserError
 from vita_jax.models.lora import KERNEL, LoraConfig, is_adapter
 from vita_jax.nn.layers import LORA_SCALE
 
 Optimizer = Literal["adamw", "muon", "adafactor"]
+Schedule = Literal["cosine", "constant"]
 OPTIMIZERS = list(get_args(Optimizer))
 
 
@@ -50,6 +52,11 @@ class Stage:
         starts trained.
       codec_frames: codec frames of a crop (objective `codec`) or of the longest sentence (`speech_decoder`, where
         row_length counts the tokens of its text); 0 for all other objectives.
+      template: of the conversations of this stage, by name; None: the run's.
+      sets: the data sets of the objective `flamingo`, each with its own batch, in place of `sources`; `batch_size` is
+        then their sum, `row_length` and `row_tiles` their largest.
+      trained_tokens: ids whose embeddings that objective learns, where `trainable` matches the table; () = all.
+      schedule: of the learning rate behind its warm-up: half a "cosine" down to 0, or "constant".
       lora: adapters that train beside whatever `trainable` names, in place of the kernels they adapt, see
         `vita_jax.training.adapters`; `--config.stages.NAME.lora.rank=16` is enough. None: no adapters.
     """
@@ -74,6 +81,10 @@ class Stage:
     start_from: str | tuple[str, ...] | None = None
     codec_frames: int = 0
     optimizer: Optimizer = "adamw"
+    template: str | None = None
+    sets: tuple[DataSet, ...] = ()
+    trained_tokens: tuple[int, ...] = ()
+    schedule: Schedule = "cosine"
     lora: LoraConfig | None = None
 
 

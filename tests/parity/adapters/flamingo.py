@@ -137,7 +137,7 @@ def flamingo(case: Case) -> Result:
         blocks = zip(numbers, captured["gated"], strict=True)
         outputs |= {f"layer{i}.after_gated_xattn": x for i, x in blocks}
         return outputs | {
-            "vision_tokens": apply(pixels, method="image_features"),
+            "vision_tokens": apply(pixels, method="tower_features"),
             "vision_pooled": apply(pixels, method=lambda model, x: model.vision(x)["image_embeds"]),
             "perceiver": media,
             "final_norm": hidden,

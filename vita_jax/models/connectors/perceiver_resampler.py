@@ -20,6 +20,8 @@ from vita_jax.nn.layers import Dense, LayerNorm, normal_init
 from vita_jax.ops.activations import activation
 from vita_jax.ops.attention import dot_product_attention
 
+KINDS = ("perceiver", "transformer", "mlp")
+
 
 @dataclass(frozen=True)
 class ResamplerConfig:
@@ -28,6 +30,7 @@ class ResamplerConfig:
     Attributes:
       hidden_size: d, the tower's width.
       num_layers, num_heads, head_dim: of the attention; heads times their width need not be d.
+      kind: "perceiver", or one of the two that the paper compares it with, see `plain_resamplers`.
       num_latents: m, tokens that come out per picture.
       feed_forward_multiple: width of the feed-forward by d.
       hidden_act: gelu in the open models, squared_relu in the paper.
@@ -44,9 +47,12 @@ class ResamplerConfig:
     hidden_act: str = "gelu"
     max_frames: int = 0
     max_media: int = 0
+    kind: str = "perceiver"
 
     def __post_init__(self) -> None:
         activation(self.hidden_act)
+        if self.kind not in KINDS:
+            raise UserError(f"resampler: kind {self.kind!r} is unknown; use one of {', '.join(KINDS)}")
         for name in ("num_layers", "num_heads", "head_dim", "num_latents", "feed_forward_multiple"):
             if getattr(self, name) < 1:
                 raise UserError(f"resampler: {name} {getattr(self, name)} must be at least 1")
@@ -120,20 +126,9 @@ class PerceiverResampler(nn.Module):
           UserError: more frames or pictures than there are embeddings.
         """
         c = self.config
-        b, t, f = x.shape[:3]
-        x = x.astype(self.dtype)
-        if c.max_frames:
-            x = x + self._embedding("frame_embedding", c.max_frames, f, "frames")[:, None]
-        x = rearrange(x, "b t f v d -> b t (f v) d")
-        if c.max_media:
-            x = x + self._embedding("media_embedding", c.max_media, t, "pictures")[:, None]
-        latents = self.param(
-            "latents",
-            nn.with_logical_partitioning(normal_init(1.0), (None, "embed")),
-            (c.num_latents, c.hidden_size),
-            jnp.float32,
-        )
-        latents = jnp.broadcast_to(latents.astype(self.dtype), (b * t, c.num_latents, c.hidden_size))
+        b, t = x.shape[:2]
+        x = rearrange(with_times(self, c, x.astype(self.dtype)), "b t f v d -> b t (f v) d")
+        latents = jnp.broadcast_to(learned_latents(self, c), (b * t, c.num_latents, c.hidden_size))
         layers = nn.scan(
             ResamplerBlock,
             variable_axes={"params": 0},
@@ -147,10 +142,32 @@ class PerceiverResampler(nn.Module):
         captured = {name: rearrange(value, "l (b t) m d -> l b t m d", b=b) for name, value in captured.items()}
         return rearrange(y, "(b t) m d -> b t m d", b=b), captured
 
-    def _embedding(self, name: str, rows: int, needed: int, what: str) -> jax.Array:
-        """The first `needed` rows of a time embedding, (needed d)."""
-        if needed > rows:
-            raise UserError(f"{needed} {what} were given, but the resampler has time embeddings for {rows}")
-        init = nn.with_logical_partitioning(normal_init(1.0), (None, "embed"))
-        table = self.param(name, init, (rows, self.config.hidden_size), jnp.float32)
-        return table[:needed].astype(self.dtype)
+
+def learned_latents(module: nn.Module, config: ResamplerConfig) -> jax.Array:
+    """The parameter `latents` of a module: (m d) in its dtype."""
+    init = nn.with_logical_partitioning(normal_init(1.0), (None, "embed"))
+    shape = (config.num_latents, config.hidden_size)
+    return module.param("latents", init, shape, jnp.float32).astype(module.dtype)
+
+
+def with_times(module: nn.Module, config: ResamplerConfig, x: jax.Array) -> jax.Array:
+    """x (b t f v d) with the time embeddings of frames and pictures that the config has: parameters of the module.
+
+    Raises:
+      UserError: more frames or pictures than there are embeddings.
+    """
+    t, f = x.shape[1:3]
+    if config.max_frames:
+        x = x + _embedding(module, config, "frame_embedding", config.max_frames, f, "frames")[:, None]
+    if config.max_media:
+        x = x + _embedding(module, config, "media_embedding", config.max_media, t, "pictures")[:, None, None]
+    return x
+
+
+def _embedding(module: nn.Module, config: ResamplerConfig, name: str, rows: int, needed: int, what: str) -> jax.Array:
+    """The first `needed` rows of a time embedding, (needed d)."""
+    if needed > rows:
+        raise UserError(f"{needed} {what} were given, but the resampler has time embeddings for {rows}")
+    init = nn.with_logical_partitioning(normal_init(1.0), (None, "embed"))
+    table = module.param(name, init, (rows, config.hidden_size), jnp.float32)
+    return table[:needed].astype(module.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vita_jax.conversion import tables
+from vita_jax.errors import UnsupportedOption
 from vita_jax.models.connectors.perceiver_resampler import ResamplerConfig
 
 # Where a whole checkpoint keeps it.
@@ -21,7 +22,11 @@ def feed_forward_rules(
 
 
 def weight_table(config: ResamplerConfig) -> tables.Table:
-    """Names relative to `FLAMINGO_PREFIX`."""
+    """Names relative to `FLAMINGO_PREFIX`. Raises UnsupportedOption for a resampler that has none there."""
+    if config.kind != "perceiver":
+        raise UnsupportedOption(
+            f"resampler.kind {config.kind!r}: open_flamingo's checkpoints hold Perceivers alone; it cannot be exported"
+        )
     d, layers, heads = config.hidden_size, config.num_layers, (config.num_heads, config.head_dim)
     attention, path = "layers.{i}.0", "layers/attention"
     stacked = {"bias": False, "layers": layers}

@@ -3,8 +3,9 @@
 
     x = x + tanh(attn_gate) * attention(norm(x), pictures);  x = x + tanh(ff_gate) * feed_forward(x)
 
-Both gates start at 0, where the block gives back its input bit for bit. The feed-forward acts on all text, also on text
-that sees no picture. Axes: b rows, s positions, t pictures, m tokens of a picture, g blocks of a model.
+Both gates start at 0, where the block gives back its input bit for bit; the paper's ablation without gates adds both
+branches as they are. The feed-forward acts on all text, also on text that sees no picture. Axes: b rows, s positions, t
+pictures, m tokens of a picture, g blocks of a model.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class GatedCrossAttentionConfig:
       hidden_act: gelu in the open models, squared_relu in the paper.
       all_previous: text sees all pictures up to its own, instead of its own only.
       without_media: see `vita_jax.ops.media.media_attention`.
+      gated: False leaves the gates out (an ablation); a fresh model is then not its language model.
     """
 
     hidden_size: int
@@ -44,6 +46,7 @@ class GatedCrossAttentionConfig:
     hidden_act: str = "gelu"
     all_previous: bool = False
     without_media: str = "zero"
+    gated: bool = True
 
     def __post_init__(self) -> None:
         activation(self.hidden_act)
@@ -70,9 +73,10 @@ class GatedBlock(nn.Module):
         )
         wide = c.feed_forward_multiple * c.hidden_size
         self.feed_forward = NormedFeedForward(c.hidden_size, wide, c.hidden_act, self.dtype)
-        closed = nn.initializers.zeros_init()
-        self.attn_gate = self.param("attn_gate", closed, (), jnp.float32)
-        self.ff_gate = self.param("ff_gate", closed, (), jnp.float32)
+        if c.gated:
+            closed = nn.initializers.zeros_init()
+            self.attn_gate = self.param("attn_gate", closed, (), jnp.float32)
+            self.ff_gate = self.param("ff_gate", closed, (), jnp.float32)
 
     def media_keys_values(self, media: jax.Array) -> jax.Array:
         """media: (b t m c), not normed -> (b t m 2 n h)."""
@@ -104,9 +108,9 @@ class GatedBlock(nn.Module):
             without_media=c.without_media,
         )
         attended = self.o_proj(attended)
-        after = x + jnp.tanh(self.attn_gate).astype(x.dtype) * attended
+        after = x + (jnp.tanh(self.attn_gate).astype(x.dtype) * attended if c.gated else attended)
         fed = self.feed_forward(after)
-        y = after + jnp.tanh(self.ff_gate).astype(x.dtype) * fed
+        y = after + (jnp.tanh(self.ff_gate).astype(x.dtype) * fed if c.gated else fed)
         captured = {"attention": attended, "after_attention": after, "feed_forward": fed} if self.capture else {}
         return y, captured
 

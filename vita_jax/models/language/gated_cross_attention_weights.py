@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vita_jax.conversion import tables
+from vita_jax.errors import UnsupportedOption
 from vita_jax.models.connectors.perceiver_resampler_weights import feed_forward_rules
 from vita_jax.models.language.gated_cross_attention import GatedCrossAttentionConfig
 
@@ -18,7 +19,14 @@ def weight_table(
       config: of the blocks.
       torch: what stands before the names; of a stack with `{i}`.
       numbers: what `{i}` counts, one number per block; None for a single block.
+
+    Raises:
+      UnsupportedOption: blocks without gates, which no checkpoint has.
     """
+    if not config.gated:
+        raise UnsupportedOption(
+            "cross_attention.gated=false: open_flamingo's checkpoints have gates; it cannot be exported"
+        )
     c, layers = config, None if numbers is None else len(numbers)
     d, heads, wide = (c.hidden_size,), (c.num_heads, c.head_dim), c.feed_forward_multiple * c.hidden_size
     stacked = {"bias": False, "layers": layers}

@@ -1,7 +1,8 @@
 """Sizes of the LLaMA family, the language models of LLaVA and of the first open Flamingo (arXiv 2302.13971, table 2;
 arXiv 2307.09288).
 
-They are the one decoder without biases and experts, every query head with a key/value head of its own.
+They are the one decoder without biases and experts, every query head with a key/value head of its own. The sheared ones
+(arXiv 2310.06694) are as wide and deep as the language models of open_flamingo's 3B and 4B.
 """
 
 from __future__ import annotations
@@ -49,3 +50,29 @@ def vicuna_7b_v1_5(vocab_size: int = 32000) -> DecoderConfig:
 def vicuna_13b_v1_5(vocab_size: int = 32000) -> DecoderConfig:
     """Vicuna-13B v1.5, tuned from Llama-2."""
     return replace(llama_13b(vocab_size), rms_norm_eps=1e-5, max_positions=4096)
+
+
+def sheared_llama_1_3b(vocab_size: int = 32000) -> DecoderConfig:
+    """Sheared-LLaMA-1.3B, cut out of Llama-2."""
+    return replace(
+        llama_7b(vocab_size),
+        hidden_size=2048,
+        num_layers=24,
+        num_heads=16,
+        num_kv_heads=16,
+        intermediate_size=5504,
+        rms_norm_eps=1e-5,
+        max_positions=4096,
+    )
+
+
+def sheared_llama_2_7b(vocab_size: int = 32000) -> DecoderConfig:
+    """Sheared-LLaMA-2.7B, cut out of Llama-2."""
+    return replace(
+        sheared_llama_1_3b(vocab_size),
+        hidden_size=2560,
+        num_layers=32,
+        num_heads=20,
+        num_kv_heads=20,
+        intermediate_size=6912,
+    )

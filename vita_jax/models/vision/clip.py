@@ -6,6 +6,8 @@ without the class token, Flamingo the one after it. Images must have the configu
 
 from __future__ import annotations
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from vita_jax.errors import UserError
 from vita_jax.models.vision.encoder import Encoder, ViTConfig, check_image_size
 from vita_jax.nn.layers import Dense, LayerNorm, normal_init
 from vita_jax.ops.patches import cut_patches
+from vita_jax.ops.resize import resize_grid
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -99,6 +102,23 @@ class ClipVision(nn.Module):
             )
             out["image_embeds"] = project(pooled)
         return out | captured | ({"embeddings": embeddings} if capture else {})
+
+
+def resize_positions(positions: jax.Array, num_patches: int) -> jax.Array:
+    """Position embeddings for pictures of another size: those of the patches resized as a square grid, bicubically.
+
+    positions: (1+p d), the class token's first -> (1+num_patches d).
+
+    Raises:
+      UserError: one of the two grids is no square.
+    """
+    sides = [math.isqrt(count) for count in (len(positions) - 1, num_patches)]
+    for side, count in zip(sides, (len(positions) - 1, num_patches), strict=True):
+        if side * side != count:
+            raise UserError(f"{count} patches are no square grid, so their positions cannot be resized")
+    first, grid = positions[:1], positions[1:].reshape(sides[0], sides[0], -1)
+    resized = resize_grid(grid, (sides[1], sides[1])).reshape(num_patches, -1)
+    return jnp.concatenate([first, resized])
 
 
 def select_feature(hidden: jax.Array, feature: str = "patch") -> jax.Array:

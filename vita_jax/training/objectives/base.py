@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from vita_jax.models.vita import Vita
+from vita_jax.training.families import Model
 
 Batch = Mapping[str, jax.Array]
 Params = Mapping[str, Any]
@@ -41,11 +42,13 @@ class Objective(NamedTuple):
       optional_keys: arrays it also reads where the batch has them.
       extra_params: (model, rng key) -> parameters beside those of the model, by component name, in Linen's boxes.
       extra_names: names of those components; dropped when the stage ends.
+      decayed: pattern of the paths that weight decay acts on; None: the optimiser's own.
     """
 
-    loss: Callable[[Vita, Params, Batch, jax.Array], LossSums]
+    loss: Callable[[Model, Params, Batch, jax.Array], LossSums]
     batch_keys: tuple[str, ...]
     num_tokens: Callable[[Mapping[str, np.ndarray]], int]
     optional_keys: tuple[str, ...] = ()
-    extra_params: Callable[[Vita, jax.Array], dict[str, Any]] = lambda model, key: {}
+    extra_params: Callable[[Model, jax.Array], dict[str, Any]] = lambda model, key: {}
     extra_names: tuple[str, ...] = ()
+    decayed: re.Pattern[str] | None = None

@@ -15,24 +15,24 @@ import numpy as np
 from einops import rearrange
 
 from vita_jax.errors import UserError
-from vita_jax.models.vita import Vita
 from vita_jax.nn.layers import Dense
+from vita_jax.training.families import Model, family_of
 from vita_jax.training.objectives.base import Batch, LossSums, Objective, Params
 
 NAMING_HEAD = "naming_head"
 
 
-def _naming_head(model: Vita) -> Dense:
+def _naming_head(model: Model) -> Dense:
     return Dense((model.config.language.vocab_size,), axes=("embed", "vocab"), dtype=model.dtype)
 
 
-def naming_head_params(model: Vita, key: jax.Array) -> dict[str, Any]:
+def naming_head_params(model: Model, key: jax.Array) -> dict[str, Any]:
     """The throw-away head, (4c v): boxed, under `naming_head`.
 
     Its bias starts where every word is as unlikely as one word in the vocabulary, so that the loss starts with what the
     cells show and not with learning that most words are absent.
     """
-    width, vocab = model.config.vision.output_size, model.config.language.vocab_size
+    width, vocab = family_of(model.config).tower_size(model.config), model.config.language.vocab_size
     params = _naming_head(model).init(key, jnp.zeros((1, width), model.dtype))["params"]
     bias = params["bias"]
     return {
@@ -40,7 +40,7 @@ def naming_head_params(model: Vita, key: jax.Array) -> dict[str, Any]:
     }
 
 
-def cell_naming_loss(model: Vita, params: Params, batch: Batch, key: jax.Array) -> LossSums:
+def cell_naming_loss(model: Model, params: Params, batch: Batch, key: jax.Array) -> LossSums:
     """Binary cross entropy of every vocabulary word, summed over the words, per named cell.
 
     Args:

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from vita_jax.data.mixture import DataSet
 from vita_jax.models.flamingo import Flamingo, FlamingoInputs
-from vita_jax.ops.losses import next_token_scores
-from vita_jax.training.objectives.base import Batch, LossSums, Params
+from vita_jax.ops.losses import IGNORE_LABEL, next_token_scores
+from vita_jax.training.objectives.base import Batch, LossSums, Objective, Params
+from vita_jax.training.objectives.language import loss_axes
 
 INPUT_KEYS = ("tokens", "positions", "segment_ids", "media_times", "images")
 # Weights of open_flamingo: captioned pictures and interleaved documents.
@@ -60,11 +64,29 @@ def flamingo_loss(
         hidden = model.apply({"params": params}, inputs)
         kernel = params["language"]["lm_head"]["kernel"]
         loss, count, correct = next_token_scores(
-            hidden, kernel, batch[f"{name}/labels"], inputs.segment_ids, chunk_size=LOSS_CHUNK
+            hidden, kernel, batch[f"{name}/labels"], inputs.segment_ids, chunk_size=LOSS_CHUNK, **loss_axes()
         )
         total = total + weight * loss / jnp.maximum(count, 1.0)
         metrics |= {f"{name}_loss": (loss, count), f"{name}_accuracy": (correct, count)}
     return LossSums(total, jnp.ones((), jnp.float32), metrics)
+
+
+@lru_cache(maxsize=64)  # one object for equal stages, by which traces are known again
+def flamingo_objective(sets: tuple[DataSet, ...], trained_tokens: tuple[int, ...]) -> Objective:
+    """The objective of a stage.
+
+    Args:
+      sets: its data sets.
+      trained_tokens: ids whose embeddings are learnt, where the stage trains the table at all; (): all.
+    """
+    weights = {one.name: one.weight for one in sets}
+    keys = tuple(f"{name}/{field}" for name in weights for field in (*INPUT_KEYS, "labels"))
+
+    def learnt_tokens(batch: Mapping[str, np.ndarray]) -> int:
+        return sum(int(np.count_nonzero(batch[f"{name}/labels"] != IGNORE_LABEL)) for name in weights)
+
+    loss = partial(flamingo_loss, weights=weights, new_tokens=trained_tokens or None)
+    return Objective(loss, keys, learnt_tokens, decayed=DECAYED)
 
 
 def rows_that_train(table: jax.Array, rows: tuple[int, ...]) -> jax.Array:

@@ -20,9 +20,10 @@ from jax.sharding import PartitionSpec
 from vita_jax.errors import UserError
 from vita_jax.models.language.experts import ROUTER, dropped_assignments, router_logits
 from vita_jax.models.state_head import FIRST_STATE_LABEL, state_loss
-from vita_jax.models.vita import Vita, VitaInputs
+from vita_jax.models.vita import VitaInputs
 from vita_jax.ops.experts import Balance, balance, dropped_share
 from vita_jax.ops.losses import IGNORE_LABEL, next_token_scores, position_scores, shift_labels
+from vita_jax.training.families import Model
 from vita_jax.training.objectives.base import Batch, LossSums, Objective, Params
 
 # Positions of a row whose logits exist at one time in the language loss.
@@ -58,7 +59,7 @@ def loss_axes() -> dict[str, PartitionSpec]:
     }
 
 
-def language_modeling_loss(model: Vita, params: Params, batch: Batch, key: jax.Array) -> LossSums:
+def language_modeling_loss(model: Model, params: Params, batch: Batch, key: jax.Array) -> LossSums:
     """Next-token cross entropy of the answers, and what the state head has to tell.
 
     Args:
@@ -88,7 +89,7 @@ def language_modeling_loss(model: Vita, params: Params, batch: Batch, key: jax.A
 
 
 def _state_sums(
-    model: Vita, params: Params, labels: jax.Array, hidden: jax.Array
+    model: Model, params: Params, labels: jax.Array, hidden: jax.Array
 ) -> tuple[jax.Array, jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
     """Summed loss of the state head, summed weights, and metrics. labels (b s), hidden (b s d)."""
     if model.config.state_head is None:
@@ -101,7 +102,7 @@ def _state_sums(
     return loss, weight, {"state_loss": (loss, weight), "state_accuracy": (correct, number)}
 
 
-def text_pretraining_loss(model: Vita, params: Params, batch: Batch, key: jax.Array) -> LossSums:
+def text_pretraining_loss(model: Model, params: Params, batch: Batch, key: jax.Array) -> LossSums:
     """Next-token cross entropy of answers, and with `PROMPT_WEIGHT` of all other text.
 
     Args and returns: as `language_modeling_loss`; `count` is the sum of the weights, the metric is that of the answers.
@@ -119,7 +120,7 @@ def text_pretraining_loss(model: Vita, params: Params, batch: Batch, key: jax.Ar
     return _with_balance(model, sums, used)
 
 
-def _hidden_states(model: Vita, params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, ExpertUse | None]:
+def _hidden_states(model: Model, params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, ExpertUse | None]:
     """Hidden states (b s d); and how experts are used by what is not padding, if there are experts."""
     inputs, rngs, language = model_inputs(batch), {"dropout": key}, model.config.language
     if not language.num_experts:
@@ -130,7 +131,7 @@ def _hidden_states(model: Vita, params: Params, batch: Batch, key: jax.Array) ->
     return hidden, ExpertUse(balance(router_logits(kept), number, mask), share)
 
 
-def _with_balance(model: Vita, sums: LossSums, used: ExpertUse | None) -> LossSums:
+def _with_balance(model: Model, sums: LossSums, used: ExpertUse | None) -> LossSums:
     """Adds the load-balancing loss with the config's weight, and metrics of a mixture of experts.
 
     The metrics are `router_balance`, the loss without its weight; for every expert `expert_load_<number>`, its share of

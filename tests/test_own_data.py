@@ -205,6 +205,7 @@ def test_a_llava_that_is_there_already(source, tmp_path):
     prepare_records(base, ["</s>"])
     loop.run(base, stream=io.StringIO())
     config = config_for(tmp_path / "run", **places(source, "json", records="seen"))
+    config = dataclasses.replace(config, image=own_data.get_config(config.size).image)  # as it is without being set
     prepared = own_data.prepare(apply_overrides(config, {"stages.own_data.start_from": str(base.run_dir)}))
     assert (prepared.model, prepared.prompt, prepared.image) == (base.model, base.prompt, base.image)
     assert prepared.stage("own_data").trainable == ("^projector/", "^language/")

@@ -8,6 +8,7 @@ import pytest
 
 from data_pipelines.build import main
 from data_pipelines.chat_layouts import CHAT_LAYOUTS, public_record
+from data_pipelines.document_layouts import DOCUMENT_LAYOUTS
 from data_pipelines.records import build_records, validate_records
 from data_pipelines.sources import SOURCE_LAYOUTS, RecordsFile
 from tests.data.media import talk, write_json
@@ -65,7 +66,7 @@ def test_a_file_of_chats_is_built_and_its_bad_ones_are_counted(tmp_path, capsys)
     assert main([*line, "--max-bad-fraction", "0.5"]) == 0
     said = capsys.readouterr().out
     assert "2 records, 4 rounds" in said and "format: 1, system message: 1" in said
-    assert set(SOURCE_LAYOUTS) == {"vita", *CHAT_LAYOUTS}
+    assert set(SOURCE_LAYOUTS) == {"vita", *CHAT_LAYOUTS, *DOCUMENT_LAYOUTS}
     with pytest.raises(UserError, match="layout 'chat' is unknown"):
         RecordsFile(file, layout="chat")
 

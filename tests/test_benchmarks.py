@@ -132,4 +132,4 @@ def test_int8_is_held_against_floats(tmp_path):
         assert found.speeds["the kept weights"][0] > 0
     assert both.weights < floats.weights - 2**21 and both.cache == floats.cache * (32 + 4) / (4 * 32)
     table = int8.format_figures(figures, markdown=True)
-    assert table.count("\n") == 1 + len(floats.accuracy) + 5 and "| int8 weights |" in table.splitlines()[0]
+    assert table.count("\n") == 1 + len(floats.accuracy) + 5 and "int8 weights |" in table.splitlines()[0]

@@ -176,7 +176,10 @@ async def converse(url: str, talker: Talker, questions: Sequence[np.ndarray], fi
                 if figures is not None:
                     figures.ignored += text is None
                     figures.answers += text is not None
-                    figures.different += said[-1] != talker.alone[number]
+                    if said[-1] != talker.alone[number]:
+                        figures.different += 1
+                        told = f"question {number + 1}: {said[-1]!r}, alone {talker.alone[number]!r}"
+                        print(f"talker {talker.number}, {told}", file=sys.stderr)
                     if seconds:
                         figures.first_audio.append(first)
                 await asyncio.sleep(seconds + 0.3)  # it is heard to its end

@@ -63,7 +63,7 @@ def session(drawn, monkeypatch):
 
     monkeypatch.setattr(Seat, "answer", lambda *_: iter(drawn.tokenizer.encode(drawn.says)))
     monkeypatch.setattr(Session, "say", noted)
-    monkeypatch.setattr(Session, "load", classmethod(lambda cls, folder: drawn))
+    monkeypatch.setattr(chat, "open_session", lambda arguments: drawn)
     return drawn
 
 
@@ -143,7 +143,7 @@ def test_interactive_speak_is_for_the_next_answer(session, sound, tmp_path, caps
 
 
 def test_files_that_cannot_be_written_are_refused_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Session, "load", classmethod(lambda cls, folder: pytest.fail("loaded")))
+    monkeypatch.setattr(chat, "open_session", lambda arguments: pytest.fail("loaded"))
     (tmp_path / "folder.wav").mkdir()
     for name, message in (("a.mp3", "ends with .wav"), ("folder.wav", "is a folder"), ("none/a.wav", "no folder")):
         assert chat.main(["--text", "a", "--speak", str(tmp_path / name)]) == 2
@@ -153,14 +153,14 @@ def test_files_that_cannot_be_written_are_refused_before_anything_is_loaded(tmp_
 
 def test_a_model_without_a_voice_is_refused(session, tmp_path, capsys, monkeypatch):
     silent = dataclasses.replace(session, trained=frozenset({"language", "codec"}))
-    monkeypatch.setattr(Session, "load", classmethod(lambda cls, folder: silent))
+    monkeypatch.setattr(chat, "open_session", lambda arguments: silent)
     assert chat.main(["--text", "a", "--speak", str(tmp_path / "a.wav")]) == 2
     assert "does not speak: it has no trained speech" in capsys.readouterr().err
 
 
 def test_espeak_speaks_for_it(session, tmp_path, capsys, monkeypatch):
     silent = dataclasses.replace(session, trained=frozenset({"language"}))
-    monkeypatch.setattr(Session, "load", classmethod(lambda cls, folder: silent))
+    monkeypatch.setattr(chat, "open_session", lambda arguments: silent)
     path = tmp_path / "a.wav"
     assert chat.main(["--text", "colour?", "--speak", str(path), "--voice", "espeak"]) == 0
     assert "spoken: " in capsys.readouterr().out

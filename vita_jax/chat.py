@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from vita_jax.inference.duplex_events import Event
+    from vita_jax.inference.flamingo_session import FlamingoSession
     from vita_jax.inference.session import Session
     from vita_jax.inference.talk import Voice
 
@@ -89,12 +90,7 @@ def chat(arguments: argparse.Namespace) -> int:
     """Loads the model, then answers the one question, or questions until the end of input."""
     # Imported here so that --help and a mistyped argument answer at once.
     from vita_jax.data.examples import media_from_file
-    from vita_jax.inference.flamingo_session import FlamingoSession
-    from vita_jax.inference.quantization import int8_parts
-    from vita_jax.inference.session import Session
     from vita_jax.parallel.process import prepare_process
-    from vita_jax.training.checkpoint import load_params
-    from vita_jax.training.families import family_of
 
     if arguments.speak is not None:
         check_sound_file(arguments.speak, "--speak")
@@ -106,15 +102,7 @@ def chat(arguments: argparse.Namespace) -> int:
     if arguments.duplex:
         check_duplex(arguments)
     prepare_process()
-    int8 = int8_parts(arguments.int8)
-    loaded = load_params(arguments.checkpoint, change=int8.change)
-    if family_of(loaded.config.model).in_context and not arguments.duplex:
-        int8.check(loaded.config)
-        session = FlamingoSession.of(loaded)
-    else:
-        session = Session.of(loaded, num_rows=2 if arguments.duplex else 1, quantization=int8)
-    if arguments.int8:
-        print(session.memory)
+    session = open_session(arguments)
     if arguments.duplex:
         converse_duplex(session, arguments)
         return 0
@@ -130,6 +118,25 @@ def chat(arguments: argparse.Namespace) -> int:
     else:
         converse(session, attached)
     return 0
+
+
+def open_session(arguments: argparse.Namespace) -> Session | FlamingoSession:
+    """The model as somebody to talk to. Raises UserError as `Session.load`, and for what its family does not do."""
+    from vita_jax.inference.flamingo_session import FlamingoSession
+    from vita_jax.inference.quantization import int8_parts
+    from vita_jax.inference.session import Session
+    from vita_jax.training.checkpoint import load_params
+    from vita_jax.training.families import family_of
+
+    int8 = int8_parts(arguments.int8)
+    loaded = load_params(arguments.checkpoint, change=int8.change)
+    if family_of(loaded.config.model).in_context and not arguments.duplex:
+        int8.check(loaded.config)
+        return FlamingoSession.of(loaded)
+    session = Session.of(loaded, num_rows=2 if arguments.duplex else 1, quantization=int8)
+    if arguments.int8:
+        print(session.memory)
+    return session
 
 
 def check_duplex(arguments: argparse.Namespace) -> None:

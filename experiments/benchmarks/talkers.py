@@ -10,6 +10,9 @@ Before that each of them has done so alone: what it is told among others must be
 that heard, saw or reset another one would show. Talkers beyond the sessions a server takes are turned away and come
 again after the time that it names.
 
+A question begins at a multiple of 0.8 s of a session's sound, where blocks and the windows that speech is detected in
+begin together: it is then heard alike each time.
+
 First audio is the time from the last sample of the question to the first sound of the answer; the silence that ends an
 utterance (half a second) is part of it. The server's memory is read from /proc.
 """
@@ -52,6 +55,7 @@ PACKAGES = ("jax", "uvicorn", "websockets")
 NOTES = "## What this says"  # from here on the written file is kept: a person's words
 QUESTIONS = (("Count the digits.", "en-us"), ("Describe the picture.", "en-gb"))
 BLOCK_SECONDS = 0.1
+ALIGNED_BLOCKS = 8  # 0.8 s: 25 windows of 32 ms
 PATIENCE = 30.0  # seconds without an answer: it was dropped
 START_SECONDS = 300.0  # that a server may take to start
 
@@ -114,12 +118,13 @@ class Microphone:
 
     def __init__(self, socket: ClientConnection) -> None:
         self._socket, self._left = socket, np.zeros((0,), np.float32)
+        self._next: np.ndarray | None = None
         self.ended: float | None = None  # when the last sample of the question was sent
         self._task: asyncio.Task[None] | None = None
 
     def say(self, samples: np.ndarray) -> None:
         """The next question."""
-        self._left, self.ended = samples, None
+        self._next, self.ended = samples, None
 
     async def __aenter__(self) -> Microphone:
         self._task = asyncio.ensure_future(self._run())
@@ -133,6 +138,8 @@ class Microphone:
         size, start = int(BLOCK_SECONDS * RATE), time.monotonic()
         for count in itertools.count(1):
             await asyncio.sleep(max(0.0, start + count * BLOCK_SECONDS - time.monotonic()))
+            if self._next is not None and (count - 1) % ALIGNED_BLOCKS == 0:
+                self._left, self._next = self._next, None
             block, self._left = self._left[:size], self._left[size:]
             spoke = len(block) > 0
             data = base64.b64encode(to_bytes(np.pad(block, (0, size - len(block))))).decode()

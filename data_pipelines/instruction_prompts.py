@@ -21,7 +21,6 @@ boxes, coordinates or any description you were given; they are your eyes. Say on
 _BOXES = """, and things in it are listed with where they are, as `name: [left, top, right, bottom]` in shares of the \
 picture's width and height"""
 _FORM = """\
-Write in exactly this form, and nothing else:
 Question:
 (the question)
 ===
@@ -38,12 +37,7 @@ questions: what things are there, how many, what somebody does, where things are
 what has a definite answer: something that is clearly in the picture, or clearly not in it. Then ask one or two \
 questions that go further, about what one may know of such things, and answer these at more length. Repeat this form \
 for every question, and write nothing else:
-Question:
-(the question)
-===
-Answer:
-(the answer)
-===""",
+{_FORM}""",
     DESCRIPTION: f"""\
 {_SEEING.format(boxes=_BOXES)}
 
@@ -58,6 +52,7 @@ world or several steps of thought: why something is so, what it is for, what may
 how one could go about it. It must not give away what is to be seen; whoever answers has to look. In the answer, first \
 name what the picture shows that matters, then reason from it step by step to a clear conclusion.
 
+Write in exactly this form, and nothing else:
 {_FORM}""",
 }
 

@@ -107,6 +107,8 @@ def test_a_file_of_questions_is_answered(tmp_path, capsys):
     assert said[0]["prompt"] == asked[0]["text"] and said[0]["model_id"] == str(WEIGHTS)
     assert evaluate.main(["--checkpoint", str(WEIGHTS), "--questions", str(questions)]) == 2
     assert "--questions and --answers go together" in capsys.readouterr().err
+    assert evaluate.main([*line, "--groups", "typed"]) == 2
+    assert "--groups belongs to benchmarks" in capsys.readouterr().err
     questions.write_text('{"question_id": 1, "text": "?", "image": "none.png"}')
     assert evaluate.main(line) == 2 and "none.png" in capsys.readouterr().err
 

@@ -83,6 +83,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
         raise UserError(f"--limit {arguments.limit} must be at least 1")
     if arguments.questions is not None or arguments.answers is not None:
         return answer_questions(arguments)
+    if arguments.root is not None:
+        raise UserError("--root is where the pictures of --questions start; benchmarks know their own folders")
     get_benchmark(arguments.benchmark)
     int8 = int8_parts(arguments.int8)
     prepare_process()
@@ -128,9 +130,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def answer_questions(arguments: argparse.Namespace) -> int:
     """Asks what a file asks, and writes down the answers."""
+    from vita_jax.data.json_lines import write_json_lines
     from vita_jax.data.prompts import split_state_symbol
     from vita_jax.data.tokenizer import load_tokenizer
-    from vita_jax.evaluation.answer_lines import answer_lines, question_items, read_lines, write_lines
+    from vita_jax.evaluation.answer_lines import answer_lines, question_items, read_lines
     from vita_jax.evaluation.answering import answer_items
     from vita_jax.evaluation.subject import Subject
     from vita_jax.inference.quantization import int8_parts
@@ -140,6 +143,9 @@ def answer_questions(arguments: argparse.Namespace) -> int:
 
     if arguments.questions is None or arguments.answers is None:
         raise UserError("--questions and --answers go together: what is asked, and where the answers go")
+    for name in ("groups", "output", "shots", "choice", "data"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name} belongs to benchmarks; leave it out with --questions")
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {arguments.max_new_tokens} must be at least 1")
     questions = read_lines(arguments.questions, "text")
@@ -163,7 +169,7 @@ def answer_questions(arguments: argparse.Namespace) -> int:
     )
     texts = [split_state_symbol(answer.strip(), subject.context.template)[1] for answer in said]
     asked = dict(list(questions.items())[: len(texts)])
-    write_lines(arguments.answers, answer_lines(asked, texts, arguments.checkpoint))
+    write_json_lines(arguments.answers, answer_lines(asked, texts, arguments.checkpoint))
     print(f"written: {arguments.answers} ({len(texts)} answers)")
     return 0
 
@@ -172,6 +178,7 @@ def evaluate_by_shots(arguments: argparse.Namespace, config: ExperimentConfig, p
     """Measures a Flamingo, prints, saves."""
     import dataclasses
 
+    from vita_jax.data.json_lines import write_json_lines
     from vita_jax.data.tokenizer import load_tokenizer
     from vita_jax.evaluation.few_shot import (
         LINES,
@@ -179,7 +186,6 @@ def evaluate_by_shots(arguments: argparse.Namespace, config: ExperimentConfig, p
         evaluate_few_shot,
         format_few_shot,
         subject_of,
-        write_lines,
     )
     from vita_jax.evaluation.results import save_result
 
@@ -198,11 +204,11 @@ def evaluate_by_shots(arguments: argparse.Namespace, config: ExperimentConfig, p
     if is_run and folder is None and arguments.limit is None and arguments.groups is None:
         kept = Path(config.run_dir) / "evaluation"
         save_result(result, kept / RESULT)
-        write_lines(lines, kept / LINES)
+        write_json_lines(kept / LINES, lines)
         print(f"\nwritten: {kept / RESULT}, {kept / LINES}")
     if arguments.output is not None:
         save_result(result, Path(arguments.output))
-        write_lines(lines, Path(arguments.output).with_suffix(".jsonl"))
+        write_json_lines(Path(arguments.output).with_suffix(".jsonl"), lines)
         print(f"written: {arguments.output}")
     return 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -30,7 +29,6 @@ from vita_jax.evaluation.few_shot import (
     format_few_shot,
     mean_log_likelihood,
     picture_embeddings,
-    write_lines,
 )
 from vita_jax.models.flamingo import Flamingo, text_inputs
 
@@ -196,14 +194,6 @@ def test_what_counts_of_an_answer():
     assert clean_answer(" 3, of course. Question:x", True) == "3"
     assert clean_answer("a cat Short", True) == "a cat"
     assert clean_answer('"a cat" Output: a dog', False) == "a cat"
-
-
-def test_lines_are_written_whole(evaluated, tmp_path):
-    path = tmp_path / "deep" / "lines.jsonl"
-    write_lines(evaluated[1], path)
-    assert [json.loads(one) for one in path.read_text().splitlines()] == evaluated[1]
-    with pytest.raises(UserError, match="cannot be written"):
-        write_lines([], Path("/dev/null/x.jsonl"))
 
 
 def test_what_cannot_be_measured(subject):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import qwix
 
 from vita_jax.conversion.tables import export_params, flatten, unflatten
 from vita_jax.errors import UserError
@@ -101,7 +102,6 @@ def test_a_layer_is_within_the_bound_of_its_product():
 
 
 def test_products_are_those_of_the_library():
-    qwix = pytest.importorskip("qwix")
     kernel = np.random.default_rng(3).normal(size=(12, 2, 6)).astype(np.float32)
     made = qwix.quantize(jnp.asarray(kernel), jnp.int8, channelwise_axes=(1, 2))
     table = weight_table(replace(DENSE, num_layers=1))

@@ -9,7 +9,6 @@ similar comes last, next to the query. Axes: s positions, t pictures, f frames, 
 from __future__ import annotations
 
 import dataclasses
-import json
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from vita_jax.data.document_examples import DocumentContext, encode_tagged, media_frames, picture_times
 from vita_jax.data.flamingo_prompts import caption_prompt, few_shot_prompt, question_prompt
+from vita_jax.data.json_lines import read_json_lines
 from vita_jax.data.records import Media
 from vita_jax.errors import UserError
 
@@ -123,20 +123,8 @@ def parse_shot(entry: Any, where: str) -> Shot:
 
 def read_shots(path: str | Path) -> list[Shot]:
     """All lines of a file. Raises `UserError` for a missing or empty file, or a line that is no query."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"few-shot data {path} does not exist; training builds it, or check the run's data.folder")
-    shots = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        where = f"{path}:{number}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error})") from None
-        shots.append(parse_shot(entry, where))
-    if not shots:
-        raise UserError(f"few-shot data {path} is empty; delete its folder to have it built again")
-    return shots
+    advice = "training builds it: check the run's data.folder, or delete it to have it built again"
+    return [parse_shot(entry, where) for where, entry in read_json_lines(path, advice)]
 
 
 # ---- demonstrations -------------------------------------------------------------------------------------------------

@@ -6,12 +6,11 @@ answer     {"question_id": 7, "prompt": "What is this?", "text": "A boat.", "mod
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from vita_jax.data.json_lines import read_json_lines
 from vita_jax.errors import UserError
 from vita_jax.evaluation.items import Item
 
@@ -43,21 +42,8 @@ def read_lines(path: str | os.PathLike[str], *fields: str) -> dict[str, dict[str
 
 
 def objects(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, object) of every line. Raises UserError for a file that cannot be read, is empty, or holds others."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{os.fspath(path)} cannot be read: {error}") from error
-    if not any(map(str.strip, lines)):
-        raise UserError(f"{os.fspath(path)} is empty; expected a JSON object a line")
-    for number, line in enumerate(lines, 1):
-        where = f"{os.fspath(path)}:{number}"
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error})") from None
+    """(place, object) of every line. Raises UserError as `read_json_lines`, and for a line that is no object."""
+    for where, entry in read_json_lines(path):
         if not isinstance(entry, dict):
             raise UserError(f"{where}: expected a JSON object, got {type(entry).__name__}")
         yield where, entry
@@ -82,11 +68,3 @@ def answer_lines(
         {ID: question[ID], "prompt": question["text"], "text": answer, "model_id": model}
         for question, answer in zip(questions.values(), answers, strict=True)
     ]
-
-
-def write_lines(path: str | os.PathLike[str], entries: Sequence[Mapping[str, Any]]) -> None:
-    """A JSON object a line. Raises UserError if the file cannot be written."""
-    try:
-        Path(path).write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), "utf-8")
-    except OSError as error:
-        raise UserError(f"{os.fspath(path)} cannot be written: {error.strerror}; choose another file") from error

@@ -11,7 +11,6 @@ mean log-likelihood (`open_flamingo/eval/evaluate.py`).
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -405,16 +404,3 @@ def _cell(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return "-"
     return f"{percent(found['accuracy'])} ({100 * found['low']:.1f} .. {100 * found['high']:.1f})"
-
-
-def write_lines(lines: Sequence[Line], path: str | Path) -> None:
-    """JSON lines, whole or not at all. Raises UserError if the file cannot be written."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial_file = path.with_name(path.name + ".partial")
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        partial_file.write_text(text, encoding="utf-8")
-        partial_file.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; choose another file") from error

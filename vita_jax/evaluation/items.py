@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vita_jax.data.json_lines import read_json_lines
 from vita_jax.errors import UserError
 
 ITEMS = "items.jsonl"
@@ -76,20 +76,8 @@ def read_items(path: str | Path) -> list[Item]:
     Raises:
       UserError: no such file, or a line that is not an item.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"benchmark data {path} does not exist; training builds it, or check the run's data.folder")
-    items = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        where = f"{path}:{number}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error})") from None
-        items.append(parse_item(entry, where))
-    if not items:
-        raise UserError(f"benchmark data {path} is empty; delete its folder to have it built again")
-    return items
+    advice = "training builds it: check the run's data.folder, or delete it to have it built again"
+    return [parse_item(entry, where) for where, entry in read_json_lines(path, advice)]
 
 
 def stratified(items: Sequence[Item], per_kind: int) -> list[Item]:

@@ -219,6 +219,8 @@ def test_real_records_go_on_bit_for_bit(tmp_path):
     whole, parts = (records_experiment(tmp_path / name) for name in ("whole", "parts"))
     for config in (whole, parts):
         prepare_records(config)
+    own_tokenizer = tmp_path / "parts" / "tokenizer" / "tokenizer.model"
+    written = own_tokenizer.stat().st_mtime_ns
     run(whole, None)
 
     def dying_batches(config, own_stage):
@@ -240,7 +242,24 @@ def test_real_records_go_on_bit_for_bit(tmp_path):
         run(parts, dying_batches)
     assert "going on from step 2" in run(parts, None)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
-    assert (tmp_path / "parts" / "tokenizer" / "tokenizer.model").is_file()
+    assert own_tokenizer.stat().st_mtime_ns == written, "another process may be reading it"
+
+
+def test_a_run_keeps_a_copy_of_a_tokenizer_from_elsewhere(tmp_path):
+    config = records_experiment(tmp_path / "run")
+    prepare_records(config)
+    elsewhere = (tmp_path / "run" / "tokenizer").rename(tmp_path / "elsewhere")
+    config = config_lib.apply_overrides(config, {"tokenizer.folder": str(elsewhere), "stages.joint.steps": "1"})
+
+    def stop_at_once(config, own_stage):
+        raise Killed
+
+    with pytest.raises(Killed):
+        run(config, stop_at_once)
+    assert not (tmp_path / "run" / "tokenizer").exists(), "batches that are given need none"
+    run(config, None)
+    for file in elsewhere.iterdir():
+        assert (tmp_path / "run" / "tokenizer" / file.name).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.slow

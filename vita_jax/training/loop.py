@@ -172,7 +172,9 @@ def run(
     if make_batches is None:
         tokenizer = load_tokenizer(tokenizer_folder(config))
         check_tokenizer(config, tokenizer)
-        on_first(functools.partial(tokenizer.save, run_dir / "tokenizer"))
+        # Never over itself: other processes may still be reading it.
+        if tokenizer_folder(config).resolve() != (run_dir / "tokenizer").resolve():
+            on_first(functools.partial(tokenizer.save, run_dir / "tokenizer"))
         make_batches = functools.partial(record_batches, tokenizer=tokenizer)
 
     # ---- mesh, model, and everything about the stages that shapes can tell

@@ -34,12 +34,13 @@ from data_pipelines.quickstart.documents import DocumentCounts, build_documents
 from vita_jax.data.few_shot import FewShotOptions
 from vita_jax.data.images import ImageConfig
 from vita_jax.data.interleaved import END_OF_CHUNK, IMAGE
+from vita_jax.data.json_lines import write_json_lines
 from vita_jax.data.loader import SourceConfig
 from vita_jax.data.mixture import DataSet
 from vita_jax.data.templates import SystemTexts
 from vita_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from vita_jax.data.vocabulary import enlarge
-from vita_jax.evaluation.few_shot import LINES, RESULT, evaluate_few_shot, format_few_shot, subject_of, write_lines
+from vita_jax.evaluation.few_shot import LINES, RESULT, evaluate_few_shot, format_few_shot, subject_of
 from vita_jax.evaluation.results import save_result
 from vita_jax.models.connectors.perceiver_resampler import ResamplerConfig
 from vita_jax.models.flamingo import FlamingoConfig
@@ -288,5 +289,5 @@ def finish(config: ExperimentConfig) -> None:
     result, lines = evaluate_few_shot(subject, config.few_shot)
     folder = Path(config.run_dir) / "evaluation"
     save_result(result, folder / RESULT)
-    write_lines(lines, folder / LINES)
+    write_json_lines(folder / LINES, lines)
     print(format_few_shot(result))

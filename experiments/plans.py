@@ -2,6 +2,7 @@
 
     python -m experiments.plans                          # all: 65 compilations of about a minute each on two cores
     python -m experiments.plans stage_1_3 stage_2_2      # only these stages
+    python -m experiments.plans --missing                # only what the document lacks
     python -m experiments.plans --output /tmp/plans.md
 
 Every stage is compiled in a process of its own, by `python -m vita_jax.plan`. Lines of stages that are planned again
@@ -24,6 +25,7 @@ from experiments.llava.curriculum import SLICES as SLICES_LLAVA
 from experiments.vita_1_0.curriculum import SLICES as SLICES_1_0
 from experiments.vita_1_5.curriculum import SLICES as SLICES_1_5
 from vita_jax.command_line import ArgumentParser, run_command
+from vita_jax.config import load_config_file
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "one"  # the slice of any single device
@@ -61,6 +63,13 @@ def stage_files() -> Iterator[Planned]:
         slices = [slice for slice in SLICES_FLAMINGO if slice != DEVICE]
         options = (f"--config.scale={scale}",)
         yield Planned(f"Flamingo-{scale.upper()}", folder / "flamingo" / "pretrain.py", slices, options)
+
+
+def key_of(planned: Planned, slice: str) -> str:
+    """What `read_lines` calls the table's line of one stage on one slice."""
+    overrides = dict(option.removeprefix("--config.").split("=") for option in planned.options)
+    config = load_config_file(planned.path, {**overrides, "slice": slice})
+    return f"{planned.model} | {config.stages[0].title} | {slice}"
 
 
 def plan_line(planned: Planned, slice: str) -> str:
@@ -106,6 +115,8 @@ def plan_all(arguments: object) -> int:
     chosen = [planned for planned in stage_files() if not arguments.stages or planned.path.stem in arguments.stages]
     for planned in chosen:
         for slice in planned.slices:
+            if arguments.missing and key_of(planned, slice) in lines:
+                continue
             line = f"| {planned.model} {plan_line(planned, slice)}"
             lines[" | ".join(cell.strip() for cell in line.split("|")[1:4])] = line
             write_table(output, lines)
@@ -117,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit status."""
     parser = ArgumentParser(prog="python -m experiments.plans", description=__doc__)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="names of stage files, such as stage_1_3")
+    parser.add_argument("--missing", action="store_true", help="leave the lines that the document has as they are")
     parser.add_argument("--output", default="plans.md", metavar="FILE", help="the document")
     return run_command(plan_all, parser, argv)
 

@@ -15,7 +15,7 @@ import qwix
 
 from vita_jax.conversion.tables import export_params, flatten, unflatten
 from vita_jax.errors import UserError
-from vita_jax.models import lora
+from vita_jax.models import int8, lora
 from vita_jax.models.int8 import change_params, int8_weights, num_weights, weight_bytes
 from vita_jax.models.language.decoder import Decoder, DecoderConfig, make_cache
 from vita_jax.models.language.decoder_weights import weight_table
@@ -88,6 +88,15 @@ def test_every_weight_is_within_half_a_scale(kind):
         error = np.abs(again[path] - weights).max(axis=inputs)
         assert (error <= scale * (0.5 + 128 * EPSILON)).all() and error.max() > 0
         assert np.abs(integers[path].astype(int)).max(axis=inputs).min() >= 127
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_parts_of_a_kernel_give_what_the_whole_gives(kind, monkeypatch):
+    """Five columns of the output head at a time, and fewer of what is larger."""
+    floats, whole = model(kind)
+    monkeypatch.setattr(int8, "QUANTIZED_VALUES", 5 * DENSE.hidden_size)
+    parts = change_params(floats, int8_weights(weight_table(CONFIGS[kind])))
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
 
 
 def test_a_layer_is_within_the_bound_of_its_product():

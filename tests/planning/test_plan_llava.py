@@ -87,12 +87,11 @@ def test_state_and_batch_by_formula(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scale", SCALES)
-def test_instruction_tuning_fits_the_smallest_chips(scale):
+def test_instruction_tuning_of_the_larger_model_fits_the_smallest_chips():
     """By the TPU compiler, in a process of its own, which it locks."""
     command = COMPILE.replace('{"slice": sys.argv[2]}', '{"slice": sys.argv[2], "scale": sys.argv[3]}')
     assert command != COMPILE
-    arguments = [sys.executable, "-c", command, FILES["v1_5_stage_2"], "v5e:4x8", scale]
+    arguments = [sys.executable, "-c", command, FILES["v1_5_stage_2"], "v5e:4x8", "13b"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     said = json.loads(done.stdout.splitlines()[-1])

@@ -36,6 +36,9 @@ HEAD = r"^(language/)?lm_head$"
 # Its dtype is that of the kernels before they became integers.
 _TABLE = "embed_tokens/embedding"
 
+# What is made integers at a time: 64 MiB as float32, several of which the arithmetic takes.
+QUANTIZED_VALUES = 2**24
+
 # What becomes of a parameter: its path and value (array, or anything that is read like one) -> paths and values.
 LeafChange = Callable[[str, Any], Mapping[str, Any]]
 
@@ -48,8 +51,8 @@ def int8_weights(table: Table) -> LeafChange:
 
     Returns:
       A function of a parameter's path and value. A kernel of the language model gives `kernel` and `kernel_scale` as
-      numpy arrays; it is read layer by layer, so that no more than a layer of it is in memory as floats because of
-      this. Everything else is given back as it is.
+      numpy arrays; it is read layer by layer and made integers `QUANTIZED_VALUES` at a time, so that no more than a
+      layer of it, or the output head, is in memory as it was. Everything else is given back as it is.
 
     Raises:
       UserError: Qwix is not installed; and from the function, for a part of an adapter (LoRA), which has to be merged.
@@ -72,8 +75,12 @@ def int8_weights(table: Table) -> LeafChange:
         layers = site.stack[:1]
         inputs = tuple(len(site.stack) - len(layers) + axis for axis in range(len(site.inputs)))
         for index in np.ndindex(layers):
-            part = leaf[index] if layers else leaf
-            values[index], scales[index] = quantize(np.asarray(part, np.float32), inputs=inputs)
+            part = np.asarray(leaf[index] if layers else leaf)
+            columns = max(1, QUANTIZED_VALUES * part.shape[-1] // part.size)
+            for start in range(0, part.shape[-1], columns):
+                place = (*index, ..., slice(start, start + columns))
+                some = np.asarray(part[place[len(index) :]], np.float32)
+                values[place], scales[place] = quantize(some, inputs=inputs)
         return {path: values, f"{site.path}/{KERNEL_SCALE}": scales}
 
     return change

@@ -9,13 +9,13 @@ in front of every answer: `<1>` to speech meant for the model, `<2>` to other so
 to text. Records are sorted by what they hold; a stage without any is left out.
 
 Sizes: `smoke` (a few steps), `small` (four experts, a laptop), `full` (Mixtral-8x7B; needs accelerators). To start from
-a model of yours, enlarge its vocabulary and name the result:
+a model of yours, enlarge its vocabulary and name the result, with the two sizes that the command prints:
 
     python -m vita_jax.enlarge_vocabulary --checkpoint runs/base --to runs/enlarged --texts zh.txt --pieces 20000 \\
         --symbols "<1>" "<2>" "<3>" "</s>"
     python -m vita_jax.train --config=experiments/own_data_vita_1_0.py ... \\
-        --config.tokenizer.folder=runs/enlarged/tokenizer --config.tokenizer.vocab_size=N \\
-        --config.model.language.vocab_size=M --config.stages.bilingual_text.start_from=runs/enlarged
+        --config.tokenizer.folder=runs/enlarged/tokenizer --config.tokenizer.vocab_size=51747 \\
+        --config.model.language.vocab_size=51760 --config.stages.bilingual_text.start_from=runs/enlarged
 
 Without a tokenizer folder one is trained on the records' own text, with the same symbols.
 """

@@ -1,7 +1,7 @@
 """What a mixture of experts costs beside a dense feed-forward of the same active FLOPs.
 
     python -m experiments.benchmarks.moe_ratio
-    python -m experiments.benchmarks.moe_ratio --size mixtral --dtype bfloat16        # on an accelerator
+    python -m experiments.benchmarks.moe_ratio --sizes mixtral --dtype bfloat16        # on an accelerator
 
 A layer of e experts of width f, k of them for each token, takes turns with a dense SwiGLU layer of width k f: both
 multiply every token by as many weights. A ratio is the mixture's time by the dense layer's, the median of all turns
@@ -49,7 +49,7 @@ from vita_jax.parallel.process import prepare_process
 
 EXAMPLES = """\
 examples:
-  python -m experiments.benchmarks.moe_ratio --size small --turns 31
+  python -m experiments.benchmarks.moe_ratio --sizes small --turns 31
   python -m experiments.benchmarks.moe_ratio --implementations ragged --output /tmp/moe
 """
 RESULTS = Path(__file__).parent / "results"

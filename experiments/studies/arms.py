@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from vita_jax import config as config_lib
 from vita_jax.command_line import ArgumentParser
 from vita_jax.errors import UserError
 from vita_jax.evaluation.results import save_result
+from vita_jax.parallel.process import prepare_process
 from vita_jax.parallel.rules import unbox
 from vita_jax.training import loop
 from vita_jax.training.checkpoint import CONFIG, StageCheckpoints, checkpoint_folder, load_params, snapshot_meta
@@ -80,6 +82,7 @@ def train_shared(config: ExperimentConfig, prepare: Callable[[ExperimentConfig],
     loop.run(config)
     start = Path(config.run_dir) / START
     if not (start / CONFIG).is_file():
+        shutil.rmtree(start, ignore_errors=True)  # what a killed process left
         stages = {part: checkpoint_folder(config.run_dir, stage) for part, stage in parts.items()}
         params = {part: load_params(folder).params[part] for part, folder in stages.items()}
         stage = config.stages[0]
@@ -91,19 +94,23 @@ def train_shared(config: ExperimentConfig, prepare: Callable[[ExperimentConfig],
 
 
 def run_arms(
-    arms: Sequence[Arm], wanted: Sequence[str] | None, measure: Callable[[Arm], dict[str, Any]]
+    arms: Sequence[Arm],
+    wanted: Sequence[str] | None,
+    per_kind: int | None,
+    measure: Callable[[Arm, int | None], dict[str, Any]],
 ) -> dict[str, dict[str, Any]]:
     """Trains and measures the arms that are wanted and have no figures yet.
 
     Args:
       wanted: names; None = all.
-      measure: the figures of an arm that is trained.
+      per_kind: questions of each kind; None = all.
+      measure: (arm that is trained, `per_kind`) -> its figures.
 
     Returns:
-      Name -> figures, of all arms that have some: title, `training_figures` and what `measure` found.
+      Name -> figures, of all arms that have some: title, per_kind, `training_figures` and what `measure` found.
 
     Raises:
-      UserError: an arm's folder holds a run with other settings.
+      UserError: an arm's folder holds a run with other settings, or one that was asked another number of questions.
       loop.Stopped: SIGTERM or SIGINT arrived; everything is saved.
     """
     found = {}
@@ -114,9 +121,15 @@ def run_arms(
         elif wanted is None or arm.name in wanted:
             print(f"arm {arm.name}: {arm.title}", flush=True)
             loop.run(arm.config, make_batches=arm.make_batches)
-            save_result({"title": arm.title, **training_figures(arm.config), **measure(arm)}, result)
+            about = {"title": arm.title, "per_kind": per_kind}
+            save_result({**about, **training_figures(arm.config), **measure(arm, per_kind)}, result)
         if result.is_file():
             found[arm.name] = json.loads(result.read_text(encoding="utf-8"))
+            if (asked := found[arm.name]["per_kind"]) != per_kind:
+                raise UserError(
+                    f"{result} has {asked or 'all'} questions of each kind, and {per_kind or 'all'} are asked for; use "
+                    "the same --per_kind, or delete that file to have the arm asked again"
+                )
     return found
 
 
@@ -234,15 +247,17 @@ def add_arguments(parser: ArgumentParser, run_dir: str, arms: Sequence[str]) -> 
 
 
 def run_study(study: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
-    """The exit status of a study: 0, or 128 + the signal that stopped it.
+    """Checks the arguments, sets up the process, and returns the exit status of a study: 0, or 128 + the signal that
+    stopped it.
 
     Raises:
-      UserError: numbers below 1.
+      UserError: numbers below 1; and as `study`.
     """
     for name in ("steps", "per_kind"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value} must be at least 1")
+    prepare_process()
     try:
         study(arguments)
     except loop.Stopped as stopped:

@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -71,7 +72,6 @@ from vita_jax.evaluation.items import ITEMS, read_items, stratified
 from vita_jax.evaluation.subject import benchmark_folder
 from vita_jax.models.flamingo import FlamingoConfig
 from vita_jax.parallel.huge_pages import restart_with_huge_pages
-from vita_jax.parallel.process import prepare_process
 from vita_jax.training.checkpoint import load_params
 from vita_jax.training.experiment import ExperimentConfig, build_model, example_context, tokenizer_folder
 
@@ -82,12 +82,12 @@ RESULTS = Path(__file__).parent / "results"
 SEED = 0  # of the bootstrap
 
 
-def measure(arm: Arm, shared: ExperimentConfig, per_kind: int) -> dict[str, Any]:
+def measure(arm: Arm, per_kind: int, shared: ExperimentConfig) -> dict[str, Any]:
     """The figures of a trained arm.
 
     Args:
-      shared: the run whose benchmark is asked.
       per_kind: questions of each kind of each group.
+      shared: the run whose benchmark is asked.
 
     Returns:
       {"parameters", "tokens", "positions", "groups": {name: figures as `evaluation.figures` has them, and "low", "high"
@@ -143,7 +143,7 @@ def study(arguments: argparse.Namespace) -> None:
     start = train_shared(shared, llava.prepare, PARTS)
     arms = make_arms(arguments.size, arguments.run_dir, start, arguments.language, arguments.steps, arguments.rate)
     per_kind = arguments.per_kind or size.per_kind
-    results = run_arms(arms, arguments.only, lambda arm: measure(arm, shared, per_kind))
+    results = run_arms(arms, arguments.only, per_kind, functools.partial(measure, shared=shared))
     stage = arms[0].config.stages[0]
     asked = next(iter(results.values()))["groups"]
     settings = {
@@ -173,7 +173,6 @@ def run(arguments: argparse.Namespace) -> int:
     """The exit status."""
     if arguments.rate is not None and not arguments.rate > 0:
         raise UserError(f"--rate {arguments.rate} must be above 0")
-    prepare_process()
     return run_study(study, arguments)
 
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -50,7 +51,6 @@ from vita_jax.data.tokenizer import load_tokenizer
 from vita_jax.evaluation.comparison import compare_groups
 from vita_jax.evaluation.few_shot import LINES, evaluate_few_shot, subject_of
 from vita_jax.parallel.huge_pages import restart_with_huge_pages
-from vita_jax.parallel.process import prepare_process
 from vita_jax.training.checkpoint import load_params
 from vita_jax.training.experiment import (
     CheckpointConfig,
@@ -186,7 +186,7 @@ def study(arguments: argparse.Namespace) -> None:
     shared = shared_config(arguments.size, arguments.run_dir)
     start = train_shared(shared, flamingo.prepare, PARTS)
     arms = make_arms(arguments.size, arguments.run_dir, start, arguments.steps)
-    results = run_arms(arms, arguments.only, lambda arm: measure(arm, arguments.per_kind))
+    results = run_arms(arms, arguments.only, arguments.per_kind, measure)
     tables = [text for text in (table(results), table_of_changes(results)) if text]
     print("\n\n".join(tables))
     stage = arms[0].config.stages[0]
@@ -201,12 +201,6 @@ def study(arguments: argparse.Namespace) -> None:
     write_results(folders, NAME, "Flamingo's ablations", tables, settings, results, bars_of(results))
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """The exit status."""
-    prepare_process()
-    return run_study(study, arguments)
-
-
 def make_parser() -> ArgumentParser:
     """The command's arguments."""
     parser = ArgumentParser(
@@ -218,7 +212,7 @@ def make_parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status: 0, 2 for bad input, 128 + signal number when stopped."""
-    return run_command(run, make_parser(), argv)
+    return run_command(functools.partial(run_study, study), make_parser(), argv)
 
 
 if __name__ == "__main__":

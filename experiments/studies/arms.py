@@ -181,6 +181,7 @@ def write_results(
       bars: title of a panel -> title of an arm -> (accuracy, low, high).
     """
     machine = describe_machine(PACKAGES)
+    machine.pop("load before", None)  # the arms were trained before this
     parts = [f"# {title}", *tables, f"![losses and accuracies]({name}.png)"]
     parts += ["; ".join(f"{key} {value}" for key, value in settings.items()), format_machine(machine)]
     content = {"machine": machine, "settings": dict(settings), "arms": without_outcomes(results)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.studies.arms import RESULT
+from experiments.studies.arms import RESULT, Arm
 from experiments.studies.connectors import __main__ as connectors
 from experiments.studies.connectors.conversations import as_flamingo, flamingo_answers, one_position
 from experiments.studies.connectors.models import (
+    SET,
     SIZES,
     STAGE,
     TAG,
@@ -34,7 +36,7 @@ from vita_jax.models.flamingo import FlamingoConfig
 from vita_jax.parallel.rules import unbox
 from vita_jax.training import loop
 from vita_jax.training.checkpoint import checkpoint_folder, load_params
-from vita_jax.training.experiment import example_context, tokenizer_folder, validate
+from vita_jax.training.experiment import data_folder, example_context, tokenizer_folder, validate
 from vita_jax.training.families import make_model
 from vita_jax.training.objectives import OBJECTIVES, init_model, objective_of
 from vita_jax.training.stages import flatten
@@ -102,6 +104,11 @@ def test_arms_differ_in_nothing_but_the_connector(size, language, tmp_path):
 
 def asked(run_dir: Path, *options: str) -> argparse.Namespace:
     return connectors.make_parser().parse_args(["--run_dir", str(run_dir), "--size", "smoke", *options])
+
+
+def arms_of(run_dir: Path) -> dict[str, Arm]:
+    start = run_dir / "shared" / "start"
+    return {arm.name: arm for arm in make_arms("smoke", str(run_dir), str(start), "frozen")}
 
 
 @pytest.fixture(scope="module")
@@ -176,8 +183,7 @@ def test_finished_arms_are_neither_trained_nor_asked_again(run_dir, capsys, monk
 
 @pytest.mark.slow
 def test_every_arm_reads_the_same_conversations(run_dir):
-    arms = {arm.name: arm for arm in make_arms("smoke", str(run_dir), str(run_dir / "shared" / "start"), "frozen")}
-    batches = {}
+    arms, batches = arms_of(run_dir), {}
     for name in ("mlp", "perceiver_few", "gated"):
         config, (stage,) = arms[name].config, arms[name].config.stages
         tokenizer = load_tokenizer(tokenizer_folder(config))
@@ -222,20 +228,23 @@ def test_a_fresh_flamingo_is_a_llava_that_sees_the_tag(run_dir):
     tag = flamingo["language"]["embed_tokens"]["embedding"][TAG]
     kernel = llava["projector"]["linear"]["kernel"]
     llava["projector"] = {"linear": {"kernel": np.zeros_like(kernel), "bias": tag}}
-    (arm,) = (
-        a for a in make_arms("smoke", str(run_dir), str(run_dir / "shared" / "start"), "frozen") if a.make_batches
-    )
-    stage = dataclasses.replace(arms_stage(arm, "mlp", run_dir), row_length=SMOKE.room + 1)
-    tokenizer = load_tokenizer(tokenizer_folder(shared))
-    written = dataclasses.replace(written, stages=(stage,))
+    (stage,), (seeing,) = (arms_of(run_dir)[name].config.stages for name in ("linear", "gated"))
+    stage = dataclasses.replace(stage, row_length=SMOKE.room + 1)
+    tokenizer, data = load_tokenizer(tokenizer_folder(shared)), data_folder(shared)
+    written = dataclasses.replace(written, stages=(stage,), data=dataclasses.replace(written.data, folder=str(data)))
     loader = loop.record_batches(written, stage, tokenizer=tokenizer)
     batch = next(loader)
     loader.close()
     key = jax.random.key(0)
-    ours = OBJECTIVES["language_modeling"].loss(make_model(written.model), llava, batch, key)
     fields = {**as_flamingo(batch, TAG), "labels": batch["labels"]}
-    objective = objective_of(arm.config.stages[0])
-    theirs = objective.loss(make_model(gated), flamingo, {f"conversations/{k}": v for k, v in fields.items()}, key)
+    same = {f"{SET}/{name}": array for name, array in fields.items()}
+    ours, theirs = (
+        jax.jit(functools.partial(objective.loss, make_model(model)))(params, inputs, key)
+        for objective, model, params, inputs in (
+            (OBJECTIVES["language_modeling"], written.model, llava, batch),
+            (objective_of(seeing), gated, flamingo, same),
+        )
+    )
     np.testing.assert_allclose(float(ours.loss / ours.count), float(theirs.loss), rtol=1e-5)
     root, context = benchmark_folder(shared), example_context(written, tokenizer)
     items = [item for item in stratified(read_items(root / ITEMS), 1) if item.group in ("typed", "text")]
@@ -243,12 +252,6 @@ def test_a_fresh_flamingo_is_a_llava_that_sees_the_tag(run_dir):
     want = answer_items(make_model(written.model), llava, context, items, root, **limits)
     got = flamingo_answers(make_model(gated), flamingo, context, items, root, TAG, **limits)
     assert got == want and len(set(want)) > 1
-
-
-def arms_stage(arm, name: str, run_dir: Path):
-    """The stage of another arm of the same run."""
-    start = arm.config.stages[0].start_from
-    return next(a for a in make_arms("smoke", str(run_dir), start, "frozen") if a.name == name).config.stages[0]
 
 
 def test_llava_and_flamingo_see_the_same_features():

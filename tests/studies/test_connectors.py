@@ -36,7 +36,7 @@ from vita_jax.models.flamingo import FlamingoConfig
 from vita_jax.parallel.rules import unbox
 from vita_jax.training import loop
 from vita_jax.training.checkpoint import checkpoint_folder, load_params
-from vita_jax.training.experiment import data_folder, example_context, tokenizer_folder, validate
+from vita_jax.training.experiment import example_context, tokenizer_folder, validate
 from vita_jax.training.families import make_model
 from vita_jax.training.objectives import OBJECTIVES, init_model, objective_of
 from vita_jax.training.stages import flatten
@@ -230,8 +230,7 @@ def test_a_fresh_flamingo_is_a_llava_that_sees_the_tag(run_dir):
     llava["projector"] = {"linear": {"kernel": np.zeros_like(kernel), "bias": tag}}
     (stage,), (seeing,) = (arms_of(run_dir)[name].config.stages for name in ("linear", "gated"))
     stage = dataclasses.replace(stage, row_length=SMOKE.room + 1)
-    tokenizer, data = load_tokenizer(tokenizer_folder(shared)), data_folder(shared)
-    written = dataclasses.replace(written, stages=(stage,), data=dataclasses.replace(written.data, folder=str(data)))
+    tokenizer, written = load_tokenizer(tokenizer_folder(shared)), dataclasses.replace(written, stages=(stage,))
     loader = loop.record_batches(written, stage, tokenizer=tokenizer)
     batch = next(loader)
     loader.close()

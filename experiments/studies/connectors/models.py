@@ -158,8 +158,8 @@ def arm_models(size: Size) -> dict[str, tuple[str, ModelConfig]]:
 
 
 def gated_model(base: LlavaConfig, size: Size) -> FlamingoConfig:
-    """A block before every layer. Feed-forwards are as wide as the model, where the paper's are four times: the blocks
-    would have more parameters than the language model.
+    """A block before every layer. Feed-forwards are as wide as the model, where the paper's are four times as wide: at
+    this size the blocks would else have three quarters of the parameters of the layers between them.
     """
     resampler = ResamplerConfig(
         size.tower_width, 1, size.heads, size.head_dim, base.tokens_per_tile, feed_forward_multiple=1

@@ -17,7 +17,8 @@ from vita_jax.data.splice import FeatureLayout, expand_placeholders, pad_rows
 from vita_jax.errors import UnsupportedOption, UserError
 from vita_jax.inference.generate import generate
 from vita_jax.models.connectors import projectors_weights
-from vita_jax.models.connectors.projectors import ProjectorConfig
+from vita_jax.models.connectors.perceiver_resampler import KINDS, PerceiverResampler, ResamplerConfig
+from vita_jax.models.connectors.projectors import Projector, ProjectorConfig
 from vita_jax.models.language.decoder import DecoderConfig
 from vita_jax.models.llava import (
     Llava,
@@ -49,6 +50,7 @@ CONFIG = LlavaConfig(
     language=DecoderConfig(29, 12, 2, 2, 2, 6, 16, rope_theta=1e4, rms_norm_eps=1e-5, qkv_bias=False),
 )
 LINEAR = replace(CONFIG, projector=ProjectorConfig("linear", 8, 12))
+RESAMPLER = ResamplerConfig(8, num_layers=2, num_heads=2, head_dim=3, num_latents=3)
 MODEL, LAYOUT = Llava(CONFIG), FeatureLayout(TOKENS)
 
 
@@ -101,6 +103,23 @@ def test_the_class_token_may_stay(params):
     assert with_class.shape[1] == model.config.tokens_per_tile == TOKENS + 1
     without = MODEL.apply({"params": params}, make_images(1), method="encode_tiles")
     np.testing.assert_allclose(with_class[:, 1:], without, atol=1e-6)
+
+
+def test_a_resampler_stands_between_tower_and_projector(params):
+    """Picture by picture; what it reads is what the projector reads without it."""
+    model, images = Llava(replace(LINEAR, resampler=RESAMPLER)), make_images(2)
+    assert model.config.tokens_per_tile == 3 and model.config.tower_tokens == TOKENS
+    empty = text_inputs(jnp.zeros((1, 2), jnp.int32), image_size=SIDE)
+    drawn = nn.unbox(jax.jit(model.init)(jax.random.key(1), empty))["params"]
+    own = {name: drawn[name] for name in ("resampler", "projector")}
+    table = model.apply({"params": {**params, **own}}, images, method="encode_tiles")
+    features = MODEL.apply({"params": params}, images[0], method="tower_features")
+    tokens, _ = PerceiverResampler(RESAMPLER).apply({"params": own["resampler"]}, features[None, :, None])
+    want = Projector(LINEAR.projector).apply({"params": own["projector"]}, tokens[0])
+    assert table.shape == (1, 6, 12)
+    np.testing.assert_allclose(table[0], want.reshape(6, 12), atol=1e-5)
+    nothing = model.apply({"params": {**params, **own}}, images[:, :0], method="encode_tiles")
+    assert nothing.shape == (1, 0, 12)
 
 
 def test_packed_rows_equal_separate_ones(params):
@@ -231,6 +250,13 @@ def test_parts_must_fit():
         replace(CONFIG, projector=ProjectorConfig("minigpt", 8, 12))
     with pytest.raises(UserError, match="projector.output_size is 12, .* width 8"):
         replace(CONFIG, projector=ProjectorConfig("identity", 8, 12))
+    with pytest.raises(UserError, match="resampler.hidden_size is 9, .* width 8"):
+        replace(CONFIG, resampler=replace(RESAMPLER, hidden_size=9))
+    with pytest.raises(UserError, match="resampler.max_frames is 8, but a picture of LLaVA is one frame"):
+        replace(CONFIG, resampler=replace(RESAMPLER, max_frames=8))
+    for kind, layout in zip(KINDS, LAYOUTS, strict=False):
+        with pytest.raises(UnsupportedOption, match=f"'{kind}'.*: no layout of LLaVA's checkpoints has names"):
+            weight_table(replace(CONFIG, resampler=replace(RESAMPLER, kind=kind)), layout)
     assert (llava_v1_7b().tokens_per_tile, llava_v1_5_7b().tokens_per_tile) == (256, 576)
 
 

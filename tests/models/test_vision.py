@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vita_jax.conversion.tables import export_params, flatten, import_params
-from vita_jax.errors import UserError
+from vita_jax.errors import UnsupportedOption, UserError
 from vita_jax.models.connectors import projectors_weights
 from vita_jax.models.connectors.projectors import Projector, ProjectorConfig, depthwise_3x3
 from vita_jax.models.vision import clip_weights, internvit_weights, siglip_weights
@@ -259,6 +259,29 @@ def test_projector_errors() -> None:
             Projector(ProjectorConfig(kind, 4, 8)).init(jax.random.key(0), jnp.zeros((1, 7, 4)))
     assert ProjectorConfig("ldp", 4096, 3584).squeeze_size == 896
     assert ProjectorConfig("ldp", 8, 8).squeeze_size == 8
+    with pytest.raises(UserError, match="hidden_size is 9, but projector type 'vanilla' has no such width"):
+        ProjectorConfig("vanilla", 4, 8, 9)
+    with pytest.raises(UserError, match="hidden_size 0 must be at least 1"):
+        ProjectorConfig("linear", 4, 8, 0)
+
+
+def test_projectors_with_a_width_of_their_own() -> None:
+    """An mlp is wider inside; a linear projector is the product of two matrices and still linear."""
+    x = jax.random.normal(jax.random.key(0), (2, 5, 12))
+    for kind, names in (("linear", ("linear_in", "linear_out")), ("mlp3x_gelu", ("layers_0", "layers_2", "layers_4"))):
+        config = ProjectorConfig(kind, 12, 20, 31)
+        params = init(Projector(config), x)
+        sizes = (12, *(31,) * (len(names) - 1), 20)
+        shapes = {name: params[name]["kernel"].shape for name in params}
+        assert shapes == {name: sizes[i : i + 2] for i, name in enumerate(names)}
+        assert run(Projector(config), params, x).shape == (2, 5, 20)
+        with pytest.raises(UnsupportedOption, match="public checkpoints have no projectors with a width of their own"):
+            projectors_weights.weight_table(config)
+    config = ProjectorConfig("linear", 12, 20, 31)
+    params = init(Projector(config), x)
+    (first, a), (second, b) = ((params[name]["kernel"], params[name]["bias"]) for name in ("linear_in", "linear_out"))
+    want = x @ (first @ second) + a @ second + b
+    np.testing.assert_allclose(run(Projector(config), params, x), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("stride", [1, 2])

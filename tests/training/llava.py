@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from vita_jax.data.images import ImageConfig
 from vita_jax.data.llava_prompts import LlavaPromptOptions
 from vita_jax.data.loader import SourceConfig
 from vita_jax.data.templates import SystemTexts
+from vita_jax.models.connectors.perceiver_resampler import ResamplerConfig
 from vita_jax.models.connectors.projectors import ProjectorConfig
 from vita_jax.models.language.decoder import DecoderConfig
 from vita_jax.models.llava import LlavaConfig
@@ -24,6 +26,12 @@ def llava_config(vocab_size: int = tiny.VOCAB, projector: str = "mlp2x_gelu") ->
         vocab_size, 16, 2, 4, 4, 4, 24, rope_theta=1e4, rms_norm_eps=1e-5, qkv_bias=False, max_positions=512
     )
     return LlavaConfig(vision, ProjectorConfig(projector, 8, 16), language)
+
+
+def resampled_config(kind: str = "perceiver", latents: int = 4) -> LlavaConfig:
+    """`llava_config` with one matrix behind a resampler, which gives as many tokens as there are places."""
+    resampler = ResamplerConfig(8, num_layers=2, num_heads=2, head_dim=3, num_latents=latents, kind=kind)
+    return replace(llava_config(projector="linear"), resampler=resampler)
 
 
 def llava_experiment(run_dir: Path | str, **fields: Any) -> ExperimentConfig:

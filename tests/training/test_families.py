@@ -13,10 +13,10 @@ import pytest
 from tests.training import tiny
 from tests.training.everything import everything_config
 from tests.training.flamingo import flamingo_config
-from tests.training.llava import llava_config, llava_experiment
+from tests.training.llava import llava_config, llava_experiment, resampled_config
 from vita_jax import config as config_lib
 from vita_jax.data.prompts import PromptOptions
-from vita_jax.errors import UserError
+from vita_jax.errors import UnsupportedOption, UserError
 from vita_jax.models.flamingo import FlamingoConfig
 from vita_jax.models.llava import Llava, LlavaConfig
 from vita_jax.models.vita import Vita, VitaConfig
@@ -42,7 +42,10 @@ def test_parameters_are_those_of_the_weight_table(make):
     assert set(family_of(config).objectives) <= set(OBJECTIVES)
 
 
-@pytest.mark.parametrize(("config", "network"), [(tiny.model_config(), Vita), (llava_config(), Llava)])
+@pytest.mark.parametrize(
+    ("config", "network"),
+    [(tiny.model_config(), Vita), (llava_config(), Llava), (resampled_config(latents=3), Llava)],
+)
 def test_a_picture_takes_as_many_positions_as_the_layout_says(config, network):
     side, model = config.vision.image_size, make_model(config)
     assert type(model) is network
@@ -111,6 +114,17 @@ def test_what_llava_has_not_is_refused(tmp_path, override, message):
     config = llava_experiment(tmp_path)
     with pytest.raises(UserError, match=message):
         validate(config_lib.apply_overrides(config, override))
+
+
+def test_a_llava_with_a_resampler_is_saved_read_and_checked(tmp_path):
+    config = llava_experiment(tmp_path, model=resampled_config())
+    validate(config)
+    config_lib.save_json(config, tmp_path / "config.json")
+    assert config_lib.load_json(ExperimentConfig, tmp_path / "config.json") == config
+    with pytest.raises(UserError, match="'cell_naming' names the tower's tokens, but model.resampler makes 4 others"):
+        validate(config_lib.apply_overrides(config, {"stages.tuning.objective": "cell_naming"}))
+    with pytest.raises(UnsupportedOption, match="no layout of LLaVA's checkpoints has names"):
+        weight_table(config.model)
 
 
 def test_prompts_of_another_family_are_refused(tmp_path):

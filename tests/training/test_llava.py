@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.evaluation.benchmark_run import write_benchmark
-from tests.training.llava import llava_config, llava_experiment, llava_records
+from tests.training.llava import llava_config, llava_experiment, llava_records, resampled_config
 from tests.training.records import prepare_records
 from tests.training.test_flops import LENGTH, ROWS, VOCAB, gradient_products, of_kernels
 from tests.training.test_loop import Killed, assert_same_run, interrupted, run
@@ -104,6 +104,31 @@ def test_flops_are_the_products_of_the_gradient(trainable, projector):
     again = 2 * config.model.language.hidden_size * VOCAB * ROWS * LENGTH
     counted = of_kernels(stage_flops(config, own).parts) + again
     assert counted == gradient_products(config, own, make_batch(0, ROWS, LENGTH))
+
+
+@pytest.mark.parametrize("trainable", [(".",), ("^projector/",), ("^resampler/", "^projector/")])
+@pytest.mark.parametrize("kind", ["perceiver", "transformer", "mlp"])
+def test_flops_with_a_resampler_are_the_products_of_the_gradient(kind, trainable):
+    own = stage("s", trainable=trainable, batch_size=ROWS, row_length=LENGTH)
+    config = llava_experiment("unused", stages=(own,), model=resampled_config(kind))
+    again = 2 * config.model.language.hidden_size * VOCAB * ROWS * LENGTH
+    counted = of_kernels(stage_flops(config, own).parts) + again
+    assert counted == gradient_products(config, own, make_batch(0, ROWS, LENGTH))
+
+
+def test_a_resampler_learns_in_front_of_the_projector_and_starts_from_parts(tmp_path):
+    """A checkpoint that lacks the connector, as that of `finished` would without its projector, gives the rest."""
+    naming = stage("naming", objective="cell_naming", trainable=("^vision/",), steps=1)
+    first = llava_experiment(tmp_path / "first", model=llava_config(projector="linear"), stages=(naming,))
+    run(first)
+    connector = ("^resampler/", "^projector/")
+    own = stage("seeing", trainable=connector, steps=3, start_from=str(tmp_path / "first"))
+    run(llava_experiment(tmp_path / "second", model=resampled_config(), stages=(own,)))
+    before, after = saved(tmp_path / "first", "naming"), saved(tmp_path / "second", "seeing")
+    new = set(after) - set(before)
+    assert new and {path.split("/")[0] for path in new} == {"resampler"}
+    for path, value in before.items():
+        assert (after[path].tobytes() == value.tobytes()) == (not path.startswith("projector/")), path
 
 
 def test_adapters_train_in_place_of_the_language_model(finished, tmp_path):

@@ -4,6 +4,9 @@
 The data side expands every `<image>` to its positions and gives them indices into the row's feature table, exactly as
 for VITA (`vita_jax.data.splice`), so inputs, splicing, packing and generation are those of `vita_jax.models.vita`. What
 differs is what stands in the table: patch tokens of the hidden state before CLIP's last layer.
+
+A resampler in front of the projector, which the public models lack, gives every picture a fixed number of tokens
+(`vita_jax.models.connectors.perceiver_resampler`).
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from vita_jax.errors import UnsupportedOption, UserError
+from vita_jax.models.connectors.perceiver_resampler import ResamplerConfig
+from vita_jax.models.connectors.plain_resamplers import make_resampler
 from vita_jax.models.connectors.projectors import Projector, ProjectorConfig
 from vita_jax.models.language.decoder import Decoder, DecoderConfig
 from vita_jax.models.language.llama import llama_7b, llama_13b, vicuna_7b_v1_5, vicuna_13b_v1_5
@@ -41,6 +46,8 @@ class LlavaConfig:
       select_layer: which hidden state of the tower; -2 is the one before the last layer.
       select_feature: "patch" leaves the class token out, "cls_patch" keeps it.
       image_mean, image_std: per channel, of pixel values in 0..1; applied to uint8 images.
+      resampler: what makes `num_latents` tokens of the tower's before the projector; None: the projector reads the
+        tower's, as in the public models.
     """
 
     vision: ViTConfig
@@ -50,6 +57,7 @@ class LlavaConfig:
     select_feature: str = "patch"
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
+    resampler: ResamplerConfig | None = None
 
     # What only VITA has; whoever asks for it finds none.
     audio: ClassVar[None] = None
@@ -70,6 +78,9 @@ class LlavaConfig:
         ]
         if self.projector.kind == "identity":
             widths.append(("projector.output_size", self.projector.output_size, self.projector.input_size))
+        if self.resampler is not None:
+            widths.append(("resampler.hidden_size", self.resampler.hidden_size, self.vision.hidden_size))
+            self._check_times(self.resampler)
         for name, got, want in widths:
             if got != want:
                 raise UserError(f"{name} is {got}, but the part it joins has width {want}; set it to {want}")
@@ -79,10 +90,24 @@ class LlavaConfig:
         if self.select_feature not in ("patch", "cls_patch"):
             raise UserError(f"select_feature {self.select_feature!r} is unknown; use 'patch' or 'cls_patch'")
 
+    @staticmethod
+    def _check_times(resampler: ResamplerConfig) -> None:
+        for name in ("max_frames", "max_media"):
+            if getattr(resampler, name):
+                raise UserError(
+                    f"resampler.{name} is {getattr(resampler, name)}, but a picture of LLaVA is one frame and has no "
+                    "number among others; use 0"
+                )
+
+    @property
+    def tower_tokens(self) -> int:
+        """Tokens of one image that the tower gives."""
+        return self.vision.num_patches + (self.select_feature == "cls_patch")
+
     @property
     def tokens_per_tile(self) -> int:
         """Positions that one image takes in the language model."""
-        return self.vision.num_patches + (self.select_feature == "cls_patch")
+        return self.tower_tokens if self.resampler is None else self.resampler.num_latents
 
 
 def _llava(vision: ViTConfig, language: DecoderConfig, projector_type: str) -> LlavaConfig:
@@ -139,13 +164,17 @@ def llava_small(width: int = 192, num_layers: int = 4, tower_width: int = 96, vo
 
 
 class Llava(nn.Module):
-    """The whole model. Parameters: `vision/...`, `projector/...`, `language/...`. It has `Vita`'s interface."""
+    """The whole model. Parameters: `vision/...`, `projector/...`, `language/...`, and `resampler/...` if it has one. It
+    has `Vita`'s interface.
+    """
 
     config: LlavaConfig
     dtype: jnp.dtype = jnp.float32
 
     def setup(self) -> None:
         self.vision = ClipVision(self.config.vision, dtype=self.dtype)
+        if self.config.resampler is not None:
+            self.resampler = make_resampler(self.config.resampler, self.dtype)
         self.projector = Projector(self.config.projector, dtype=self.dtype)
         self.language = Decoder(self.config.language, dtype=self.dtype)
 
@@ -155,7 +184,7 @@ class Llava(nn.Module):
         return Decoder(self.config.language, dtype=self.dtype)
 
     def tower_features(self, images: jax.Array, deterministic: bool = True) -> jax.Array:
-        """images: (n S S 3) uint8, or float if normalised -> (n k c), what the projector reads.
+        """images: (n S S 3) uint8, or float if normalised -> (n k c), what projector or resampler reads.
 
         deterministic: nothing here is random.
         """
@@ -164,11 +193,19 @@ class Llava(nn.Module):
         selected = self.vision(pixels.astype(self.dtype), select_layer=self.config.select_layer)["selected"]
         return select_feature(selected, self.config.select_feature)
 
+    def picture_tokens(self, images: jax.Array) -> jax.Array:
+        """images: (n S S 3) -> (n k d), what the language model reads of each; k is `tokens_per_tile`."""
+        features = self.tower_features(images)
+        if self.config.resampler is not None:
+            resampled, _ = self.resampler(features[:, None, None])  # a row for each picture, of one frame
+            features = resampled[:, 0]
+        return self.projector(features)
+
     def encode_tiles(self, images: jax.Array) -> jax.Array:
         """The feature table: images (b t S S 3) -> (b t*k d), image by image."""
         return features_of_tiles(
             images,
-            lambda images: self.projector(self.tower_features(images)),
+            self.picture_tokens,
             self.config.language.hidden_size,
             self.dtype,
             initializing=self.is_initializing(),

@@ -90,9 +90,14 @@ def weight_table(config: LlavaConfig, layout: str = "original", *, tower: bool =
         `clip_weights.weight_table(config.vision)`.
 
     Raises:
-      UnsupportedOption: a projector that the layout cannot name.
+      UnsupportedOption: a projector that the layout cannot name, or a resampler, which none can.
       UserError: unknown layout.
     """
+    if config.resampler is not None:
+        raise UnsupportedOption(
+            f"resampler (kind {config.resampler.kind!r}): no layout of LLaVA's checkpoints has names for one; only "
+            "runs of this program hold it, without adapters, int8 weights and exports"
+        )
     if layout not in LAYOUTS:
         raise UserError(f"layout {layout!r} is unknown; use one of {', '.join(LAYOUTS)}")
     prefixes = LAYOUTS[layout]

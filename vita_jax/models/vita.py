@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import chex
 import flax.linen as nn
@@ -79,6 +80,8 @@ class VitaConfig:
     speech: SpeechDecoderConfig | None = None
     ctc_training: CtcTraining = CtcTraining()
     codec_training: CodecTraining = CodecTraining()
+
+    resampler: ClassVar[None] = None  # LLaVA may have one, and Flamingo has; who asks for VITA's finds none
 
     def __post_init__(self) -> None:
         widths = [

@@ -452,6 +452,12 @@ def _validate_family(config: ExperimentConfig, stage: Stage) -> None:
             f"{where}.objective={stage.objective!r}: {family.title} has no parts that this trains; use one of "
             f"{', '.join(family.objectives)}"
         )
+    if stage.objective == "cell_naming" and config.model.resampler is not None and not family.in_context:
+        raise UserError(
+            f"{where}.objective='cell_naming' names the tower's tokens, but model.resampler makes "
+            f"{config.model.resampler.num_latents} others of them; train the tower in a run whose model.resampler is "
+            "none, and start from its checkpoint"
+        )
 
 
 def _validate_codebooks(config: ExperimentConfig, stage: Stage) -> None:

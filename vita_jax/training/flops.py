@@ -35,6 +35,7 @@ from vita_jax.data.mixture import DataSet
 from vita_jax.models.audio.tower import AudioTowerConfig
 from vita_jax.models.codec.config import CodecConfig
 from vita_jax.models.codec.discriminators import SCALE_CONVS, STFT_DILATIONS, DiscriminatorConfig
+from vita_jax.models.connectors.perceiver_resampler import ResamplerConfig
 from vita_jax.models.connectors.projectors import ProjectorConfig
 from vita_jax.models.flamingo import FlamingoConfig
 from vita_jax.models.lora import LoraConfig
@@ -158,7 +159,7 @@ def _vision(config: ModelConfig, tiles: int) -> Work:
 
 
 def _projector(config: ModelConfig, tiles: int) -> Work:
-    upstream: tuple[str, ...] = ("vision/",)
+    upstream: tuple[str, ...] = ("vision/", "resampler/")
     tokens = family_of(config).layout(config).tokens_per_tile
     for name, positions in _projector_positions(config.projector, tokens).items():
         yield Use(f"projector/{name}/", "projector", tiles * positions, upstream)
@@ -169,6 +170,8 @@ def _projector_positions(config: ProjectorConfig, tokens: int) -> dict[str, floa
     """How often each layer is applied to the `tokens` of a tile, the first one first."""
     side = math.isqrt(tokens)
     match config.kind:
+        case "linear" if config.hidden_size is not None:
+            return {"linear_in": tokens, "linear_out": tokens}
         case "linear":
             return {"linear": tokens}
         case "vanilla" | "minigpt":
@@ -189,6 +192,19 @@ def _projector_positions(config: ProjectorConfig, tokens: int) -> dict[str, floa
             return {"mlp_1": tokens, "mlp_3": tokens, "block_1": tokens, "block_2": small, **once}
         case _:
             return {}
+
+
+def _resampler(config: ResamplerConfig, pictures: int, frames: int, frame_tokens: int) -> Work:
+    """frame_tokens: what the tower gives of a frame."""
+    upstream, tokens, m = ("vision/", "resampler/"), frames * frame_tokens, config.num_latents
+    inside = {"perceiver": m, "transformer": m + tokens, "mlp": tokens}[config.kind]
+    yield Use("resampler/layers/", "resampler", pictures * inside, upstream)
+    if config.kind == "mlp":
+        yield Use("resampler/mix/", "resampler", pictures * frames * config.hidden_size, upstream)
+        return
+    yield Use("resampler/layers/attention/kv_proj/", "resampler", pictures * (tokens + m), upstream)
+    width = config.num_heads * config.head_dim
+    yield Product("resampler attention", 4.0 * config.num_layers * width * pictures * inside * (tokens + m), upstream)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,8 +266,10 @@ def _language(config: ModelConfig, stage: Stage) -> Work:
     tokens = rows * s
     upstream: tuple[str, ...] = ("language/embed_tokens/", "language/layers/")
     if stage.row_tiles:
-        upstream += ("vision/", "projector/")
+        upstream += ("vision/", "resampler/", "projector/")
         yield from _vision(config, rows * stage.row_tiles)
+        if config.resampler is not None:
+            yield from _resampler(config.resampler, rows * stage.row_tiles, 1, config.tower_tokens)
         yield from _projector(config, rows * stage.row_tiles)
     if stage.row_clips:
         upstream += ("audio/",)
@@ -394,7 +412,8 @@ def _flamingo(config: FlamingoConfig, stage: Stage) -> Work:
     uses: dict[str, Use] = {}
     for data in stage.sets:
         pictures = data.batch_size * data.row_images
-        seen = (_vision(config, pictures * data.frames), _resampler(config, pictures, data.frames))
+        resampled = _resampler(config.resampler, pictures, data.frames, config.vision.num_patches)
+        seen = (_vision(config, pictures * data.frames), resampled)
         for entry in (*seen[0], *seen[1], *_gated_language(config, data)):
             if isinstance(entry, Product):
                 yield entry
@@ -402,19 +421,6 @@ def _flamingo(config: FlamingoConfig, stage: Stage) -> Work:
                 before = uses[entry.path].positions if entry.path in uses else 0.0
                 uses[entry.path] = entry._replace(positions=before + entry.positions)
     yield from uses.values()
-
-
-def _resampler(config: FlamingoConfig, pictures: int, frames: int) -> Work:
-    c, upstream = config.resampler, ("vision/", "resampler/")
-    tokens, m = frames * config.vision.num_patches, c.num_latents
-    inside = {"perceiver": m, "transformer": m + tokens, "mlp": tokens}[c.kind]
-    yield Use("resampler/layers/", "resampler", pictures * inside, upstream)
-    if c.kind == "mlp":
-        yield Use("resampler/mix/", "resampler", pictures * frames * c.hidden_size, upstream)
-        return
-    yield Use("resampler/layers/attention/kv_proj/", "resampler", pictures * (tokens + m), upstream)
-    width = c.num_heads * c.head_dim
-    yield Product("resampler attention", 4.0 * c.num_layers * width * pictures * inside * (tokens + m), upstream)
 
 
 def _gated_language(config: FlamingoConfig, data: DataSet) -> Work:

@@ -25,14 +25,31 @@ TOKEN_GROUP = 4  # tokens joined by `vanilla` and `minigpt`
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """`projector_type` is the public `mm_projector_type`; sizes are the widths of tower and language model."""
+    """Sizes of a projector.
+
+    Attributes:
+      projector_type: the public `mm_projector_type`.
+      input_size, output_size: widths of tower and language model.
+      hidden_size: width between the layers of an mlp; None = `output_size`, as in all public checkpoints. A linear
+        projector that has one is the product of two matrices through it: linear all the same, with other parameters.
+    """
 
     projector_type: str = DEFAULT_PROJECTOR
     input_size: int = 4096
     output_size: int = 3584
+    hidden_size: int | None = None
 
     def __post_init__(self) -> None:
-        projector_kind(self.projector_type)
+        kind = projector_kind(self.projector_type)
+        if self.hidden_size is None:
+            return
+        if kind not in ("linear", "mlp"):
+            raise UserError(
+                f"projector.hidden_size is {self.hidden_size}, but projector type {self.projector_type!r} has no such "
+                "width; leave it out"
+            )
+        if self.hidden_size < 1:
+            raise UserError(f"projector.hidden_size {self.hidden_size} must be at least 1")
 
     @property
     def kind(self) -> str:
@@ -166,6 +183,9 @@ class Projector(nn.Module):
         match self.config.kind:
             case "identity":
                 return x
+            case "linear" if self.config.hidden_size is not None:
+                x = self._dense("linear_in", self.config.hidden_size, ("embed", "mlp"))(x)
+                return self._dense("linear_out", axes=("mlp", "embed"))(x)
             case "linear":
                 return self._dense("linear")(x)
             case "mlp":
@@ -181,9 +201,11 @@ class Projector(nn.Module):
         return Dense((size or self.config.output_size,), axes=axes, dtype=self.dtype, name=name)
 
     def _mlp(self, x: jax.Array) -> jax.Array:
+        last = self.config.mlp_depth - 1
         for i in range(self.config.mlp_depth):
             axes = ("embed", "mlp") if i % 2 == 0 else ("mlp", "embed")
-            x = self._dense(f"layers_{2 * i}", axes=axes)(x if i == 0 else gelu_exact(x))
+            size = None if i == last else self.config.hidden_size
+            x = self._dense(f"layers_{2 * i}", size, axes)(x if i == 0 else gelu_exact(x))
         return x
 
     def _spp(self, x: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vita_jax.conversion import tables
+from vita_jax.errors import UnsupportedOption
 from vita_jax.models.connectors.projectors import TOKEN_GROUP, ProjectorConfig
 
 # Where a VITA checkpoint keeps the projector.
@@ -12,7 +13,16 @@ VITA_PREFIX = "model.mm_projector."
 
 
 def weight_table(config: ProjectorConfig) -> tables.Table:
-    """Names relative to `VITA_PREFIX`, which is also in front of them in a separate `mm_projector` file."""
+    """Names relative to `VITA_PREFIX`, which is also in front of them in a separate `mm_projector` file.
+
+    Raises:
+      UnsupportedOption: a width between the layers that no public checkpoint has.
+    """
+    if config.hidden_size is not None:
+        raise UnsupportedOption(
+            f"projector.hidden_size {config.hidden_size}: public checkpoints have no projectors with a width of their "
+            "own between the layers; only runs of this program hold it, without adapters, int8 weights and exports"
+        )
     c, d = (config.input_size,), (config.output_size,)
     match config.kind:
         case "identity":

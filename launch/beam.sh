@@ -51,19 +51,19 @@ parse() {
     case "$1" in
       -h | --help) usage && exit 0 ;;
       --dry-run) dry_run=1 ;;
-      --image) image="$(value_of "$@")" && shift ;;
-      --python) python="$(value_of "$@")" && shift ;;
-      --commit) commit="$(value_of "$@")" && shift ;;
-      --master) master="$(value_of "$@")" && shift ;;
-      --parallelism) parallelism="$(value_of "$@")" && shift ;;
-      --environment) environment="$(value_of "$@")" && shift ;;
-      --worker-pool) worker_pool="$(value_of "$@")" && shift ;;
-      --project) project="$(value_of "$@")" && shift ;;
-      --region) region="$(value_of "$@")" && shift ;;
-      --bucket) bucket="$(value_of "$@")" && shift ;;
-      --workers) workers="$(value_of "$@")" && shift ;;
-      --machine) machine="$(value_of "$@")" && shift ;;
-      --option) options+=("$(value_of "$@")") && shift ;;
+      --image) image="$(value_of "$@")"; shift ;;
+      --python) python="$(value_of "$@")"; shift ;;
+      --commit) commit="$(value_of "$@")"; shift ;;
+      --master) master="$(value_of "$@")"; shift ;;
+      --parallelism) parallelism="$(value_of "$@")"; shift ;;
+      --environment) environment="$(value_of "$@")"; shift ;;
+      --worker-pool) worker_pool="$(value_of "$@")"; shift ;;
+      --project) project="$(value_of "$@")"; shift ;;
+      --region) region="$(value_of "$@")"; shift ;;
+      --bucket) bucket="$(value_of "$@")"; shift ;;
+      --workers) workers="$(value_of "$@")"; shift ;;
+      --machine) machine="$(value_of "$@")"; shift ;;
+      --option) options+=("$(value_of "$@")"); shift ;;
       -*) fail "unknown option $1; see $command_name --help" ;;
       *)
         [ -z "$action" ] || fail "$1: what data_pipelines.build is asked for comes behind --; see $command_name --help"
@@ -88,10 +88,8 @@ build() {
   for option in "${@:3}" ${options[@]+"${options[@]}"}; do
     words+=(--runner-option "$option")
   done
-  run cd "$root"
-  # shellcheck disable=SC2086 # no extra at all is no word
-  run bash launch/setup.sh $2
-  run exec .venv/bin/python -m data_pipelines.build "${arguments[@]}" --runner "$1" "${words[@]}"
+  run bash "$root/launch/setup.sh" ${2:+"$2"}
+  run exec "$root/.venv/bin/python" -m data_pipelines.build "${arguments[@]}" --runner "$1" "${words[@]}"
 }
 
 flink() {

@@ -71,19 +71,19 @@ parse() {
       --spot | --reserved) tier=("$1") ;;
       --follow) follow=--follow ;;
       --internal-ip) internal=1 ;;
-      --name) name="$(value_of "$@")" && shift ;;
-      --zone) zone="$(value_of "$@")" && shift ;;
-      --project) project="$(value_of "$@")" && shift ;;
-      --slice) slice="$(value_of "$@")" && shift ;;
-      --accelerator-type) type="$(value_of "$@")" && shift ;;
-      --runtime-version) runtime="$(value_of "$@")" && shift ;;
-      --create-flag) create_flags+=("$(value_of "$@")") && shift ;;
-      --commit) commit="$(value_of "$@")" && shift ;;
-      --extra) extras+=("$(value_of "$@")") && shift ;;
-      --cache) cache="$(value_of "$@")" && shift ;;
-      --worker) worker="$(value_of "$@")" && shift ;;
-      --interval) interval="$(value_of "$@")" && shift ;;
-      --restarts) restarts="$(value_of "$@")" && shift ;;
+      --name) name="$(value_of "$@")"; shift ;;
+      --zone) zone="$(value_of "$@")"; shift ;;
+      --project) project="$(value_of "$@")"; shift ;;
+      --slice) slice="$(value_of "$@")"; shift ;;
+      --accelerator-type) type="$(value_of "$@")"; shift ;;
+      --runtime-version) runtime="$(value_of "$@")"; shift ;;
+      --create-flag) create_flags+=("$(value_of "$@")"); shift ;;
+      --commit) commit="$(value_of "$@")"; shift ;;
+      --extra) extras+=("$(value_of "$@")"); shift ;;
+      --cache) cache="$(value_of "$@")"; shift ;;
+      --worker) worker="$(value_of "$@")"; shift ;;
+      --interval) interval="$(value_of "$@")"; shift ;;
+      --restarts) restarts="$(value_of "$@")"; shift ;;
       -*) fail "unknown option $1; see $command_name --help" ;;
       *)
         [ -z "$action" ] || fail "$1: arguments of training come behind --; see $command_name --help"

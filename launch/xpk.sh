@@ -57,17 +57,17 @@ parse() {
       -h | --help) usage && exit 0 ;;
       --dry-run) dry_run=1 ;;
       --spot | --on-demand) capacity=("$1") ;;
-      --cluster) cluster="$(value_of "$@")" && shift ;;
-      --zone) zone="$(value_of "$@")" && shift ;;
-      --project) project="$(value_of "$@")" && shift ;;
-      --name) name="$(value_of "$@")" && shift ;;
-      --image) image="$(value_of "$@")" && shift ;;
-      --slice) slice="$(value_of "$@")" && shift ;;
-      --tpu-type) type="$(value_of "$@")" && shift ;;
-      --restarts) restarts="$(value_of "$@")" && shift ;;
-      --cache) cache="$(value_of "$@")" && shift ;;
-      --xpk-flag) xpk_flags+=("$(value_of "$@")") && shift ;;
-      --commit) commit="$(value_of "$@")" && shift ;;
+      --cluster) cluster="$(value_of "$@")"; shift ;;
+      --zone) zone="$(value_of "$@")"; shift ;;
+      --project) project="$(value_of "$@")"; shift ;;
+      --name) name="$(value_of "$@")"; shift ;;
+      --image) image="$(value_of "$@")"; shift ;;
+      --slice) slice="$(value_of "$@")"; shift ;;
+      --tpu-type) type="$(value_of "$@")"; shift ;;
+      --restarts) restarts="$(value_of "$@")"; shift ;;
+      --cache) cache="$(value_of "$@")"; shift ;;
+      --xpk-flag) xpk_flags+=("$(value_of "$@")"); shift ;;
+      --commit) commit="$(value_of "$@")"; shift ;;
       -*) fail "unknown option $1; see $command_name --help" ;;
       *)
         [ -z "$action" ] || fail "$1: arguments of training come behind --; see $command_name --help"

@@ -121,6 +121,7 @@ def snapshot_meta(
     data_state: Any,
     seconds: float,
     progress: Mapping[str, Any] | None = None,
+    spent: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The JSON part of a checkpoint.
 
@@ -131,6 +132,7 @@ def snapshot_meta(
       data_state: of the batches.
       seconds: time the stage has trained so far, over all its starts.
       progress: what the loop counts beside, see `loop.train_stage`; older checkpoints have none.
+      spent: on what the time went, see `goodput`; older checkpoints do not say.
     """
     return {
         "format_version": FORMAT_VERSION,
@@ -141,6 +143,7 @@ def snapshot_meta(
         "data_state": data_state,
         "seconds": seconds,
         "progress": dict(progress or {}),
+        "spent": dict(spent or {}),
         "config": config_lib.to_dict(config),
     }
 

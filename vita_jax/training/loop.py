@@ -62,6 +62,7 @@ from vita_jax.training.experiment import (
     validate,
 )
 from vita_jax.training.families import Model
+from vita_jax.training.goodput import SHARE, Clock, Spent, describe_spent, read_spent, taken_up
 from vita_jax.training.guard import (
     BAD_BATCHES,
     STEPS_IN_FLIGHT,
@@ -284,7 +285,7 @@ def gathered_state(batches: BatchIterator) -> dict[str, Any]:
 
 def run_stage(run: Run, plan: StagePlan) -> None:
     """Brings one stage to its end, from wherever it stands, and reports it."""
-    stage = plan.stage
+    stage, clock = plan.stage, Clock()
     folder = checkpoint_folder(run.config.run_dir, stage.name)
     # Before the checkpoints are opened, which all processes do together.
     meta = on_first(lambda: newest_usable(folder, lambda line: run.stream.write(f"{stage.title}: {line}\n")))
@@ -293,7 +294,7 @@ def run_stage(run: Run, plan: StagePlan) -> None:
             run.stream.write(f"{stage.title}: already finished\n")
         else:
             with contextlib.closing(run.make_batches(run.config, stage)) as batches:
-                train_stage(run, plan, checkpoints, meta, batches)
+                train_stage(run, plan, checkpoints, meta, batches, clock)
     on_first(lambda: call_hook(run, plan, folder))
 
 
@@ -341,7 +342,12 @@ def starting_state(
 
 
 def train_stage(
-    run: Run, plan: StagePlan, checkpoints: StageCheckpoints, meta: dict[str, Any] | None, batches: BatchIterator
+    run: Run,
+    plan: StagePlan,
+    checkpoints: StageCheckpoints,
+    meta: dict[str, Any] | None,
+    batches: BatchIterator,
+    clock: Clock,
 ) -> None:
     """Trains from the checkpoint with this JSON part (None: from the start) to the last step, and saves that.
 
@@ -354,11 +360,11 @@ def train_stage(
     meta = meta or {}
     first = saved = meta.get("step", 0)
     seconds = meta.get("seconds", 0.0)
-    run.metrics.rewind(stage.name, first)
+    clock.before = taken_up(read_spent(meta.get("spent", {})), run.metrics.rewind(stage.name, first), time.time())
     speed = speed_of(config, stage, run.mesh.devices.flat)
     if formula := speed.formula():
         run.stream.write(f"{stage.title}: {formula}\n")
-    reporter = Reporter(run.metrics, run.stream, stage, config.log.every_steps, first, speed)
+    reporter = Reporter(run.metrics, run.stream, stage, config.log.every_steps, first, speed, clock)
     bad_steps = BadSteps(config.guard, run_dir, stage, reporter.say)
     if progress := meta.get("progress"):
         reporter.set_state(progress["window"])
@@ -367,13 +373,14 @@ def train_stage(
     compilations = Compilations(step_fn, state, reporter.say)
 
     def save(step: int) -> None:
-        rng = [int(word) for word in np.asarray(state.rng)]
         progress = {"window": reporter.state(), "bad_steps": bad_steps.state(), "losses": None}
-        if state.window is not None:
-            progress["losses"] = [np.asarray(state.window.losses).tolist(), int(state.window.count)]
-        total = seconds + reporter.elapsed()
-        saved_meta = snapshot_meta(config, stage, step, rng, gathered_state(batches), total, progress)
-        checkpoints.save(step, unflatten({**frozen, **state.trainable}), state.opt_state, saved_meta)
+        with clock.saving():
+            rng = [int(word) for word in np.asarray(state.rng)]
+            if state.window is not None:
+                progress["losses"] = [np.asarray(state.window.losses).tolist(), int(state.window.count)]
+            total, spent = seconds + reporter.elapsed(), clock.spent().numbers()
+            saved_meta = snapshot_meta(config, stage, step, rng, gathered_state(batches), total, progress, spent)
+            checkpoints.save(step, unflatten({**frozen, **state.trainable}), state.opt_state, saved_meta)
 
     with Watchdog(config.guard, run_dir, stage) as watchdog, StepTrace(config.profile, run_dir, stage.name) as trace:
         for step in range(first, stage.steps):
@@ -399,15 +406,23 @@ def train_stage(
     total = seconds + reporter.elapsed()
     summary = {"trainable": count_parameters(state.trainable), "frozen": count_parameters(frozen)}
     summary |= {"title": stage.title, "seconds": total, "skipped": bad_steps.skipped}
-    run.metrics.stage(stage.name, {"step": stage.steps, **summary})
+    run.metrics.stage(stage.name, {"step": stage.steps, **summary, SHARE: clock.spent().share})
     save(stage.steps)
-    checkpoints.wait()
-    run.stream.write(f"{stage.title}: {stage.steps} steps in {format_duration(total)}\n")
+    with clock.saving():
+        checkpoints.wait()
+    lines = [f"{stage.steps} steps in {format_duration(total)}", described(clock.spent())]
     if bad_steps.skipped:
-        run.stream.write(f"{stage.title}: {bad_steps.skipped} bad steps skipped, see {run_dir / BAD_BATCHES}\n")
+        lines.append(f"{bad_steps.skipped} bad steps skipped, see {run_dir / BAD_BATCHES}")
     if batches.counts is not None and batches.counts.bad:
         reasons = ", ".join(f"{number} {reason}" for reason, number in batches.counts.reasons.items())
-        run.stream.write(f"{stage.title}: {batches.counts.bad} of {batches.counts.seen} records left out ({reasons})\n")
+        lines.append(f"{batches.counts.bad} of {batches.counts.seen} records left out ({reasons})")
+    run.stream.write("".join(f"{stage.title}: {line}\n" for line in lines))
+
+
+def described(spent: Spent) -> str:
+    """The goodput of a stage, with how long its starts took, and how long none was running."""
+    down = f"; {format_duration(spent.down)} between starts" if spent.down >= 1 else ""
+    return f"{describe_spent(spent)} of {format_duration(spent.elapsed)}{down}"
 
 
 def observe(bad_steps: BadSteps, numbers: StepNumbers) -> None:
@@ -433,7 +448,7 @@ def fetch(plan: StagePlan, batches: BatchIterator, reporter: Reporter) -> tuple[
         )
     keys = (*objective.batch_keys, *(key for key in objective.optional_keys if key in batch))
     tokens = objective.num_tokens(batch) * jax.process_count()
-    reporter.data_seconds += time.monotonic() - before
+    reporter.waited(time.monotonic() - before)
     return {key: batch[key] for key in keys}, tokens
 
 
@@ -441,5 +456,5 @@ def place(batch: Mapping[str, np.ndarray], mesh: Mesh, reporter: Reporter) -> di
     """The batch on the mesh."""
     before = time.monotonic()
     on_device = put_batch(batch, mesh)
-    reporter.data_seconds += time.monotonic() - before
+    reporter.waited(time.monotonic() - before)
     return on_device

@@ -1,4 +1,4 @@
-"""Where the wall time of a stage goes, over all its starts. The share that was spent on steps that count is its goodput:
+"""Where the wall time of a stage goes, over all its starts. The share spent on steps that count is its goodput:
 
     goodput = 1 - (setting up + saving + waiting for data + steps that had to be repeated) / time of all starts
 

@@ -40,6 +40,7 @@ from vita_jax.errors import UserError
 from vita_jax.parallel.mesh import MeshConfig, check_processes, make_mesh, put_batch, put_replicated
 from vita_jax.parallel.processes import Largest, gather, is_first, on_first
 from vita_jax.parallel.rules import use_mesh
+from vita_jax.storage import place, resolved
 from vita_jax.training.checkpoint import (
     CONFIG,
     StageCheckpoints,
@@ -164,7 +165,7 @@ def run(
     join_others(config)
     validate(config)
     stream = (stream or sys.stdout) if is_first() else io.StringIO()
-    run_dir = Path(config.run_dir)
+    run_dir = place(config.run_dir)
     on_first(functools.partial(claim_run_dir, config))
     if not all(gather((run_dir / CONFIG).is_file())):
         raise UserError(
@@ -174,7 +175,7 @@ def run(
         tokenizer = load_tokenizer(tokenizer_folder(config))
         check_tokenizer(config, tokenizer)
         # Never over itself: other processes may still be reading it.
-        if tokenizer_folder(config).resolve() != (run_dir / "tokenizer").resolve():
+        if resolved(tokenizer_folder(config)) != resolved(run_dir / "tokenizer"):
             on_first(functools.partial(tokenizer.save, run_dir / "tokenizer"))
         make_batches = functools.partial(record_batches, tokenizer=tokenizer)
 
@@ -207,7 +208,7 @@ def claim_run_dir(config: ExperimentConfig, file: str = CONFIG) -> None:
     Raises:
       UserError: it holds a run with another configuration; lists the fields that differ.
     """
-    path = Path(config.run_dir) / file
+    path = place(config.run_dir) / file
     if path.is_file():
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
@@ -354,7 +355,7 @@ def train_stage(
     The part `progress` of a checkpoint holds what the loop counts: steps since the last report, bad steps, and the
     losses that spikes are judged by.
     """
-    config, stage, run_dir = run.config, plan.stage, Path(run.config.run_dir)
+    config, stage, run_dir = run.config, plan.stage, place(run.config.run_dir)
     state, frozen = starting_state(run, plan, checkpoints, meta, batches)
     step_fn = compiled_step(run.model, plan, run.mesh)
     meta = meta or {}
@@ -380,6 +381,7 @@ def train_stage(
                 progress["losses"] = [np.asarray(state.window.losses).tolist(), int(state.window.count)]
             total, spent = seconds + reporter.elapsed(), clock.spent().numbers()
             saved_meta = snapshot_meta(config, stage, step, rng, gathered_state(batches), total, progress, spent)
+            run.metrics.send()
             checkpoints.save(step, unflatten({**frozen, **state.trainable}), state.opt_state, saved_meta)
 
     with Watchdog(config.guard, run_dir, stage) as watchdog, StepTrace(config.profile, run_dir, stage.name) as trace:
@@ -394,7 +396,7 @@ def train_stage(
                 raise Stopped(stage.name, step, stop)
             host_batch, num_tokens = fetch(plan, batches, reporter)
             bad_steps.keep(step + 1, host_batch)
-            batch = place(host_batch, run.mesh, reporter)
+            batch = put(host_batch, run.mesh, reporter)
             with trace.step(step + 1), jax.transfer_guard("disallow"):
                 state, values = step_fn(state, frozen, batch)
             compilations.check(step + 1, state, batch)
@@ -435,7 +437,7 @@ def observe(bad_steps: BadSteps, numbers: StepNumbers) -> None:
 def fetch(plan: StagePlan, batches: BatchIterator, reporter: Reporter) -> tuple[dict[str, np.ndarray], int]:
     """What the objective reads of the next batch of this process, and how many tokens all processes' batches hold.
 
-    Counts the time that the device may have waited for it, as `place` does.
+    Counts the time that the device may have waited for it, as `put` does.
     """
     before = time.monotonic()
     batch = next(batches)
@@ -452,7 +454,7 @@ def fetch(plan: StagePlan, batches: BatchIterator, reporter: Reporter) -> tuple[
     return {key: batch[key] for key in keys}, tokens
 
 
-def place(batch: Mapping[str, np.ndarray], mesh: Mesh, reporter: Reporter) -> dict[str, jax.Array]:
+def put(batch: Mapping[str, np.ndarray], mesh: Mesh, reporter: Reporter) -> dict[str, jax.Array]:
     """The batch on the mesh."""
     before = time.monotonic()
     on_device = put_batch(batch, mesh)

@@ -22,12 +22,14 @@ import jax
 from tensorboardX import SummaryWriter
 
 from vita_jax.errors import UserError
+from vita_jax.storage import Scratch, place
 from vita_jax.training.goodput import Clock
 from vita_jax.training.guard import STEPS_IN_FLIGHT
 from vita_jax.training.speed import Speed, memory
 from vita_jax.training.stages import Stage
 
 METRICS = "metrics.jsonl"
+UPLOAD_SECONDS = 300.0
 # Reported as means over the steps since the last report that were not skipped, weighted by what the loss counts; of the
 # skipped ones, their number; the others are those of the last step.
 AVERAGED = {"loss", "accuracy", "state_loss", "state_accuracy", "infeasible"}
@@ -36,7 +38,7 @@ SKIPPED = "skipped"
 
 def read_metrics(run_dir: str | Path) -> Iterator[dict[str, Any]]:
     """The records of a run in order; a last line that a killed process left half written is passed over."""
-    path = Path(run_dir) / METRICS
+    path = place(run_dir) / METRICS
     if not path.is_file():
         return
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -45,14 +47,21 @@ def read_metrics(run_dir: str | Path) -> Iterator[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """The one sink of a run; of several processes, all but one have one that does not write."""
+    """The one sink of a run; of several processes, all but one have one that does not write.
+
+    Where the run is in a bucket, lines and event files are kept on this machine and brought there by `send`: with every
+    checkpoint, at the end of a stage, and otherwise about every `UPLOAD_SECONDS`. What is lost with a process lies
+    behind its last checkpoint, and comes again.
+    """
 
     def __init__(self, run_dir: Path, *, writes: bool = True) -> None:
-        self._path, self._run_dir, self._writes = run_dir / METRICS, run_dir, writes
+        self._run_dir, self._writes = run_dir, writes
         if writes:
             run_dir.mkdir(parents=True, exist_ok=True)
+            self._scratch, self._sent = Scratch(run_dir), time.monotonic()
+            self._path = self._scratch.folder / METRICS
             self._file = self._reopen(list(read_metrics(run_dir)))
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), flush_secs=10)
+            self._board = SummaryWriter(str(self._scratch.folder / "tensorboard"), flush_secs=10)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -61,6 +70,7 @@ class MetricsWriter:
         if self._writes:
             self._file.close()
             self._board.close()
+            self._scratch.close()
 
     def rewind(self, stage: str, step: int) -> list[dict[str, Any]]:
         """Drops records of a stage after `step`: those steps are about to be repeated.
@@ -70,6 +80,7 @@ class MetricsWriter:
         """
         if not self._writes:
             return []
+        self.send()
         records = list(read_metrics(self._run_dir))
         kept = [record for record in records if record["stage"] != stage or record.get("step", 0) <= step]
         self._file.close()
@@ -90,6 +101,12 @@ class MetricsWriter:
         if self._writes:
             self._write({"event": "stage", "stage": stage, **values})
 
+    def send(self) -> None:
+        """Brings everything to the bucket, if the run is in one."""
+        if self._writes:
+            self._scratch.send()
+            self._sent = time.monotonic()
+
     def _reopen(self, records: list[dict[str, Any]]) -> TextIO:
         """Puts the file to exactly these records and opens it for more."""
         partial = self._path.with_suffix(".partial")
@@ -101,6 +118,8 @@ class MetricsWriter:
         try:
             self._file.write(_line(record))
             self._file.flush()
+            if time.monotonic() - self._sent > UPLOAD_SECONDS:
+                self.send()
         except OSError as error:
             raise UserError(f"{self._path} cannot be written: {error}; see to the disk and start again") from error
 

@@ -34,7 +34,7 @@ for argument in "$@"; do
   esac
 done
 case " ${arguments[*]-} " in
-  *" --config="*) ;;
+  *" --config="* | *" --config "*) ;;
   *) fail "--config=FILE is missing, for example --config=experiments/quickstart.py; see $command_name --help" ;;
 esac
 

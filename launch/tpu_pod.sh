@@ -108,7 +108,7 @@ check() {
   case "$action" in
     run | start)
       case " ${arguments[*]-} " in
-        *" --config="*) ;;
+        *" --config="* | *" --config "*) ;;
         *) fail "there is no --config=FILE behind --; see $command_name --help" ;;
       esac
       ;;

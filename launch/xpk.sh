@@ -89,7 +89,7 @@ check() {
       [ -z "$slice" ] || type="$(accelerator_of "$slice")"
       need "$type" --slice "for example v5e:8x8"
       case " ${arguments[*]-} " in
-        *" --config="*) ;;
+        *" --config="* | *" --config "*) ;;
         *) fail "there is no --config=FILE behind --; see $command_name --help" ;;
       esac
       ;;

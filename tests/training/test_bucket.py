@@ -6,22 +6,27 @@ import dataclasses
 import io
 import json
 import shutil
+from types import SimpleNamespace
 
+import grain
 import jax
 import numpy as np
 import pytest
 
 from tests.bucket import folder_as_bucket
+from tests.training.records import prepare_records, records_experiment
 from tests.training.test_loop import Killed, interrupted
 from tests.training.tiny import experiment, make_batches
+from vita_jax.data.tokenizer import load_tokenizer
 from vita_jax.errors import UserError
 from vita_jax.evaluation.report import write_report
 from vita_jax.training import loop
 from vita_jax.training.checkpoint import checkpoint_folder, complete_steps, load_params, newest_usable
-from vita_jax.training.experiment import ProfileConfig, validate
+from vita_jax.training.experiment import DataConfig, ProfileConfig, validate
 from vita_jax.training.experiment_file import prepare_data
 from vita_jax.training.metrics import read_metrics
 from vita_jax.training.param_store import open_params
+from vita_jax.training.portable import check_new_folder, read_portable
 from vita_jax.training.stages import flatten
 
 RUN = "gs://bucket/my/run"
@@ -97,8 +102,29 @@ def test_what_a_bucket_cannot_be_used_for(runs) -> None:
     with pytest.raises(UserError, match="the profiler writes to disks only, not to run_dir=gs://bucket/my/run"):
         validate(dataclasses.replace(config, profile=ProfileConfig(start=1)))
     with pytest.raises(UserError, match="prepares its own data and tokenizer, on disks only"):
-        prepare_data(type("Module", (), {"prepare": None.__class__}), config)
+        prepare_data(SimpleNamespace(prepare=lambda config: None), config)
     with pytest.raises(UserError, match="a model that was exported has to be on a disk"):
-        from vita_jax.training.portable import read_portable
-
         read_portable("gs://bucket/kept")
+    with pytest.raises(UserError, match="what this command writes has to be on a disk"):
+        check_new_folder("gs://bucket/new")
+
+
+def test_records_and_tokenizer_are_read_from_a_bucket(tmp_path, monkeypatch) -> None:
+    """But for the reader of ArrayRecord files, which opens addresses by itself: it is handed the files."""
+    prepare_records(records_experiment(tmp_path / "bucket" / "made"))
+    config = records_experiment("gs://bucket/run", data=DataConfig("gs://bucket/made"))
+    tokenizer = dataclasses.replace(config.tokenizer, folder="gs://bucket/made/tokenizer")
+    joint = dataclasses.replace(config.stages[1], start_from=None, steps=2)
+    asked, reader = [], grain.sources.ArrayRecordDataSource
+
+    def read(paths):
+        asked.extend(paths)
+        return reader([path.replace("gs://", f"{tmp_path}/") for path in paths])
+
+    monkeypatch.setattr(grain.sources, "ArrayRecordDataSource", read)
+    with folder_as_bucket(tmp_path):
+        loop.run(dataclasses.replace(config, stages=(joint,), tokenizer=tokenizer), stream=io.StringIO())
+        assert [r["step"] for r in read_metrics("gs://bucket/run")] == [2, 2]
+        assert load_tokenizer("gs://bucket/run/tokenizer").vocab_size > 0
+    files = [f"gs://bucket/made/{name}/records-00000-of-00001.array_record" for name in ("pictures", "text")]
+    assert sorted(asked) == files

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The data pipelines on a cluster: Flink, or Google Cloud's Dataflow. On one machine they need no launcher, see docs/data.md.
+# The data pipelines on a cluster with Flink. On one machine they need no launcher, see docs/data.md.
 #
 # Options of Beam are those of 2.71, which data_pipelines.build checks before it starts; not run on a cluster.
 set -euo pipefail
@@ -7,7 +7,6 @@ set -euo pipefail
 usage() {
   cat <<'TEXT'
 usage: launch/beam.sh flink --master HOST:PORT --parallelism N [OPTION ...] -- ACTION [ARGUMENT ...]
-       launch/beam.sh dataflow --project PROJECT --region REGION --bucket gs://BUCKET [OPTION ...] -- ACTION [ARGUMENT ...]
        launch/beam.sh image --image IMAGE [--python 3.11] [--commit REVISION]
 
 ACTION [ARGUMENT ...] is what python -m data_pipelines.build takes: records, recordings or speak.
@@ -17,15 +16,12 @@ ACTION [ARGUMENT ...] is what python -m data_pipelines.build takes: records, rec
   --parallelism N        of Flink: parts that are done at the same time
   --environment KIND     of Flink's workers: DOCKER (default, needs --image), LOOPBACK (this machine, to try it),
                          or EXTERNAL with --worker-pool HOST:PORT, a pool of workers beside each task manager
-  --project, --region    of Google Cloud
-  --bucket gs://BUCKET   gets Dataflow's temporary files, below tmp
-  --workers N            at most (Dataflow; default 100)
-  --machine TYPE         of Dataflow's workers (default n2-standard-4)
   --option KEY=VALUE     one more of Beam's, may be repeated
   --dry-run              prints the command, and runs nothing
 
 All machines have to see sources and output under the same paths: a disk that Flink's task managers mount into the
-workers' containers. Dataflow's workers have no such disk. Beam starts Flink's job server with Java 11 or newer.
+workers' containers. Beam starts Flink's job server with Java 11 or newer. Google's Dataflow cannot be used: its workers
+mount no disk of yours, and data_pipelines read and write disks, not buckets.
 
 examples:
   launch/beam.sh image --image us-docker.pkg.dev/PROJECT/vita/beam:1
@@ -40,7 +36,7 @@ command_name=launch/beam.sh
 . "$root/launch/common.bash"
 
 action="" image="" python=3.11 commit=HEAD master="" parallelism="" environment=DOCKER worker_pool=""
-project="" region="" bucket="" workers=100 machine=n2-standard-4 options=() arguments=()
+options=() arguments=()
 
 parse() {
   while [ "$#" -gt 0 ]; do
@@ -58,11 +54,6 @@ parse() {
       --parallelism) parallelism="$(value_of "$@")"; shift ;;
       --environment) environment="$(value_of "$@")"; shift ;;
       --worker-pool) worker_pool="$(value_of "$@")"; shift ;;
-      --project) project="$(value_of "$@")"; shift ;;
-      --region) region="$(value_of "$@")"; shift ;;
-      --bucket) bucket="$(value_of "$@")"; shift ;;
-      --workers) workers="$(value_of "$@")"; shift ;;
-      --machine) machine="$(value_of "$@")"; shift ;;
       --option) options+=("$(value_of "$@")"); shift ;;
       -*) fail "unknown option $1; see $command_name --help" ;;
       *)
@@ -82,36 +73,22 @@ check_work() {
   esac
 }
 
-# build RUNNER EXTRA OPTION ...: the pipeline, by this runner.
-build() {
-  local words=() option
-  for option in "${@:3}" ${options[@]+"${options[@]}"}; do
-    words+=(--runner-option "$option")
-  done
-  run bash "$root/launch/setup.sh" ${2:+"$2"}
-  run exec "$root/.venv/bin/python" -m data_pipelines.build "${arguments[@]}" --runner "$1" "${words[@]}"
-}
-
 flink() {
+  check_work
   need "$master" --master "Flink's job manager, as in flink:8081"
   need "$parallelism" --parallelism "how many parts are done at the same time"
-  local where=("environment_type=$environment")
+  local option words=() all=("flink_master=$master" "parallelism=$parallelism" "environment_type=$environment")
   case "$environment" in
     LOOPBACK) ;;
-    DOCKER) need "$image" --image "what workers run" && where+=("environment_config=$image") ;;
-    EXTERNAL) need "$worker_pool" --worker-pool "HOST:PORT of the workers" && where+=("environment_config=$worker_pool") ;;
+    DOCKER) need "$image" --image "what workers run" && all+=("environment_config=$image") ;;
+    EXTERNAL) need "$worker_pool" --worker-pool "HOST:PORT of the workers" && all+=("environment_config=$worker_pool") ;;
     *) fail "--environment $environment is none of DOCKER, EXTERNAL, LOOPBACK" ;;
   esac
-  build FlinkRunner "" "flink_master=$master" "parallelism=$parallelism" "${where[@]}"
-}
-
-dataflow() {
-  need "$project" --project "of Google Cloud"
-  need "$region" --region "for example us-central1"
-  need "$bucket" --bucket "for temporary files"
-  need "$image" --image "what workers run"
-  build DataflowRunner dataflow "project=$project" "region=$region" "temp_location=${bucket%/}/tmp" \
-    "job_name=vita-jax-${arguments[0]}" "sdk_container_image=$image" "max_num_workers=$workers" "machine_type=$machine"
+  for option in "${all[@]}" ${options[@]+"${options[@]}"}; do
+    words+=(--runner-option "$option")
+  done
+  run bash "$root/launch/setup.sh"
+  run exec "$root/.venv/bin/python" -m data_pipelines.build "${arguments[@]}" --runner FlinkRunner "${words[@]}"
 }
 
 build_image() {
@@ -130,10 +107,8 @@ build_image() {
 parse "$@"
 case "$action" in
   image) build_image ;;
-  flink | dataflow)
-    check_work
-    "$action"
-    ;;
-  "") fail "ACTION is missing: flink, dataflow or image; see $command_name --help" ;;
+  flink) flink ;;
+  dataflow) fail "Dataflow's workers mount no disk, which data_pipelines need; use flink, or one machine: docs/data.md" ;;
+  "") fail "ACTION is missing: flink or image; see $command_name --help" ;;
   *) fail "unknown action $action; see $command_name --help" ;;
 esac

@@ -3,6 +3,8 @@
 
 # 1: commands are printed instead of run (--dry-run).
 dry_run=0
+# For messages; set by whoever sources this.
+command_name="${command_name:-$0}"
 
 fail() {
   printf 'error: %s\n' "$*" >&2
@@ -41,7 +43,9 @@ run() {
 
 # value_of OPTION [VALUE ...]: the value that follows an option.
 value_of() {
-  [ "$#" -ge 2 ] && [ -n "$2" ] || fail "$1 needs a value; see $command_name --help"
+  if [ "$#" -lt 2 ] || [ -z "$2" ]; then
+    fail "$1 needs a value; see $command_name --help"
+  fi
   printf '%s\n' "$2"
 }
 

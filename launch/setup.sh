@@ -45,8 +45,9 @@ find_python() {
     no_venv="$path"
   done
   if [ "$get_python" = 1 ]; then
-    python3 -m pip install --user --quiet uv >&2 && python3 -m uv python install --quiet 3.12 >&2 &&
-      python3 -m uv python find 3.12 || fail "uv could not get Python 3.12; install Python >= 3.11 another way"
+    { python3 -m pip install --user --quiet uv && python3 -m uv python install --quiet 3.12; } >&2 ||
+      fail "uv could not get Python 3.12; install Python >= 3.11 another way"
+    python3 -m uv python find 3.12
     return
   fi
   [ -z "$no_venv" ] || fail "$no_venv cannot create environments: install its venv package (Debian and Ubuntu: python3-venv)"

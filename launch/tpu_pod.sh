@@ -205,8 +205,9 @@ wait_for_slice() {
 
 install() {
   local archive="${TMPDIR:-/tmp}/vita_jax_$name.tar.gz" unpack setup
-  # What an earlier commit had and this one has not must not stay; the environment may.
-  unpack="mkdir -p $code && find $code -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} + && tar -xzf $code.tar.gz -C $code"
+  # What an earlier commit had and this one has not must not stay; what was made there must.
+  unpack="mkdir -p $code && touch $code.list && (cd $code && xargs rm -f <../$code.list) &&"
+  unpack="$unpack tar -tzf $code.tar.gz | grep -v /\$ >$code.list; tar -xzf $code.tar.gz -C $code"
   setup="cd $code && bash launch/setup.sh --get-python ${extras[*]}"
   run git -C "$root" archive --format=tar.gz "--output=$archive" "$commit" &&
     run gcloud compute tpus tpu-vm scp "$archive" "$name:$code.tar.gz" "${place[@]}" ${internal:+--internal-ip} --worker=all &&

@@ -299,7 +299,7 @@ class Watchdog:
 
     def _tell(self) -> None:
         silent = time.monotonic() - self._last
-        told = head = (
+        told = (
             f"{time.strftime('%Y-%m-%d %H:%M:%S')}: stage {self._stage.name!r}: no step has finished for {silent:.0f} "
             f"s, the last was {self._step}; the stacks of all threads (also in {self._file}):\n"
         )
@@ -308,8 +308,9 @@ class Watchdog:
             with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
                 file.seek(0)
-                told = head + file.read()
+                told += file.read()
+            # First: what hangs may be the network that the file is behind.
+            print(told, file=sys.stderr, flush=True)
             append(self._file, told)
         except OSError as error:
-            told += f"(not written: {error})\n"
-        print(told, file=sys.stderr, flush=True)
+            print(f"{told}(not written: {error})\n", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vita_jax.command_line import ArgumentParser, run_command
 from vita_jax.errors import UserError
+from vita_jax.storage import is_remote, on_disk
 
 if TYPE_CHECKING:
     from data_pipelines.parts import Runner
@@ -383,6 +384,9 @@ def _now_and_then(line: Line, every: int = 500) -> Callable[[int, int], None]:
 
 def build(arguments: argparse.Namespace) -> int:
     """Runs the chosen action."""
+    for name, value in sorted(vars(arguments).items()):
+        if isinstance(value, str) and is_remote(value):
+            on_disk(value, f"what --{name.replace('_', '-')} names")
     return arguments.run(arguments)
 
 

@@ -2,7 +2,7 @@
 
 The entries of a source are dealt out to parts that need nothing of each other. Beam has them done: in this process, by
 several processes of a machine (`--runner-option direct_running_mode=multi_processing`), or on a cluster (`--runner
-DataflowRunner`, `FlinkRunner`, `SparkRunner`; sources and outputs must then be at the same paths on all machines). What
+FlinkRunner`, `SparkRunner`; sources and outputs must then be at the same paths on all machines). What
 comes out depends on the parts alone, not on who did them. A part that is done leaves its result in the folder; a run
 that was stopped goes on with the others.
 

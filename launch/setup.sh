@@ -4,12 +4,13 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-usage: launch/setup.sh [EXTRA ...]
+usage: launch/setup.sh [--get-python] [EXTRA ...]
 
 Creates .venv in the repository with any Python >= 3.11 of this machine and installs requirements.txt, this package
 (editable) and the named extras of pyproject.toml (dev, tpu, cuda, ...). Later runs install only what changed and need
 no network while requirements.txt and pyproject.toml stay the same.
 
+  --get-python             gets Python 3.12 with uv where there is none that is new enough; needs pip, not root
   PYTHON=/path/to/python   uses this Python to create .venv
 TEXT
 }
@@ -43,14 +44,23 @@ find_python() {
     fi
     no_venv="$path"
   done
+  if [ "$get_python" = 1 ]; then
+    { python3 -m pip install --user --quiet uv && python3 -m uv python install --quiet 3.12; } >&2 ||
+      fail "uv could not get Python 3.12; install Python >= 3.11 another way"
+    python3 -m uv python find 3.12
+    return
+  fi
   [ -z "$no_venv" ] || fail "$no_venv cannot create environments: install its venv package (Debian and Ubuntu: python3-venv)"
   fail "no Python >= 3.11 found on PATH; install one, or name it: PYTHON=/path/to/python3.11 $0"
 }
 
+get_python=0 wanted_extras=()
 for argument in "$@"; do
   case "$argument" in
     -h | --help) usage && exit 0 ;;
+    --get-python) get_python=1 ;;
     -*) fail "unknown option $argument; see launch/setup.sh --help" ;;
+    *) wanted_extras+=("$argument") ;;
   esac
 done
 
@@ -68,7 +78,7 @@ if [ -f "$stamp" ]; then
 fi
 missing=0
 [ "$installed_from" = "$wanted" ] || missing=1
-for extra in "$@"; do
+for extra in ${wanted_extras[@]+"${wanted_extras[@]}"}; do
   case " $extras " in
     *" $extra "*) ;;
     *) extras="${extras:+$extras }$extra" missing=1 ;;

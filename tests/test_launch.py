@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("launch/*.*"))
 SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("launch/*.sh"), ROOT / ".ci" / "run"))
 
 
@@ -25,6 +28,178 @@ def test_help_says_how_to_call_it(script: str) -> None:
     shown = run("bash", script, "--help")
     assert (shown.returncode, shown.stderr) == (0, "")
     assert shown.stdout.startswith(f"usage: {script}")
+
+
+def test_shellcheck_finds_nothing() -> None:
+    checked = run(str(Path(sys.executable).with_name("shellcheck")), "--external-sources", *SOURCES, ".ci/run")
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+TRAIN = ("--", "--config=experiments/own_data.py", "--config.run_dir=gs://b/my run")
+QUOTED = "--config=experiments/own_data.py '--config.run_dir=gs://b/my run'"
+IN_SSH = QUOTED.replace("'", "'\\''")
+TPU = ("--name", "vita", "--zone=us-central1-a")
+SSH = "gcloud compute tpus tpu-vm ssh vita --zone=us-central1-a"
+QUEUED = "gcloud compute tpus queued-resources"
+INSTALL = f"""\
+git -C ROOT archive --format=tar.gz --output=TMP/vita_jax_vita.tar.gz HEAD
+gcloud compute tpus tpu-vm scp TMP/vita_jax_vita.tar.gz vita:vita_jax.tar.gz --zone=us-central1-a --worker=all
+{SSH} --worker=all '--command=mkdir -p vita_jax && touch vita_jax.list && (cd vita_jax && xargs rm -f <../vita_jax.list) \
+&& tar -tzf vita_jax.tar.gz | grep -v /$ >vita_jax.list; tar -xzf vita_jax.tar.gz -C vita_jax && cd vita_jax \
+&& bash launch/setup.sh --get-python tpu gcs'
+"""
+START = f"""\
+{SSH} --worker=all '--command=cd vita_jax && bash launch/job.sh start ../vita_jax_job -- \
+env JAX_COMPILATION_CACHE_DIR=gs://b/c .venv/bin/python -m vita_jax.train {IN_SSH} \
+--config.distributed.coordinator=auto'
+"""
+CREATE = f"""\
+{QUEUED} create vita --zone=us-central1-a --node-id=vita --accelerator-type=v5litepod-64 \
+--runtime-version=v2-alpha-tpuv5-lite --spot
+# every 60 s, until it is ACTIVE:
+{QUEUED} describe vita --zone=us-central1-a '--format=value(state.state)'
+"""
+SLICE = ("--slice=v5e:8x8", "--spot", "--cache", "gs://b/c")
+XPK = ("--cluster", "mine", "--zone", "us-east5-b", "--name", "vita", "--image", "r/vita:1")
+RECORDS = ("--", "records", "--json", "my.jsonl", "--output", "built")
+DRY_RUNS = {
+    ("tpu_pod.sh", "create", *TPU, *SLICE): CREATE,
+    ("tpu_pod.sh", "run", *TPU, *SLICE, *TRAIN): f"""\
+# if it is not there:
+{CREATE}# on a slice that is new:
+{INSTALL}{START}# every 60 s, until training has ended:
+{QUEUED} describe vita --zone=us-central1-a '--format=value(state.state)'
+{SSH} --worker=0 '--command=bash vita_jax/launch/job.sh status vita_jax_job'
+# if the slice is SUSPENDED, which is what a preemption does; then all of it again:
+{QUEUED} delete vita --zone=us-central1-a --force --quiet
+""",
+    ("tpu_pod.sh", "logs", *TPU, "--worker=3", "--follow", "--internal-ip"): f"""\
+{SSH} --internal-ip --worker=3 '--command=bash vita_jax/launch/job.sh logs vita_jax_job --follow'
+""",
+    ("tpu_pod.sh", "stop", *TPU): f"""\
+{SSH} --worker=all '--command=bash vita_jax/launch/job.sh stop vita_jax_job'
+""",
+    ("xpk.sh", "image", "--image", "r/vita:1"): """\
+# of HEAD
+git -C ROOT archive HEAD | docker build --file launch/docker/tpu.Dockerfile --build-arg RUN_AS=root --tag r/vita:1 -
+docker push r/vita:1
+""",
+    ("xpk.sh", "start", *XPK, "--slice=v5p:4x4x2", "--cache=gs://b/c", "--spot", *TRAIN): f"""\
+xpk workload create --cluster=mine --zone=us-east5-b --workload=vita --tpu-type=v5p-64 --num-slices=1 \
+--docker-image=r/vita:1 --max-restarts=100 --termination-grace-period-seconds=300 \
+--env=JAX_COMPILATION_CACHE_DIR=gs://b/c --spot '--command=exec python -m vita_jax.train {IN_SSH} \
+--config.distributed.coordinator=auto'
+""",
+    ("xpk.sh", "stop", *XPK): """\
+xpk workload delete --cluster=mine --zone=us-east5-b --workload=vita --force
+""",
+    ("slurm.sbatch", *TRAIN[1:]): f"""\
+cd ROOT
+bash launch/setup.sh cuda
+srun --kill-on-bad-exit=0 --gpu-bind=none .venv/bin/python -m vita_jax.train {QUOTED} \
+--config.distributed.coordinator=auto
+# if it ends with another status than 0 (done) or 2 (bad input), up to 20 times:
+scontrol requeue JOB
+""",
+    ("gpu.sh", *TRAIN[1:]): f"""\
+# the driver must be at least 525:
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+cd ROOT
+bash launch/setup.sh cuda
+export XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
+exec .venv/bin/python -m vita_jax.train {QUOTED}
+""",
+    ("job.sh", "start", "runs/mine.job", "--", "sleep", "1"): """\
+# detached, with the log in runs/mine.job/log.txt
+sleep 1
+""",
+    ("beam.sh", "flink", "--master=f:8081", "--parallelism=8", "--image", "r/beam:1", *RECORDS): """\
+bash ROOT/launch/setup.sh
+exec ROOT/.venv/bin/python -m data_pipelines.build records --json my.jsonl --output built --runner FlinkRunner \
+--runner-option flink_master=f:8081 --runner-option parallelism=8 --runner-option environment_type=DOCKER \
+--runner-option environment_config=r/beam:1
+""",
+    ("beam.sh", "image", "--image=r/beam:1"): """\
+git -C ROOT archive HEAD | docker build --file launch/docker/beam.Dockerfile --build-arg PYTHON=3.11 --tag r/beam:1 -
+docker push r/beam:1
+""",
+}
+
+
+@pytest.mark.parametrize("command", DRY_RUNS, ids=" ".join)
+def test_a_dry_run_prints_what_would_be_done(command: tuple[str, ...]) -> None:
+    script, *arguments = command
+    shown = run("bash", f"launch/{script}", "--dry-run", *arguments, PATH="/usr/bin:/bin", TMPDIR="TMP")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.replace(str(ROOT), "ROOT") == DRY_RUNS[command]
+
+
+MISTAKES = {
+    ("tpu_pod.sh", "run", "--zone=z"): "--name is missing: of the slice",
+    ("tpu_pod.sh", "create", *TPU): "--slice is missing: for example v5e:8x8",
+    ("tpu_pod.sh", "create", *TPU, "--slice=v9:2x2"): "slice v9:2x2: v9 is none of v5e, v6e, v5p",
+    ("tpu_pod.sh", "create", *TPU, "--slice=v5e-64"): "slice v5e-64 must be a kind and its sides",
+    ("tpu_pod.sh", "create", *TPU, "--accelerator-type=v4-8"): "--runtime-version is missing",
+    ("tpu_pod.sh", "start", *TPU): "there is no --config=FILE behind --",
+    ("tpu_pod.sh", "fly", *TPU): "unknown action fly",
+    ("tpu_pod.sh", "status", *TPU, "--zone"): "--zone needs a value",
+    ("tpu_pod.sh", "status", *TPU, "--config=x"): "unknown option --config",
+    ("xpk.sh", "start", *XPK): "--slice is missing",
+    ("xpk.sh", "image"): "--image is missing",
+    ("xpk.sh", "logs", *XPK[:4]): "--name is missing",
+    ("slurm.sbatch",): "--config=FILE is missing",
+    ("gpu.sh", "--config.size=smoke"): "--config=FILE is missing",
+    ("job.sh", "start", "runs/x"): "there is no command behind --",
+    ("beam.sh", "flink", "--master=f:1", *RECORDS): "--parallelism is missing",
+    ("beam.sh", "flink", "--master=f:1", "--parallelism=2", *RECORDS): "--image is missing",
+    ("beam.sh", "flink", "--", "join"): "join is not done by Beam",
+    ("beam.sh", "dataflow", *RECORDS): "Dataflow's workers mount no disk, which data_pipelines need",
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES, ids=" ".join)
+def test_a_mistake_is_one_clear_line(command: tuple[str, ...]) -> None:
+    script, *arguments = command
+    refused = run("bash", f"launch/{script}", "--dry-run", *arguments, PATH="/usr/bin:/bin")
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert refused.stderr.startswith(f"error: {MISTAKES[command]}")
+
+
+MISSING = {
+    ("tpu_pod.sh", "status", *TPU): "gcloud",
+    ("xpk.sh", "status", *XPK): "xpk",
+    ("beam.sh", "image", "--image=x"): "docker",
+    ("slurm.sbatch", "--config=x.py"): "srun",
+    ("gpu.sh", "--config=x.py"): "nvidia-smi",
+}
+
+
+@pytest.mark.parametrize("command", MISSING, ids=" ".join)
+def test_a_missing_tool_is_named(command: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "dirname").symlink_to("/usr/bin/dirname")
+    refused = run("/bin/bash", f"launch/{command[0]}", *command[1:], PATH=str(tmp_path))
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert refused.stderr.startswith(f"error: {MISSING[command]} is not on PATH; ")
+
+
+def test_options_of_beam_are_those_it_has() -> None:
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    given = {name for text in DRY_RUNS.values() for name in re.findall(r"--runner-option (\w+)=", text)}
+    assert len(given) == 4
+    assert given <= set(PipelineOptions([]).get_all_options())
+
+
+def test_images_have_a_pinned_base_and_no_root() -> None:
+    for path in sorted(ROOT.glob("launch/docker/*.Dockerfile")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        arguments = dict(line[4:].split("=", 1) for line in lines if line.startswith("ARG "))
+        (base,) = [line[5:] for line in lines if line.startswith("FROM ")]
+        for name, value in arguments.items():
+            base = base.replace(f"${{{name}}}", value)
+        assert re.search(r":\d+\.\d+\.\d+", base), path.name
+        (user,) = [line for line in lines if line.startswith("USER ")]
+        assert user in ("USER vita", "USER ${RUN_AS}") and arguments.get("RUN_AS", "vita") == "vita", path.name
 
 
 @pytest.fixture

@@ -14,27 +14,29 @@ ROOT = Path(__file__).parents[1]
 
 # Room -> what it may import besides itself: other rooms, or modules of the package. A room is a folder or a file.
 BASE = {"vita_jax.errors"}
+FILES = {"vita_jax.storage"}
 FUNCTIONS = BASE | {"vita_jax.ops"}
 MODULES = FUNCTIONS | {"vita_jax.nn", "vita_jax.conversion"}
 MODELS = MODULES | {"vita_jax.models"}
-SERVICES = MODELS | {"vita_jax.data", "vita_jax.parallel", "vita_jax.config", "vita_jax.command_line"}
+SERVICES = MODELS | FILES | {"vita_jax.data", "vita_jax.parallel", "vita_jax.config", "vita_jax.command_line"}
 ALLOWED = {
     "vita_jax.errors": set(),
-    "vita_jax.config": BASE,
+    "vita_jax.storage": BASE,
+    "vita_jax.config": BASE | FILES,
     "vita_jax.command_line": BASE | {"vita_jax.config"},
     "vita_jax.ops": BASE,
     "vita_jax.nn": FUNCTIONS,
     "vita_jax.conversion": BASE,
     "vita_jax.models": MODULES,
     "vita_jax.parallel": BASE,
-    "vita_jax.data": FUNCTIONS,  # features of a waveform are a plain function
+    "vita_jax.data": FUNCTIONS | FILES,  # features of a waveform are a plain function
     "vita_jax.inference": SERVICES | {"vita_jax.training"},  # `session` opens a training run
     "vita_jax.training": SERVICES,
     "vita_jax.planning": SERVICES | {"vita_jax.training"},  # compiles its step
     "vita_jax.exchange": SERVICES | {"vita_jax.training"},  # writes and reads its checkpoints
     "vita_jax.evaluation": SERVICES | {"vita_jax.inference", "vita_jax.training"},
     "vita_jax.serving": SERVICES | {"vita_jax.inference"},
-    "data_pipelines": FUNCTIONS | {"vita_jax.data", "vita_jax.command_line"},
+    "data_pipelines": FUNCTIONS | FILES | {"vita_jax.data", "vita_jax.command_line"},
 }
 # They may import every room.
 COMMANDS = {

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from vita_jax.errors import UserError
+from vita_jax.storage import place, write_whole
 
 T = TypeVar("T")
 
@@ -393,18 +394,14 @@ def from_dict(cls: type[T], data: Any) -> T:
 
 
 def save_json(config: Any, path: str | Path) -> None:
-    """Writes the configuration as indented JSON, through a temporary file so that a reader never sees half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps(to_dict(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Writes the configuration as indented JSON, on a disk or in a bucket; a reader never sees half of it."""
+    write_whole(place(path), json.dumps(to_dict(config), indent=2, ensure_ascii=False) + "\n")
 
 
 def load_json(cls: type[T], path: str | Path) -> T:
     """Reads what `save_json` wrote. Raises `UserError` that names the file if it is missing or does not fit `cls`."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(place(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"configuration file {path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

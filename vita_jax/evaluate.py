@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vita_jax.command_line import ArgumentParser, add_int8, run_command
 from vita_jax.errors import UserError
 from vita_jax.parallel.huge_pages import restart_with_huge_pages
+from vita_jax.storage import place
 
 if TYPE_CHECKING:
     from vita_jax.training.experiment import ExperimentConfig
@@ -92,7 +93,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     # A run may have been moved since; where it is now is what counts.
     config = dataclasses.replace(loaded.config, run_dir=str(loaded.run_dir))
     print(f"checkpoint {loaded.path} (stage {loaded.stage}, step {loaded.step})", flush=True)
-    is_run = (Path(arguments.checkpoint) / CONFIG).is_file()
+    is_run = (place(arguments.checkpoint) / CONFIG).is_file()
     if family_of(config.model).in_context:
         int8.check(config)
         return evaluate_by_shots(arguments, config, loaded.params, is_run)
@@ -192,7 +193,7 @@ def evaluate_by_shots(arguments: argparse.Namespace, config: ExperimentConfig, p
     changes = {"shots": tuple(arguments.shots)} if arguments.shots else {}
     changes |= {"choice": arguments.choice} if arguments.choice else {}
     folder = None if arguments.data is None else Path(arguments.data)
-    tokenizer = load_tokenizer(Path(config.run_dir) / "tokenizer")
+    tokenizer = load_tokenizer(place(config.run_dir) / "tokenizer")
     result, lines = evaluate_few_shot(
         subject_of(config, params, tokenizer, folder),
         dataclasses.replace(config.few_shot, **changes),
@@ -202,7 +203,7 @@ def evaluate_by_shots(arguments: argparse.Namespace, config: ExperimentConfig, p
     )
     print(format_few_shot(result))
     if is_run and folder is None and arguments.limit is None and arguments.groups is None:
-        kept = Path(config.run_dir) / "evaluation"
+        kept = place(config.run_dir) / "evaluation"
         save_result(result, kept / RESULT)
         write_json_lines(kept / LINES, lines)
         print(f"\nwritten: {kept / RESULT}, {kept / LINES}")

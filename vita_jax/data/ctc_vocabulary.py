@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 from vita_jax.errors import UserError
+from vita_jax.storage import place
 
 BLANK = 0
 GAP = " "  # in front of every word that is written with gaps
@@ -113,7 +114,7 @@ def build_ctc_vocabulary(texts: Iterable[str], size: int) -> CtcVocabulary:
 def load_ctc_vocabulary(path: str | Path) -> CtcVocabulary:
     """Reads what `save` wrote. Raises UserError for a file that is missing or of another form."""
     try:
-        units = json.loads(Path(path).read_text(encoding="utf-8"))
+        units = json.loads(place(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"CTC vocabulary {path} cannot be read: {error}") from None
     if not isinstance(units, list) or not all(isinstance(u, str) and u for u in units) or len(set(units)) < len(units):

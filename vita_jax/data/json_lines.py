@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vita_jax.errors import UserError
+from vita_jax.storage import place, write_whole
 
 ADVICE = "expected UTF-8 with a JSON object a line"
 
@@ -43,12 +44,8 @@ def read_json_lines(path: str | os.PathLike[str], advice: str = ADVICE) -> Itera
 
 def write_json_lines(path: str | os.PathLike[str], values: Iterable[Mapping[str, Any]]) -> None:
     """Raises UserError if the file cannot be written."""
-    path = Path(path)
+    path = place(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial_file = path.with_name(path.name + ".partial")
-        text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-        partial_file.write_text(text, encoding="utf-8")
-        partial_file.replace(path)
+        write_whole(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}; choose another file") from error

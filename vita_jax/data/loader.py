@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import grain
@@ -31,6 +30,7 @@ from vita_jax.data.records import Manifest, RecordError, decode_record, load_man
 from vita_jax.data.splice import IGNORE_LABEL
 from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UserError
+from vita_jax.storage import place, size_of
 
 Objective = Literal["language_modeling", "text_pretraining", "cell_naming"]
 
@@ -114,11 +114,11 @@ class RecordSource:
     """Random access to the stored records of one folder; elements are (source number, bytes)."""
 
     def __init__(self, config: SourceConfig, number: int, seed: int) -> None:
-        folder = Path(config.path)
+        folder = place(config.path)
         self.manifest: Manifest = load_manifest(folder)
         for shard in self.manifest.shards:
             path = folder / shard.name
-            size = path.stat().st_size if path.is_file() else None
+            size = size_of(path) if path.is_file() else None
             if size != shard.bytes:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise UserError(f"{path} {found}; the manifest says {shard.bytes} bytes, build the data again")

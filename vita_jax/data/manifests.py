@@ -17,6 +17,7 @@ import numpy as np
 
 from vita_jax.data.records import RecordError
 from vita_jax.errors import UserError
+from vita_jax.storage import on_disk
 
 MANIFEST = "manifest.jsonl"
 CODEC_FILE = "codec.json"  # beside a manifest with codes: whose they are
@@ -39,7 +40,8 @@ class SpokenText:
 
 def manifest_file(path: str | Path) -> Path:
     """A manifest, given itself or by its folder."""
-    return Path(path) / MANIFEST if Path(path).is_dir() else Path(path)
+    path = on_disk(path, "a manifest with its recordings")
+    return path / MANIFEST if path.is_dir() else path
 
 
 class Manifest:

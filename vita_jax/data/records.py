@@ -24,6 +24,7 @@ from typing import Any
 import msgpack
 
 from vita_jax.errors import UserError
+from vita_jax.storage import place
 
 # Raised by one when the stored fields change; older files are then refused with the advice to build again.
 RECORD_SCHEMA = 1
@@ -103,7 +104,7 @@ def read_json(path: str | os.PathLike[str], what: str) -> Any:
       UserError: missing, not a file, empty, not UTF-8, or not JSON; names the file and where it goes wrong.
     """
     try:
-        raw = Path(path).read_bytes()
+        raw = place(path).read_bytes()
     except OSError as error:
         raise UserError(f"{what} file {os.fspath(path)} cannot be read: {error.strerror}") from error
     if not raw.strip():
@@ -468,7 +469,7 @@ class Manifest:
 
 def load_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """The manifest of a folder of records. Raises UserError if there is none, or one of another schema version."""
-    path = Path(folder) / MANIFEST_NAME
+    path = place(folder) / MANIFEST_NAME
     if not path.is_file():
         raise UserError(
             f"{os.fspath(folder)} holds no records ({MANIFEST_NAME} is missing); "

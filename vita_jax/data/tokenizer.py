@@ -18,6 +18,7 @@ import tokenizers
 
 from vita_jax.data.sentencepiece_file import PieceType, read_pieces
 from vita_jax.errors import UserError
+from vita_jax.storage import place, write_whole
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_SYMBOLS = (END_OF_TEXT, TURN_START, TURN_END, "☞", "☟", "☜")
@@ -85,7 +86,7 @@ class SentencePieceTokenizer:
         if isinstance(source, bytes):
             name, proto = "the given bytes", source
         else:
-            name, proto = str(source), _read(Path(source))
+            name, proto = str(source), _read(place(source))
         self._load(proto, name)
 
     def _load(self, proto: bytes, name: str) -> None:
@@ -173,8 +174,7 @@ class SentencePieceTokenizer:
         return None if id_ == self._processor.unk_id() and token != self._processor.id_to_piece(id_) else id_
 
     def save(self, folder: str | Path) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / SENTENCEPIECE_FILE).write_bytes(self._proto)
+        write_whole(place(folder) / SENTENCEPIECE_FILE, self._proto)
 
 
 class JsonTokenizer:
@@ -185,7 +185,7 @@ class JsonTokenizer:
     """
 
     def __init__(self, folder: str | Path):
-        folder = Path(folder)
+        folder = place(folder)
         self._load(
             _read(folder / JSON_FILE).decode("utf-8"), _read(folder / JSON_CONFIG_FILE).decode("utf-8"), str(folder)
         )
@@ -282,9 +282,8 @@ class JsonTokenizer:
         return self._trusting.token_to_id(token)
 
     def save(self, folder: str | Path) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / JSON_FILE).write_text(self._definition, encoding="utf-8")
-        (Path(folder) / JSON_CONFIG_FILE).write_text(self._config_text, encoding="utf-8")
+        write_whole(place(folder) / JSON_FILE, self._definition)
+        write_whole(place(folder) / JSON_CONFIG_FILE, self._config_text)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -292,7 +291,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     Raises UserError when the path does not exist or holds neither file.
     """
-    path = Path(path)
+    path = place(path)
     if path.name == JSON_FILE:
         return JsonTokenizer(path.parent)
     if path.is_file():

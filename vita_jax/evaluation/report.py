@@ -28,6 +28,7 @@ from vita_jax.evaluation.report_sounds import changes_section, confusion_section
 from vita_jax.evaluation.results import FINAL, percent, read_evaluation, stage_accuracies, verdict
 from vita_jax.evaluation.subject import benchmark_folder
 from vita_jax.parallel.rules import unbox
+from vita_jax.storage import place, write_whole
 from vita_jax.training.checkpoint import CONFIG
 from vita_jax.training.experiment import ExperimentConfig, build_model
 from vita_jax.training.metrics import format_duration, read_metrics
@@ -51,7 +52,7 @@ def write_report(run_dir: str | Path) -> Path:
     Raises:
       UserError: `run_dir` is no run.
     """
-    run_dir = Path(run_dir)
+    run_dir = place(run_dir)
     if not (run_dir / CONFIG).is_file():
         raise UserError(f"{run_dir} is not a run: it has no {CONFIG}")
     config = config_lib.load_json(ExperimentConfig, run_dir / CONFIG)
@@ -78,7 +79,7 @@ def write_report(run_dir: str | Path) -> Path:
         f"<footer>Written from the files in {escaped(run_dir)}.</footer>\n</main>\n</body>\n</html>\n"
     )
     path = run_dir / REPORT
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page)
     return path
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from vita_jax.errors import UserError
 from vita_jax.evaluation.benchmarks import BENCHMARKS
+from vita_jax.storage import place, write_whole
 from vita_jax.training.experiment import ExperimentConfig
 
 # Name of the result at the end of a run, beside those of its stages.
@@ -29,16 +30,13 @@ def evaluation_path(run_dir: str | Path, name: str, benchmark: str = FIRST) -> P
       name: a stage, or "final".
     """
     suffix = "" if benchmark == FIRST else f".{benchmark}"
-    return Path(run_dir) / "evaluation" / f"{name}{suffix}.json"
+    return place(run_dir) / "evaluation" / f"{name}{suffix}.json"
 
 
 def save_result(result: Mapping[str, Any], path: Path) -> None:
     """Writes a result as JSON, whole or not at all."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial_file = path.with_name(path.name + ".partial")
-        partial_file.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        partial_file.replace(path)
+        write_whole(path, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}; choose another file") from error
 

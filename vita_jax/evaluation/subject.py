@@ -10,6 +10,7 @@ from typing import Any
 
 from vita_jax.data.examples import ExampleContext
 from vita_jax.data.tokenizer import Tokenizer
+from vita_jax.storage import on_disk
 from vita_jax.training.experiment import ExperimentConfig, build_model, data_folder, example_context
 from vita_jax.training.families import Model
 
@@ -52,4 +53,4 @@ class Subject:
 
 def benchmark_folder(config: ExperimentConfig, benchmark: str = "quickstart") -> Path:
     """Where the items and media of a benchmark are."""
-    return data_folder(config) / "benchmarks" / benchmark
+    return on_disk(data_folder(config), "a benchmark") / "benchmarks" / benchmark

@@ -29,6 +29,7 @@ from vita_jax.evaluation.scoring import character_errors, is_refusal, normalise
 from vita_jax.evaluation.subject import Subject
 from vita_jax.evaluation.waves import copy_waves, mel_distances
 from vita_jax.inference.speak import RECORDINGS, Speaker, voices, write_wav
+from vita_jax.storage import Scratch, place
 from vita_jax.training.experiment import VOICES, data_folder
 
 # Held-out texts in the assistant's voice, in the benchmark's folder.
@@ -76,8 +77,8 @@ def why_no_voice(subject: Subject, name: str) -> str | None:
         return "the model has no codec"
     if name in NEEDS_DECODERS and model.speech is None:
         return "the model has no speech decoders"
-    places = (Path(subject.config.run_dir) / VOICES, data_folder(subject.config) / RECORDINGS)
-    if name in NEEDS_DECODERS and not any(place.is_file() for place in places):
+    places = (place(subject.config.run_dir) / VOICES, data_folder(subject.config) / RECORDINGS)
+    if name in NEEDS_DECODERS and not any(path.is_file() for path in places):
         return f"there is neither {places[0]} nor {places[1]} to take a voice from"
     if name != "voice_answers" and not (subject.root / TEXTS / MANIFEST).is_file():
         return f"the benchmark has no recordings of the assistant ({TEXTS})"
@@ -231,7 +232,8 @@ def _figures(group: Group, said: Sequence[_Said], **more: float) -> dict[str, An
 
 def _keep_sounds(subject: Subject, said: Mapping[str, Sequence[_Said]], rate: int) -> list[dict[str, Any]]:
     """Writes some of the waves to the run's folder; returns what they are."""
-    folder = Path(subject.config.run_dir) / EVALUATION / AUDIO
+    scratch = Scratch(place(subject.config.run_dir) / EVALUATION / AUDIO)
+    folder = scratch.folder
     folder.mkdir(parents=True, exist_ok=True)
     sounds: list[dict[str, Any]] = []
 
@@ -259,6 +261,7 @@ def _keep_sounds(subject: Subject, said: Mapping[str, Sequence[_Said]], rate: in
         for name, entries in spoken.items():
             if entries[number].wave is not None and len(entries[number].wave):
                 keep(f"text_{number}_{name.removeprefix('voice_')}", titles[name], entries[number])
+    scratch.close()
     return sounds
 
 

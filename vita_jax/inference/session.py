@@ -33,6 +33,7 @@ from vita_jax.inference.sampling import GREEDY, Sampler
 from vita_jax.inference.speak import Speaker, voices
 from vita_jax.inference.talk import ModelVoice, Spoken, Voice, talk
 from vita_jax.inference.timings import FIRST_TOKEN, Timeline
+from vita_jax.storage import place
 from vita_jax.training.checkpoint import LoadedModel, load_params
 from vita_jax.training.experiment import (
     CTC_VOCABULARY,
@@ -166,8 +167,8 @@ class Session:
         """The characters of the model's recogniser, in the data folder of its run or beside its weights; None for a
         model without a recogniser.
         """
-        places = (data_folder(self.config), Path(self.config.run_dir))
-        files = (place / CTC_VOCABULARY for place in places if self.has("ctc_head"))
+        folders = (data_folder(self.config), place(self.config.run_dir))
+        files = (folder / CTC_VOCABULARY for folder in folders if self.has("ctc_head"))
         return next((file for file in files if file.is_file()), None)
 
     def say(self, text: str, language: str) -> tuple[np.ndarray, int]:

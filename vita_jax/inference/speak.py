@@ -34,6 +34,7 @@ from vita_jax.models.codec.codec import Codec
 from vita_jax.models.speech.nar_decoder import text_rows
 from vita_jax.models.speech.speech_decoder import SpeechDecoder
 from vita_jax.models.vita import VitaConfig
+from vita_jax.storage import place
 from vita_jax.training.experiment import VOICES, ExperimentConfig, data_folder
 
 # The recordings of a run's assistant, below the data folder.
@@ -262,7 +263,7 @@ def voices(config: ExperimentConfig, params: Mapping[str, Any]) -> dict[str, np.
     Raises:
       UserError: the model has no codec, there is neither the file nor a recording, or one of them is damaged.
     """
-    path = Path(config.run_dir) / VOICES
+    path = place(config.run_dir) / VOICES
     if path.is_file():
         return read_voices(path)
     manifest = data_folder(config) / RECORDINGS
@@ -287,7 +288,7 @@ def voices(config: ExperimentConfig, params: Mapping[str, Any]) -> dict[str, np.
 def read_voices(path: str | Path) -> dict[str, np.ndarray]:
     """A JSON object, language -> list of codes. Raises `UserError` if it is anything else."""
     try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+        entries = json.loads(place(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"voices {path} cannot be read: {error}") from None
     whole = isinstance(entries, dict) and entries
@@ -302,7 +303,7 @@ def save_voices(config: ExperimentConfig, params: Mapping[str, Any]) -> Path:
     Raises:
       UserError: see `voices`, or it cannot be written.
     """
-    path = Path(config.run_dir) / VOICES
+    path = place(config.run_dir) / VOICES
     try:
         path.unlink(missing_ok=True)  # of an earlier training
         found = {language: codes.tolist() for language, codes in voices(config, params).items()}

@@ -21,12 +21,11 @@ import errno
 import json
 import logging
 import os
-import shutil
 import signal
 import threading
 import zlib
 from collections.abc import Callable, Container, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import FrameType
 from typing import Any
 
@@ -39,6 +38,7 @@ from vita_jax import config as config_lib
 from vita_jax.errors import UserError
 from vita_jax.models.int8 import LeafChange
 from vita_jax.parallel.processes import WAIT_SECONDS, is_first, on_first
+from vita_jax.storage import absolute, files_below, is_remote, place, remove_folder, size_of
 from vita_jax.training.adapters import adapter_layout
 from vita_jax.training.experiment import ExperimentConfig
 from vita_jax.training.objectives import OBJECTIVES
@@ -110,7 +110,7 @@ class LoadedModel:
 
 def checkpoint_folder(run_dir: str | Path, stage: str) -> Path:
     """`<run_dir>/stages/<stage>/checkpoints`."""
-    return Path(run_dir) / "stages" / stage / "checkpoints"
+    return place(run_dir) / "stages" / stage / "checkpoints"
 
 
 def snapshot_meta(
@@ -121,6 +121,7 @@ def snapshot_meta(
     data_state: Any,
     seconds: float,
     progress: Mapping[str, Any] | None = None,
+    spent: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The JSON part of a checkpoint.
 
@@ -131,6 +132,7 @@ def snapshot_meta(
       data_state: of the batches.
       seconds: time the stage has trained so far, over all its starts.
       progress: what the loop counts beside, see `loop.train_stage`; older checkpoints have none.
+      spent: on what the time went, see `goodput`; older checkpoints do not say.
     """
     return {
         "format_version": FORMAT_VERSION,
@@ -141,6 +143,7 @@ def snapshot_meta(
         "data_state": data_state,
         "seconds": seconds,
         "progress": dict(progress or {}),
+        "spent": dict(spent or {}),
         "config": config_lib.to_dict(config),
     }
 
@@ -154,7 +157,7 @@ class StageCheckpoints:
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
-        self.folder = folder.absolute()
+        self.folder = absolute(folder)
         self.keep = keep
         self._in_flight: int | None = None
         # Orbax logs tracebacks of errors in its background thread, which it raises as well.
@@ -250,9 +253,13 @@ class StageCheckpoints:
 
     def _seal(self) -> None:
         """Adds the manifest to the temporary folder that Orbax is about to rename (called in its background thread)."""
-        if is_first():
-            (temporary,) = self.folder.glob(f"{self._in_flight}.*")
-            write_manifest(temporary)
+        if not is_first():
+            return
+        if is_remote(self.folder):  # written where it will stay; Orbax marks it when it is complete
+            write_manifest(self.folder / str(self._in_flight))
+            return
+        (temporary,) = self.folder.glob(f"{self._in_flight}.*")
+        write_manifest(temporary)
 
     def _remove_incomplete(self) -> None:
         """What a killed process left half written is of no use, and a later save of the same step would collide with
@@ -260,8 +267,8 @@ class StageCheckpoints:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.iterdir():
-            if path.is_dir() and not (path / MANIFEST).is_file():
-                shutil.rmtree(path)
+            if path.is_dir() and not _is_complete(path):
+                remove_folder(path)
 
 
 def _refusal(error: BaseException | None) -> str | None:
@@ -287,7 +294,12 @@ def complete_steps(folder: Path) -> list[int]:
     """Steps of the complete checkpoints in a `checkpoints` folder, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / MANIFEST).is_file())
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and _is_complete(p))
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether everything of a checkpoint has been written: renaming it comes last, or in a bucket, a mark."""
+    return (folder / MANIFEST).is_file() and (not is_remote(folder) or (folder / COMMIT_MARK).is_file())
 
 
 def _crc32(path: Path) -> int:
@@ -299,14 +311,23 @@ def _crc32(path: Path) -> int:
 
 
 def write_manifest(folder: Path) -> None:
-    """Records the files of all items of a checkpoint that is about to be committed."""
+    """Records the files of all items of a checkpoint that is about to be committed.
+
+    In a bucket without their CRC-32: it would have to be read again, and the store compares checksums of its own.
+    """
     files = {
-        str(path.relative_to(folder)): {"size": path.stat().st_size, "crc32": _crc32(path)}
+        str(PurePosixPath(*path.relative_to(folder).parts)): _recorded(path)
         for item in ITEMS
-        for path in sorted((folder / item).rglob("*"))
-        if path.is_file() and path.name != COMMIT_MARK
+        if (folder / item).is_dir()
+        for path in files_below(folder / item)
+        if path.name != COMMIT_MARK
     }
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+
+
+def _recorded(file: Path) -> dict[str, int]:
+    size = {"size": size_of(file)}
+    return size if is_remote(file) else {**size, "crc32": _crc32(file)}
 
 
 def verify(folder: Path) -> None:
@@ -321,16 +342,16 @@ def verify(folder: Path) -> None:
         raise UserError(f"{folder} is not a complete checkpoint: it has no {MANIFEST}")
     try:
         files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        expected = {name: (entry["size"], entry["crc32"]) for name, entry in files.items()}
+        expected = {name: (entry["size"], entry.get("crc32")) for name, entry in files.items()}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         raise DamagedCheckpoint(folder, f"{MANIFEST} cannot be read") from None
     for name, (size, crc) in expected.items():
         path = folder / name
         if not path.is_file():
             raise DamagedCheckpoint(folder, f"{name} is missing")
-        if path.stat().st_size != size:
-            raise DamagedCheckpoint(folder, f"{name} has {path.stat().st_size} bytes instead of {size}")
-        if _crc32(path) != crc:
+        if size_of(path) != size:
+            raise DamagedCheckpoint(folder, f"{name} has {size_of(path)} bytes instead of {size}")
+        if crc is not None and not is_remote(path) and _crc32(path) != crc:
             raise DamagedCheckpoint(folder, f"the content of {name} has changed since it was written")
 
 
@@ -371,7 +392,8 @@ def newest_usable(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | 
             continue
         for path, error in damaged:
             aside = path.with_name(DAMAGED + path.name)
-            shutil.rmtree(aside, ignore_errors=True)
+            if aside.exists():
+                remove_folder(aside)
             path.rename(aside)
             say(f"checkpoint {path} is damaged: {error.reason}; put aside as {aside.name}, step {step} is used instead")
         return meta
@@ -393,7 +415,7 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises:
       UserError: there is no complete checkpoint at `path`.
     """
-    path = Path(path)
+    path = place(path)
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist")
     if (path / MANIFEST).is_file() and path.name.isdigit():
@@ -431,11 +453,11 @@ def load_params(
       UserError: nothing there, damaged, or of another format.
     """
     if is_portable(path):
-        folder = Path(path).absolute()
+        folder = absolute(place(path))
         changed = None if change is None else change(portable_config(folder))
         model = read_portable(folder, shardings, changed)
         return LoadedModel(model.params, model.config, model.stage, model.step, folder, folder)
-    folder = find_checkpoint(path).absolute()
+    folder = absolute(find_checkpoint(path))
     meta = read_meta(folder)
     config = _config_of(folder, meta)
     extra = OBJECTIVES[config.stage(meta["stage"]).objective].extra_names
@@ -469,8 +491,8 @@ def _read_changed(folder: Path, extra: Container[str], change: LeafChange) -> di
 def load_config(path: str | Path) -> tuple[ExperimentConfig, Path]:
     """What `load_params` would say of configuration and run directory, without the parameters. Raises as it does."""
     if is_portable(path):
-        return portable_config(path), Path(path).absolute()
-    folder = find_checkpoint(path).absolute()
+        return portable_config(path), absolute(place(path))
+    folder = absolute(find_checkpoint(path))
     return _config_of(folder, read_meta(folder)), folder.parents[3]
 
 

@@ -27,6 +27,7 @@ from vita_jax.data.video import ORIGINAL_RULES
 from vita_jax.errors import UserError
 from vita_jax.parallel.mesh import MESH_AXES, MeshConfig, mesh_shape
 from vita_jax.parallel.processes import DistributedConfig, gather, join_processes
+from vita_jax.storage import is_remote, place
 from vita_jax.training.families import Model, ModelConfig, family_of, make_model
 from vita_jax.training.guard import RESTARTABLE, GuardConfig, validate_guard
 from vita_jax.training.objectives import OBJECTIVES
@@ -203,12 +204,12 @@ VOICES = "voices.json"
 
 def data_folder(config: ExperimentConfig) -> Path:
     """Where the built data of the run is."""
-    return Path(config.run_dir) / "data" if config.data.folder is None else Path(config.data.folder)
+    return place(config.run_dir) / "data" if config.data.folder is None else place(config.data.folder)
 
 
 def tokenizer_folder(config: ExperimentConfig) -> Path:
     """Where the tokenizer of the run is read from."""
-    return Path(config.run_dir) / "tokenizer" if config.tokenizer.folder is None else Path(config.tokenizer.folder)
+    return place(config.run_dir) / "tokenizer" if config.tokenizer.folder is None else place(config.tokenizer.folder)
 
 
 def build_model(config: ExperimentConfig) -> Model:
@@ -356,6 +357,11 @@ def _validate_parts(config: ExperimentConfig) -> None:
             raise UserError(f"{field}={value}: must be at least 1")
     validate_guard(config.guard)
     validate_profile(config.profile)
+    if config.profile.start is not None and is_remote(config.run_dir):
+        raise UserError(
+            f"profile.start={config.profile.start}, but the profiler writes to disks only, not to run_dir="
+            f"{config.run_dir}; profile a run of some steps with run_dir on a disk"
+        )
     if config.optimizer.moments not in MOMENTS:
         raise UserError(f"optimizer.moments={config.optimizer.moments!r} is unknown; use one of {', '.join(MOMENTS)}")
     if config.seed < 0:
@@ -483,7 +489,7 @@ def _validate_sound(config: ExperimentConfig, stage: Stage) -> None:
 
 def _validate_starts(stage: Stage, earlier: list[str]) -> None:
     for start in starts_of(stage):
-        if start in earlier or Path(start).is_dir():
+        if start in earlier or place(start).is_dir():
             continue
         raise UserError(
             f"stages.{stage.name}.start_from: {start!r} is neither an earlier stage nor an existing folder; "

@@ -11,6 +11,7 @@ from vita_jax import config as config_lib
 from vita_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vita_jax.errors import UserError
 from vita_jax.parallel.processes import on_first
+from vita_jax.storage import is_remote
 from vita_jax.training.experiment import ExperimentConfig, join_others, tokenizer_folder, validate
 from vita_jax.training.loop import REQUESTED, claim_run_dir
 from vita_jax.training.stages import Stage
@@ -51,6 +52,11 @@ def prepare_data(module: ModuleType, config: ExperimentConfig) -> ExperimentConf
     prepare = getattr(module, "prepare", None)
     if prepare is None:
         return config
+    if is_remote(config.run_dir):
+        raise UserError(
+            f"run_dir={config.run_dir}: {config.name} prepares its own data and tokenizer, on disks only; give a "
+            "run_dir on a disk, or build the data first (docs/data.md), for an experiment that only trains"
+        )
 
     def build() -> Any:
         claim_run_dir(config, REQUESTED)

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import io
 import math
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -28,6 +30,7 @@ from flax import struct
 
 from vita_jax.errors import UserError
 from vita_jax.parallel.processes import own_file
+from vita_jax.storage import append, write_whole
 from vita_jax.training.stages import Stage
 
 BAD_BATCHES = "bad_batches"
@@ -198,14 +201,16 @@ class BadSteps:
     def _write(self, step: int, loss: float, grad_norm: float) -> Path | None:
         batch = next((batch for number, batch in self._kept if number == step), None)
         file = own_file(self._folder / f"{self._stage.name}_{step}.npz")
-        own = list(self._folder.glob(own_file(Path("*.npz")).name))
+        pattern = own_file(Path("*.npz")).name
+        own = list(self._folder.glob(pattern)) if self._folder.is_dir() else []
         full = len(own) >= self._config.saved_batches
         if batch is None or (full and not file.exists()) or not self._config.saved_batches:
             return None
         about = {"step": step, "stage": self._stage.name, "loss": loss, "grad_norm": grad_norm}
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            np.savez(file, **{name: np.asarray(value) for name, value in {**batch, **about}.items()})
+            content = io.BytesIO()
+            np.savez(content, **{name: np.asarray(value) for name, value in {**batch, **about}.items()})
+            write_whole(file, content.getvalue())
         except OSError as error:  # a full disk is no reason to end the run here
             self._say(f"{file} cannot be written: {error}")
             return None
@@ -294,19 +299,18 @@ class Watchdog:
 
     def _tell(self) -> None:
         silent = time.monotonic() - self._last
-        head = (
+        told = (
             f"{time.strftime('%Y-%m-%d %H:%M:%S')}: stage {self._stage.name!r}: no step has finished for {silent:.0f} "
             f"s, the last was {self._step}; the stacks of all threads (also in {self._file}):\n"
         )
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open("a+", encoding="utf-8") as file:
-                start = file.tell()
-                file.write(head)
-                file.flush()
+            # Its own file: the stacks are written below Python, to a descriptor.
+            with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-                file.seek(start)
-                told = file.read()
+                file.seek(0)
+                told += file.read()
+            # First: what hangs may be the network that the file is behind.
+            print(told, file=sys.stderr, flush=True)
+            append(self._file, told)
         except OSError as error:
-            told = f"{head}(not written: {error})\n"
-        print(told, file=sys.stderr, flush=True)
+            print(f"{told}(not written: {error})\n", file=sys.stderr, flush=True)

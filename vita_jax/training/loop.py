@@ -40,6 +40,7 @@ from vita_jax.errors import UserError
 from vita_jax.parallel.mesh import MeshConfig, check_processes, make_mesh, put_batch, put_replicated
 from vita_jax.parallel.processes import Largest, gather, is_first, on_first
 from vita_jax.parallel.rules import use_mesh
+from vita_jax.storage import place, resolved
 from vita_jax.training.checkpoint import (
     CONFIG,
     StageCheckpoints,
@@ -62,6 +63,7 @@ from vita_jax.training.experiment import (
     validate,
 )
 from vita_jax.training.families import Model
+from vita_jax.training.goodput import SHARE, Clock, Spent, describe_spent, read_spent, taken_up
 from vita_jax.training.guard import (
     BAD_BATCHES,
     STEPS_IN_FLIGHT,
@@ -163,7 +165,7 @@ def run(
     join_others(config)
     validate(config)
     stream = (stream or sys.stdout) if is_first() else io.StringIO()
-    run_dir = Path(config.run_dir)
+    run_dir = place(config.run_dir)
     on_first(functools.partial(claim_run_dir, config))
     if not all(gather((run_dir / CONFIG).is_file())):
         raise UserError(
@@ -173,7 +175,7 @@ def run(
         tokenizer = load_tokenizer(tokenizer_folder(config))
         check_tokenizer(config, tokenizer)
         # Never over itself: other processes may still be reading it.
-        if tokenizer_folder(config).resolve() != (run_dir / "tokenizer").resolve():
+        if resolved(tokenizer_folder(config)) != resolved(run_dir / "tokenizer"):
             on_first(functools.partial(tokenizer.save, run_dir / "tokenizer"))
         make_batches = functools.partial(record_batches, tokenizer=tokenizer)
 
@@ -206,7 +208,7 @@ def claim_run_dir(config: ExperimentConfig, file: str = CONFIG) -> None:
     Raises:
       UserError: it holds a run with another configuration; lists the fields that differ.
     """
-    path = Path(config.run_dir) / file
+    path = place(config.run_dir) / file
     if path.is_file():
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
@@ -284,7 +286,7 @@ def gathered_state(batches: BatchIterator) -> dict[str, Any]:
 
 def run_stage(run: Run, plan: StagePlan) -> None:
     """Brings one stage to its end, from wherever it stands, and reports it."""
-    stage = plan.stage
+    stage, clock = plan.stage, Clock()
     folder = checkpoint_folder(run.config.run_dir, stage.name)
     # Before the checkpoints are opened, which all processes do together.
     meta = on_first(lambda: newest_usable(folder, lambda line: run.stream.write(f"{stage.title}: {line}\n")))
@@ -293,7 +295,7 @@ def run_stage(run: Run, plan: StagePlan) -> None:
             run.stream.write(f"{stage.title}: already finished\n")
         else:
             with contextlib.closing(run.make_batches(run.config, stage)) as batches:
-                train_stage(run, plan, checkpoints, meta, batches)
+                train_stage(run, plan, checkpoints, meta, batches, clock)
     on_first(lambda: call_hook(run, plan, folder))
 
 
@@ -341,24 +343,29 @@ def starting_state(
 
 
 def train_stage(
-    run: Run, plan: StagePlan, checkpoints: StageCheckpoints, meta: dict[str, Any] | None, batches: BatchIterator
+    run: Run,
+    plan: StagePlan,
+    checkpoints: StageCheckpoints,
+    meta: dict[str, Any] | None,
+    batches: BatchIterator,
+    clock: Clock,
 ) -> None:
     """Trains from the checkpoint with this JSON part (None: from the start) to the last step, and saves that.
 
     The part `progress` of a checkpoint holds what the loop counts: steps since the last report, bad steps, and the
     losses that spikes are judged by.
     """
-    config, stage, run_dir = run.config, plan.stage, Path(run.config.run_dir)
+    config, stage, run_dir = run.config, plan.stage, place(run.config.run_dir)
     state, frozen = starting_state(run, plan, checkpoints, meta, batches)
     step_fn = compiled_step(run.model, plan, run.mesh)
     meta = meta or {}
     first = saved = meta.get("step", 0)
     seconds = meta.get("seconds", 0.0)
-    run.metrics.rewind(stage.name, first)
+    clock.before = taken_up(read_spent(meta.get("spent", {})), run.metrics.rewind(stage.name, first), time.time())
     speed = speed_of(config, stage, run.mesh.devices.flat)
     if formula := speed.formula():
         run.stream.write(f"{stage.title}: {formula}\n")
-    reporter = Reporter(run.metrics, run.stream, stage, config.log.every_steps, first, speed)
+    reporter = Reporter(run.metrics, run.stream, stage, config.log.every_steps, first, speed, clock)
     bad_steps = BadSteps(config.guard, run_dir, stage, reporter.say)
     if progress := meta.get("progress"):
         reporter.set_state(progress["window"])
@@ -367,13 +374,15 @@ def train_stage(
     compilations = Compilations(step_fn, state, reporter.say)
 
     def save(step: int) -> None:
-        rng = [int(word) for word in np.asarray(state.rng)]
         progress = {"window": reporter.state(), "bad_steps": bad_steps.state(), "losses": None}
-        if state.window is not None:
-            progress["losses"] = [np.asarray(state.window.losses).tolist(), int(state.window.count)]
-        total = seconds + reporter.elapsed()
-        saved_meta = snapshot_meta(config, stage, step, rng, gathered_state(batches), total, progress)
-        checkpoints.save(step, unflatten({**frozen, **state.trainable}), state.opt_state, saved_meta)
+        with clock.saving():
+            rng = [int(word) for word in np.asarray(state.rng)]
+            if state.window is not None:
+                progress["losses"] = [np.asarray(state.window.losses).tolist(), int(state.window.count)]
+            total, spent = seconds + reporter.elapsed(), clock.spent().numbers()
+            saved_meta = snapshot_meta(config, stage, step, rng, gathered_state(batches), total, progress, spent)
+            run.metrics.send()
+            checkpoints.save(step, unflatten({**frozen, **state.trainable}), state.opt_state, saved_meta)
 
     with Watchdog(config.guard, run_dir, stage) as watchdog, StepTrace(config.profile, run_dir, stage.name) as trace:
         for step in range(first, stage.steps):
@@ -387,7 +396,7 @@ def train_stage(
                 raise Stopped(stage.name, step, stop)
             host_batch, num_tokens = fetch(plan, batches, reporter)
             bad_steps.keep(step + 1, host_batch)
-            batch = place(host_batch, run.mesh, reporter)
+            batch = put(host_batch, run.mesh, reporter)
             with trace.step(step + 1), jax.transfer_guard("disallow"):
                 state, values = step_fn(state, frozen, batch)
             compilations.check(step + 1, state, batch)
@@ -399,15 +408,23 @@ def train_stage(
     total = seconds + reporter.elapsed()
     summary = {"trainable": count_parameters(state.trainable), "frozen": count_parameters(frozen)}
     summary |= {"title": stage.title, "seconds": total, "skipped": bad_steps.skipped}
-    run.metrics.stage(stage.name, {"step": stage.steps, **summary})
+    run.metrics.stage(stage.name, {"step": stage.steps, **summary, SHARE: clock.spent().share})
     save(stage.steps)
-    checkpoints.wait()
-    run.stream.write(f"{stage.title}: {stage.steps} steps in {format_duration(total)}\n")
+    with clock.saving():
+        checkpoints.wait()
+    lines = [f"{stage.steps} steps in {format_duration(total)}", described(clock.spent())]
     if bad_steps.skipped:
-        run.stream.write(f"{stage.title}: {bad_steps.skipped} bad steps skipped, see {run_dir / BAD_BATCHES}\n")
+        lines.append(f"{bad_steps.skipped} bad steps skipped, see {run_dir / BAD_BATCHES}")
     if batches.counts is not None and batches.counts.bad:
         reasons = ", ".join(f"{number} {reason}" for reason, number in batches.counts.reasons.items())
-        run.stream.write(f"{stage.title}: {batches.counts.bad} of {batches.counts.seen} records left out ({reasons})\n")
+        lines.append(f"{batches.counts.bad} of {batches.counts.seen} records left out ({reasons})")
+    run.stream.write("".join(f"{stage.title}: {line}\n" for line in lines))
+
+
+def described(spent: Spent) -> str:
+    """The goodput of a stage, with how long its starts took, and how long none was running."""
+    down = f"; {format_duration(spent.down)} between starts" if spent.down >= 1 else ""
+    return f"{describe_spent(spent)} of {format_duration(spent.elapsed)}{down}"
 
 
 def observe(bad_steps: BadSteps, numbers: StepNumbers) -> None:
@@ -420,7 +437,7 @@ def observe(bad_steps: BadSteps, numbers: StepNumbers) -> None:
 def fetch(plan: StagePlan, batches: BatchIterator, reporter: Reporter) -> tuple[dict[str, np.ndarray], int]:
     """What the objective reads of the next batch of this process, and how many tokens all processes' batches hold.
 
-    Counts the time that the device may have waited for it, as `place` does.
+    Counts the time that the device may have waited for it, as `put` does.
     """
     before = time.monotonic()
     batch = next(batches)
@@ -433,13 +450,13 @@ def fetch(plan: StagePlan, batches: BatchIterator, reporter: Reporter) -> tuple[
         )
     keys = (*objective.batch_keys, *(key for key in objective.optional_keys if key in batch))
     tokens = objective.num_tokens(batch) * jax.process_count()
-    reporter.data_seconds += time.monotonic() - before
+    reporter.waited(time.monotonic() - before)
     return {key: batch[key] for key in keys}, tokens
 
 
-def place(batch: Mapping[str, np.ndarray], mesh: Mesh, reporter: Reporter) -> dict[str, jax.Array]:
+def put(batch: Mapping[str, np.ndarray], mesh: Mesh, reporter: Reporter) -> dict[str, jax.Array]:
     """The batch on the mesh."""
     before = time.monotonic()
     on_device = put_batch(batch, mesh)
-    reporter.data_seconds += time.monotonic() - before
+    reporter.waited(time.monotonic() - before)
     return on_device

@@ -1,9 +1,10 @@
 """Where numbers of a run go: JSON lines, TensorBoard, and one line of progress.
 
 `<run_dir>/metrics.jsonl` has one object per line: `{"event": "step", "stage", "step", "loss", ...}` while training and
-`{"event": "stage", "stage", "step", "title", "seconds", "trainable", "frozen", "skipped"}` when a stage ends. Numbers
-that are not finite are left out. Beside what the step returns (`step.train_step`) there are those of `speed`, and
-`data_seconds` and `data_share`: what fetching a batch took, and its part of a step's time.
+`{"event": "stage", "stage", "step", "title", "seconds", "trainable", "frozen", "skipped", "goodput_share"}` when a
+stage ends. Numbers that are not finite are left out. Beside what the step returns (`step.train_step`) there are those
+of `speed`, `data_seconds` and `data_share`: what fetching a batch took, and its part of a step's time, and those of
+`goodput`: where the time of all starts went.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ import jax
 from tensorboardX import SummaryWriter
 
 from vita_jax.errors import UserError
+from vita_jax.storage import Scratch, place
+from vita_jax.training.goodput import Clock
 from vita_jax.training.guard import STEPS_IN_FLIGHT
 from vita_jax.training.speed import Speed, memory
 from vita_jax.training.stages import Stage
 
 METRICS = "metrics.jsonl"
+UPLOAD_SECONDS = 300.0
 # Reported as means over the steps since the last report that were not skipped, weighted by what the loss counts; of the
 # skipped ones, their number; the others are those of the last step.
 AVERAGED = {"loss", "accuracy", "state_loss", "state_accuracy", "infeasible"}
@@ -34,7 +38,7 @@ SKIPPED = "skipped"
 
 def read_metrics(run_dir: str | Path) -> Iterator[dict[str, Any]]:
     """The records of a run in order; a last line that a killed process left half written is passed over."""
-    path = Path(run_dir) / METRICS
+    path = place(run_dir) / METRICS
     if not path.is_file():
         return
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -43,14 +47,21 @@ def read_metrics(run_dir: str | Path) -> Iterator[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """The one sink of a run; of several processes, all but one have one that does not write."""
+    """The one sink of a run; of several processes, all but one have one that does not write.
+
+    Where the run is in a bucket, lines and event files are kept on this machine and brought there by `send`: with every
+    checkpoint, at the end of a stage, and otherwise about every `UPLOAD_SECONDS`. What is lost with a process lies
+    behind its last checkpoint, and comes again.
+    """
 
     def __init__(self, run_dir: Path, *, writes: bool = True) -> None:
-        self._path, self._run_dir, self._writes = run_dir / METRICS, run_dir, writes
+        self._run_dir, self._writes = run_dir, writes
         if writes:
             run_dir.mkdir(parents=True, exist_ok=True)
+            self._scratch, self._sent = Scratch(run_dir), time.monotonic()
+            self._path = self._scratch.folder / METRICS
             self._file = self._reopen(list(read_metrics(run_dir)))
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), flush_secs=10)
+            self._board = SummaryWriter(str(self._scratch.folder / "tensorboard"), flush_secs=10)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -59,18 +70,22 @@ class MetricsWriter:
         if self._writes:
             self._file.close()
             self._board.close()
+            self._scratch.close()
 
-    def rewind(self, stage: str, step: int) -> None:
-        """Drops records of a stage after `step`: those steps are about to be repeated."""
+    def rewind(self, stage: str, step: int) -> list[dict[str, Any]]:
+        """Drops records of a stage after `step`: those steps are about to be repeated.
+
+        Returns:
+          What the stage had reported, those that are dropped included.
+        """
         if not self._writes:
-            return
-        kept = [
-            record
-            for record in read_metrics(self._run_dir)
-            if record["stage"] != stage or record.get("step", 0) <= step
-        ]
+            return []
+        self.send()
+        records = list(read_metrics(self._run_dir))
+        kept = [record for record in records if record["stage"] != stage or record.get("step", 0) <= step]
         self._file.close()
         self._file = self._reopen(kept)
+        return [record for record in records if record["stage"] == stage and record["event"] == "step"]
 
     def step(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """One training step's numbers."""
@@ -86,6 +101,12 @@ class MetricsWriter:
         if self._writes:
             self._write({"event": "stage", "stage": stage, **values})
 
+    def send(self) -> None:
+        """Brings everything to the bucket, if the run is in one."""
+        if self._writes:
+            self._scratch.send()
+            self._sent = time.monotonic()
+
     def _reopen(self, records: list[dict[str, Any]]) -> TextIO:
         """Puts the file to exactly these records and opens it for more."""
         partial = self._path.with_suffix(".partial")
@@ -97,6 +118,8 @@ class MetricsWriter:
         try:
             self._file.write(_line(record))
             self._file.flush()
+            if time.monotonic() - self._sent > UPLOAD_SECONDS:
+                self.send()
         except OSError as error:
             raise UserError(f"{self._path} cannot be written: {error}; see to the disk and start again") from error
 
@@ -190,26 +213,33 @@ class Reporter:
       every_steps: between reports.
       first_step: finished steps at this start.
       speed: turns times into rates.
+      clock: counts where the time goes.
 
     Attributes:
-      data_seconds: time spent fetching batches since the last report; added to by the loop.
       on_finished: called with every step when it has finished, in order; may raise `UserError`.
     """
 
     def __init__(
-        self, metrics: MetricsWriter, stream: TextIO, stage: Stage, every_steps: int, first_step: int, speed: Speed
+        self,
+        metrics: MetricsWriter,
+        stream: TextIO,
+        stage: Stage,
+        every_steps: int,
+        first_step: int,
+        speed: Speed,
+        clock: Clock,
     ) -> None:
         self._metrics = metrics
         self._stage = stage
         self._every = every_steps
-        self._speed = speed
+        self._speed, self._clock = speed, clock
         self._progress = Progress(stage.title, stage.steps, stream)
         self._in_flight: deque[StepNumbers] = deque()
         self._window: list[StepNumbers] = []
         self._start = self._window_start = time.monotonic()
         self._first = first_step
         self._after_first: tuple[int, float] | None = None
-        self.data_seconds = 0.0
+        self._data_seconds = 0.0
         self.on_finished: Callable[[StepNumbers], None] = lambda numbers: None
 
     def say(self, line: str) -> None:
@@ -219,6 +249,11 @@ class Reporter:
     def elapsed(self) -> float:
         """Seconds since this start of the stage."""
         return time.monotonic() - self._start
+
+    def waited(self, seconds: float) -> None:
+        """A batch took so long to come."""
+        self._data_seconds += seconds
+        self._clock.waited(seconds)
 
     def add(self, step: int, values: Mapping[str, jax.Array], num_tokens: int) -> None:
         """Takes the results of step number `step` (from 1), which may still be computing."""
@@ -232,6 +267,7 @@ class Reporter:
         while len(self._in_flight) > in_flight:
             numbers = self._in_flight.popleft()
             jax.block_until_ready(numbers.values)
+            self._clock.stepped()
             self._window.append(numbers)
             self.on_finished(numbers)
             if numbers.step % self._every == 0:
@@ -270,10 +306,10 @@ class Reporter:
         fresh = [numbers for numbers in window if numbers.step > self._first]
         seconds = now - self._window_start
         latest |= self._speed.rates(sum(numbers.tokens for numbers in fresh), len(fresh), seconds)
-        latest |= {"data_seconds": self.data_seconds / len(fresh), "data_share": self.data_seconds / seconds}
-        self._metrics.step(self._stage.name, last, {**latest, **memory()})
+        latest |= {"data_seconds": self._data_seconds / len(fresh), "data_share": self._data_seconds / seconds}
+        self._metrics.step(self._stage.name, last, {**latest, **self._clock.spent().numbers(), **memory()})
         self._progress.report(last, latest, latest["tokens_per_second"], self._seconds_left(last, now))
-        self._window_start, self.data_seconds = now, 0.0
+        self._window_start, self._data_seconds = now, 0.0
 
     def _seconds_left(self, step: int, now: float) -> float:
         """From the pace since the first report, which the compilation has slowed down."""

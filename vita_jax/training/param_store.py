@@ -19,6 +19,7 @@ import tensorstore as ts
 
 from vita_jax.conversion.tables import Rule, flatten, unflatten
 from vita_jax.errors import UserError
+from vita_jax.storage import absolute, is_remote
 
 METADATA = "_METADATA"
 OCDBT_MANIFEST = "manifest.ocdbt"
@@ -143,7 +144,7 @@ def open_params(folder: Path) -> dict[str, Any]:
     Raises:
       UserError: it is not there, or of a form that this program does not know.
     """
-    folder = folder.absolute()
+    folder = absolute(folder)
     try:
         content = json.loads((folder / METADATA).read_text(encoding="utf-8"))
         paths = ["/".join(entry["key"] for entry in leaf["key_metadata"]) for leaf in content["tree_metadata"].values()]
@@ -161,11 +162,11 @@ def open_params(folder: Path) -> dict[str, Any]:
     return unflatten(iter(leaves))
 
 
-def _kvstore(folder: Path, path: str) -> dict[str, str]:
-    name = path.replace("/", ".")
+def _kvstore(folder: Path, path: str) -> dict[str, str] | str:
+    name, base = path.replace("/", "."), f"{folder}/" if is_remote(folder) else f"file://{folder}/"
     if (folder / OCDBT_MANIFEST).is_file():
-        return {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}
-    return {"driver": "file", "path": f"{folder}/{name}/"}
+        return {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+    return f"{base}{name}/"
 
 
 def total_bytes(params: Mapping[str, Any]) -> int:

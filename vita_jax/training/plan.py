@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from vita_jax.models.lora import is_adapter
 from vita_jax.models.vision.clip import resize_positions
 from vita_jax.parallel.mesh import replicated
 from vita_jax.parallel.rules import check_whole, param_shardings, unbox
+from vita_jax.storage import place
 from vita_jax.training.adapters import Say, check_objective, draw_adapters, settle_adapters, with_adapters
 from vita_jax.training.checkpoint import checkpoint_folder, load_params
 from vita_jax.training.experiment import ExperimentConfig, peak_learning_rate
@@ -276,7 +276,7 @@ def contributions(config: ExperimentConfig, plan: StagePlan, say: Say) -> FlatPa
     given: FlatParams = {}
     for start in starts:
         own = start in names
-        folder = checkpoint_folder(config.run_dir, start) if own else Path(start)
+        folder = checkpoint_folder(config.run_dir, start) if own else place(start)
         saved = flatten(load_params(folder, unflatten(plan.shardings)).params)
         loaded = {path: leaf.astype(jnp.float32) for path, leaf in saved.items()}
         loaded = settle_adapters(plan.stage, loaded, plan.shapes, start, say)

@@ -33,6 +33,7 @@ from vita_jax.errors import UserError
 from vita_jax.models.int8 import LeafChange
 from vita_jax.models.lora import detach, merge
 from vita_jax.parallel.processes import DistributedConfig
+from vita_jax.storage import on_disk, place
 from vita_jax.training.experiment import CTC_VOCABULARY, VOICES, ExperimentConfig, data_folder
 from vita_jax.training.families import weight_table
 from vita_jax.training.stages import Stage
@@ -69,7 +70,7 @@ class PortableModel:
 
 def is_portable(path: str | Path) -> bool:
     """Whether the folder holds a model that needs no run."""
-    return (Path(path) / MODEL_FILE).is_file()
+    return (place(path) / MODEL_FILE).is_file()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ def new_run(folder: str | Path, keep: Callable[[Path], bool] = lambda partial: F
 
 def check_new_folder(folder: str | Path) -> None:
     """Raises UserError unless `folder` can be made or is empty."""
-    path = Path(folder)
+    path = on_disk(folder, "what this command writes")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} is there already and not empty; give a new folder")
 
@@ -247,7 +248,7 @@ def read_portable(
     Raises:
       UserError: written by another version, damaged, or weights that are not those of its configuration.
     """
-    folder = Path(folder)
+    folder = on_disk(folder, "a model that was exported")
     content, config = _read_model_file(folder / MODEL_FILE), portable_config(folder)
     if not (folder / SINGLE_NAME).is_file() and not (folder / INDEX_NAME).is_file():
         raise UserError(f"{folder} has a {MODEL_FILE} but no {SINGLE_NAME}; copy the whole folder again")
@@ -270,7 +271,7 @@ def read_portable(
 
 def portable_config(folder: str | Path) -> ExperimentConfig:
     """The configuration alone. Raises `UserError` as `read_portable`."""
-    path = Path(folder) / MODEL_FILE
+    path = place(folder) / MODEL_FILE
     content = _read_model_file(path)
     try:
         return config_lib.from_dict(ExperimentConfig, content["config"])

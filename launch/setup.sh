@@ -5,10 +5,14 @@ set -euo pipefail
 usage() {
   cat <<'TEXT'
 usage: launch/setup.sh [EXTRA ...]
+       launch/setup.sh --eval
 
 Creates .venv in the repository with any Python >= 3.11 of this machine and installs requirements.txt, this package
 (editable) and the named extras of pyproject.toml (dev, tpu, cuda, ...). Later runs install only what changed and need
 no network while requirements.txt and pyproject.toml stay the same.
+
+--eval creates .venv-eval instead: the libraries of public benchmarks (extra eval) with over a hundred dependencies, and
+this package without what builds data (Beam and TensorFlow Datasets need other versions of the same libraries).
 
   PYTHON=/path/to/python   uses this Python to create .venv
 TEXT
@@ -16,7 +20,6 @@ TEXT
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="$root/.venv"
-stamp="$venv/vita_jax_setup"
 supported='import sys; sys.exit(sys.version_info < (3, 11))'
 
 fail() {
@@ -50,9 +53,13 @@ find_python() {
 for argument in "$@"; do
   case "$argument" in
     -h | --help) usage && exit 0 ;;
+    --eval) [ "$#" = 1 ] || fail "--eval has an environment of its own; name no extras beside it" ;;
     -*) fail "unknown option $argument; see launch/setup.sh --help" ;;
   esac
 done
+
+[ "${1:-}" != --eval ] || venv="$root/.venv-eval"
+stamp="$venv/vita_jax_setup"
 
 if ! "$venv/bin/python" -c "$supported" >/dev/null 2>&1; then
   python="$(find_python)"
@@ -68,6 +75,29 @@ if [ -f "$stamp" ]; then
 fi
 missing=0
 [ "$installed_from" = "$wanted" ] || missing=1
+
+# Everything but what builds data, then the package itself.
+install_eval() {
+  local pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+  "${pip[@]}" --requirement <(
+    grep -vE '^(apache-beam|tensorflow-datasets)' "$root/requirements.txt"
+    "$venv/bin/python" - "$root/pyproject.toml" <<'PYTHON'
+import sys, tomllib
+
+with open(sys.argv[1], "rb") as file:
+    print(*tomllib.load(file)["project"]["optional-dependencies"]["eval"], sep="\n")
+PYTHON
+  ) && "${pip[@]}" --no-deps --editable "$root"
+}
+
+if [ "$venv" = "$root/.venv-eval" ]; then
+  [ "$missing" = 1 ] || exit 0
+  echo "installing the libraries of public benchmarks into $venv; this takes many minutes the first time"
+  install_eval || fail "pip could not install them; it needs a package index, and some GiB of room"
+  printf '%s\n\n' "$wanted" >"$stamp"
+  exit 0
+fi
+
 for extra in "$@"; do
   case " $extras " in
     *" $extra "*) ;;

@@ -115,10 +115,10 @@ def question_batches(
             batch = questions[start : start + batch_size]
             features = _batch_features(model, params, batch, tables, features, mesh)
             inputs = _batch_inputs(batch, features, num_features, length, batch_size)
-            yield [question.index for question in batch], _spread(inputs, mesh)
+            yield [question.index for question in batch], spread(inputs, mesh)
 
 
-def _spread(rows: VitaInputs | np.ndarray, mesh: Mesh | None) -> VitaInputs | np.ndarray:
+def spread(rows: VitaInputs | np.ndarray, mesh: Mesh | None) -> VitaInputs | np.ndarray:
     """Arrays (b ...) over the devices of the mesh; rows that do not divide into its parts stay as they are."""
     if mesh is None or jax.tree.leaves(rows)[0].shape[0] % num_batch_shards(mesh):
         return rows
@@ -227,7 +227,7 @@ def _batch_features(
     tiles = np.concatenate([tables[file].tiles for file in new])
     padded = np.pad(tiles, ((0, -len(tiles) % TILES_AT_ONCE), (0, 0), (0, 0), (0, 0)))
     chunks = np.split(padded, len(padded) // TILES_AT_ONCE)
-    encoded = np.concatenate([jax.device_get(_encode_tiles(model, params, _spread(chunk, mesh))) for chunk in chunks])
+    encoded = np.concatenate([jax.device_get(_encode_tiles(model, params, spread(chunk, mesh))) for chunk in chunks])
     start = 0
     for file in new:
         count = len(tables[file].tiles)

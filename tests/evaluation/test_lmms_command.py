@@ -19,16 +19,16 @@ STAND_IN = """
 import json, sys
 from pathlib import Path
 
-given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-if given["--limit"] == "1":
+given = lambda name: sys.argv[sys.argv.index(name) + 1]
+if given("--limit") == "1":
     sys.exit(0)
-folder = Path(given["--output_path"]) / "run"
+folder = Path(given("--output_path")) / "run"
 folder.mkdir(parents=True)
 scores = [1.0, 0.0, 1.0, 1.0]
 results = {"results": {"ai2d": {"alias": "ai2d", "exact_match,none": 0.75, "exact_match_stderr,none": 0.25}}}
 (folder / "20_results.json").write_text(json.dumps({**results, "lmms_eval_version": "0.7", "argv": sys.argv}))
 samples = [
-    {"doc_id": n, "input": f"question {n}", "filtered_resps": ["A"], "target": "A", "exact_match": score, "doc_hash": "x"}
+    {"doc_id": n, "input": f"question {n}", "filtered_resps": ["A"], "target": "A", "exact_match": score}
     for n, score in enumerate(scores)
 ]
 (folder / "20_samples_ai2d.jsonl").write_text("".join(json.dumps(one) + "\\n" for one in samples))

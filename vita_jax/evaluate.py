@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +23,20 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 DIR is a run (its last finished stage is taken), a stage's folder, or one checkpoint.
-For a run the result is also kept as DIR/evaluation/final.json (final.speech.json for the benchmark speech, with some
-of what was said in DIR/evaluation/audio), unless --limit, --groups or --int8 is given.
+For a run the result is also kept as DIR/evaluation/final.json (final.NAME.json for another benchmark; of speech with
+some of what was said in DIR/evaluation/audio), for quickstart and speech unless --limit, --groups or --int8 is given.
 
-benchmarks:
-  quickstart  typed questions about pictures and clips, and questions without
-  speech      spoken questions, refusals, transcripts, input head, recogniser, the voice read back, real-time factors
+benchmarks of a run, on its data:
+  quickstart   typed questions about pictures and clips, and questions without
+  speech       spoken questions, refusals, transcripts, input head, recogniser, the voice read back, real-time factors
+benchmarks that are read from --data FOLDER:
+  aishell1     the folder data_aishell: character error rate
+  query_noise  folders query and noise with sounds: which of them the model takes to be meant for it
+benchmarks of lmms-eval, which has an environment of its own (launch/setup.sh --eval); --data has tasks of your own:
+  mme mmbench mmbench_cn mmstar mmmu mathvista hallusionbench ai2d ocrbench mmvet scienceqa vqav2 textvqa okvqa vizwiz
+  coco_captions flickr30k video_mme video_mme_subtitles mvbench tempcompass librispeech_{dev,test}_{clean,other}
+  wenetspeech_{net,meeting} mmlu gsm8k, and lmms:TASK for any other task
+Answers are kept as they are made: the same command goes on after a stop. docs/evaluation.md explains every number.
 
 examples:
   python -m vita_jax.evaluate --checkpoint runs/quickstart
@@ -35,9 +44,13 @@ examples:
   python -m vita_jax.evaluate --checkpoint runs/quickstart --benchmark speech --groups voice_copy voice_answers
   python -m vita_jax.evaluate --checkpoint runs/quickstart --limit 20
   python -m vita_jax.evaluate --checkpoint runs/quickstart/stages/vision_sft --output result.json
-  python -m vita_jax.evaluate --checkpoint runs/mine --questions questions.jsonl --root images --answers answers.jsonl
-      asks what the file asks, {"question_id": 1, "image": "a.jpg", "text": "What is this?"} a line, and scores nothing;
-      `python -m vita_jax.judge` does
+  python -m vita_jax.evaluate --checkpoint runs/vita_1_5 --benchmark mme --mesh fsdp=4
+  python -m vita_jax.evaluate --checkpoint runs/vita_1_5 --benchmark aishell1 --data data_aishell
+  python -m vita_jax.evaluate --checkpoint runs/mine --questions questions.jsonl --root files --answers answers.jsonl
+      asks what the file asks, {"question_id": 1, "image": "a.jpg", "text": "What is this?"} a line
+  python -m vita_jax.evaluate --checkpoint runs/mine --questions q.jsonl --answers a.jsonl --scoring choice
+      and compares with {"answer": "B", "choices": ["cat", "dog"]} of each line: exact, choice, wer, cer or state
+      (answers of "query" or "noise"); without --scoring `python -m vita_jax.judge` can grade them
 
 A Flamingo is measured by its few-shot tasks: DIR/data/few_shot, or --data. For a run, figures and a line for every
 query are kept as DIR/evaluation/few_shot.json and few_shot.jsonl.
@@ -240,7 +253,7 @@ def _stem(arguments: argparse.Namespace) -> Path:
         return Path(arguments.output).with_suffix("")
     if not (Path(arguments.checkpoint) / CONFIG).is_file():
         raise UserError(f"{arguments.checkpoint} is no run that keeps its results; say where by --output FILE.json")
-    parts = [arguments.benchmark.replace(":", "_"), *(f"int8_{part}" for part in sorted(arguments.int8))]
+    parts = [re.sub(r"[^\w-]", "_", arguments.benchmark), *(f"int8_{part}" for part in sorted(arguments.int8))]
     parts += [] if arguments.limit is None else [f"limit_{arguments.limit}"]
     path = evaluation_path(arguments.checkpoint, FINAL, ".".join(parts))
     return path.with_name(path.name.removesuffix(".json"))

@@ -16,8 +16,8 @@ from vita_jax import evaluate
 from vita_jax.errors import UnsupportedOption, UserError
 from vita_jax.evaluation.answer_lines import Question
 from vita_jax.evaluation.asking import AskOptions, answers_to
-from vita_jax.evaluation.likelihoods import likelihoods
 from vita_jax.evaluation.library import LMMS_SETS, LmmsSet
+from vita_jax.evaluation.likelihoods import likelihoods
 from vita_jax.evaluation.lmms.command import find_python, run_lmms_eval
 from vita_jax.evaluation.lmms.models import VitaJaxChat, VitaJaxSimple
 from vita_jax.evaluation.opening import open_subject

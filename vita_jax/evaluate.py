@@ -32,6 +32,7 @@ benchmarks of a run, on its data:
 benchmarks that are read from --data FOLDER:
   aishell1     the folder data_aishell: character error rate
   query_noise  folders query and noise with sounds: which of them the model takes to be meant for it
+  copies       any folder of sounds, copied through the codec: mel distance, STOI, PESQ, and --mos
 benchmarks of lmms-eval, which has an environment of its own (launch/setup.sh --eval); --data has tasks of your own:
   mme mmbench mmbench_cn mmstar mmmu mathvista hallusionbench ai2d ocrbench mmvet scienceqa vqav2 textvqa okvqa vizwiz
   coco_captions flickr30k video_mme video_mme_subtitles mvbench tempcompass librispeech_{dev,test}_{clean,other}
@@ -80,6 +81,9 @@ def make_parser() -> ArgumentParser:
     parser.add_argument(
         "--mesh", metavar="AXIS=N", nargs="+", default=[], help="how devices share the work: fsdp=4 ..."
     )
+    parser.add_argument(
+        "--mos", metavar="MODULE:FUNCTION", help="of copies: judges them, too; (samples, rate) -> number"
+    )
     add_int8(parser)
     parser.add_argument("--shots", metavar="N", nargs="+", type=int, help="of a Flamingo: demonstrations of a prompt")
     parser.add_argument("--choice", choices=("random", "similar"), help="of a Flamingo: which demonstrations")
@@ -89,7 +93,7 @@ def make_parser() -> ArgumentParser:
 def evaluate(arguments: argparse.Namespace) -> int:
     """Finds out what is to be measured, and has it done."""
     # Imported here so that --help and a mistyped argument answer at once.
-    from vita_jax.evaluation.library import find_set
+    from vita_jax.evaluation.library import COPIES, find_set
     from vita_jax.evaluation.sets import SETS
 
     if arguments.limit is not None and arguments.limit < 1:
@@ -99,11 +103,15 @@ def evaluate(arguments: argparse.Namespace) -> int:
     for name in ("root", "scoring"):
         if getattr(arguments, name) is not None:
             raise UserError(f"--{name} belongs to --questions; benchmarks know their own")
+    if arguments.mos is not None and arguments.benchmark != COPIES:
+        raise UserError("--mos belongs to --benchmark copies")
     chosen = None if arguments.benchmark is None else find_set(arguments.benchmark)
     if chosen is not None:
         return evaluate_with_lmms_eval(arguments, chosen)
     if arguments.benchmark in SETS:
         return evaluate_set(arguments)
+    if arguments.benchmark == COPIES:
+        return evaluate_copies(arguments)
     if arguments.mesh:
         raise UserError("--mesh is for questions, and for benchmarks that are no part of a run; leave it out")
     return evaluate_run(arguments)
@@ -215,6 +223,26 @@ def evaluate_set(arguments: argparse.Namespace) -> int:
         questions = evenly(questions, arguments.limit)
     arguments.max_new_tokens = chosen.max_new_tokens
     return _measure(arguments, chosen.title, questions, root, chosen.scoring, stem, chosen.column)
+
+
+def evaluate_copies(arguments: argparse.Namespace) -> int:
+    """Measures the copies that a model's codec makes of a folder of sounds."""
+    from vita_jax.evaluation.copies import format_copies, load_mos, measure_copies
+    from vita_jax.evaluation.measured import write_measured
+    from vita_jax.evaluation.results import provenance
+
+    for name in ("groups", "shots", "choice", "limit"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name} is not for the benchmark copies")
+    if arguments.data is None or arguments.int8 or arguments.mesh:
+        raise UserError("--benchmark copies reads a folder, on one device and in floats: --data FOLDER and no more")
+    stem, mos = _stem(arguments), None if arguments.mos is None else load_mos(arguments.mos)
+    subject, _ = _open(arguments, 1, 1)
+    result, lines = measure_copies(subject, Path(arguments.data), mos)
+    result = {"benchmark": arguments.benchmark, "model": arguments.checkpoint, **result, **provenance(subject.config)}
+    print(format_copies(result))
+    print(f"\nwritten: {', '.join(map(str, write_measured(stem, result, lines, None)))}")
+    return 0
 
 
 def evaluate_with_lmms_eval(arguments: argparse.Namespace, chosen: LmmsSet) -> int:

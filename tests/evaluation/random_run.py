@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,8 +24,8 @@ VOCAB, WIDTH = 330, 16
 TEXTS = ("red", "green", "blue", "colour?", "number?", "Write it down.", "A B C D yes no 0 1 2 3 4 5 6 7 8 9")
 
 
-def random_run(run_dir: Path, hears: bool = True) -> ExperimentConfig:
-    """Writes the run, with its stage `joint` finished, and returns its configuration."""
+def random_run(run_dir: Path, hears: bool = True, **parts: Any) -> ExperimentConfig:
+    """Writes the run, with its stage `joint` finished, and returns its configuration; `parts`: more of the model."""
     vision = model_config().vision
     audio = AudioTowerConfig(
         AudioEncoderConfig(hidden_size=24, num_layers=1, num_heads=2, intermediate_size=32),
@@ -35,6 +36,7 @@ def random_run(run_dir: Path, hears: bool = True) -> ExperimentConfig:
         ProjectorConfig("mlp2x_gelu", vision.output_size, WIDTH),
         DecoderConfig(VOCAB, WIDTH, 2, 4, 2, 4, 24),
         audio=audio if hears else None,
+        **parts,
     )
     config = experiment(run_dir, model=model, tokenizer=TokenizerConfig(VOCAB))
     tokenizer = train_sentencepiece([*TEXTS] * 9, VOCAB, run_dir / "tokenizer", at_most=True)

@@ -16,8 +16,8 @@ from vita_jax.errors import UserError
 from vita_jax.evaluation.benchmarks import BENCHMARKS
 from vita_jax.evaluation.sets import SETS
 
-# In front of any other task of lmms-eval.
-ANY_TASK = "lmms:"
+# In front of any other task of lmms-eval, and what is no set of questions, see `copies`.
+ANY_TASK, COPIES = "lmms:", "copies"
 JUDGED = "lmms-eval has answers read or graded by a language model: OPENAI_API_KEY, or its LLM_JUDGE settings"
 
 
@@ -118,7 +118,7 @@ def find_set(name: str) -> LmmsSet | None:
     """
     if name.startswith(ANY_TASK):
         return LmmsSet(name.removeprefix(ANY_TASK), name.removeprefix(ANY_TASK))
-    known = (*BENCHMARKS, *SETS, *LMMS_SETS)
+    known = (*BENCHMARKS, *SETS, COPIES, *LMMS_SETS)
     if name not in known:
         nearest = max(known, key=lambda other: difflib.SequenceMatcher(None, other, name).ratio())
         raise UserError(

@@ -5,11 +5,15 @@ set -euo pipefail
 usage() {
   cat <<'TEXT'
 usage: launch/setup.sh [--get-python] [EXTRA ...]
+       launch/setup.sh [--get-python] --eval
 
 Creates .venv in the repository with any Python >= 3.11 of this machine and installs requirements.txt, this package
 (editable) and the named extras of pyproject.toml (dev, tpu, cuda, ...). Later runs install only what changed and need
 no network while requirements.txt and pyproject.toml stay the same.
 
+  --eval                   creates .venv-eval instead, with the libraries of public benchmarks (extra eval, over a hundred
+                           dependencies) and this package without what builds data: Beam and TensorFlow Datasets need
+                           other versions of the same libraries
   --get-python             gets Python 3.12 with uv where there is none that is new enough; needs pip, not root
   PYTHON=/path/to/python   uses this Python to create .venv
 TEXT
@@ -17,7 +21,6 @@ TEXT
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="$root/.venv"
-stamp="$venv/vita_jax_setup"
 supported='import sys; sys.exit(sys.version_info < (3, 11))'
 
 fail() {
@@ -54,15 +57,22 @@ find_python() {
   fail "no Python >= 3.11 found on PATH; install one, or name it: PYTHON=/path/to/python3.11 $0"
 }
 
-get_python=0 wanted_extras=()
+get_python=0 for_eval=0 wanted_extras=()
 for argument in "$@"; do
   case "$argument" in
     -h | --help) usage && exit 0 ;;
     --get-python) get_python=1 ;;
+    --eval) for_eval=1 ;;
     -*) fail "unknown option $argument; see launch/setup.sh --help" ;;
     *) wanted_extras+=("$argument") ;;
   esac
 done
+
+if [ "$for_eval" = 1 ]; then
+  [ "${#wanted_extras[@]}" = 0 ] || fail "--eval has an environment of its own; name no extras beside it"
+  venv="$root/.venv-eval"
+fi
+stamp="$venv/vita_jax_setup"
 
 if ! "$venv/bin/python" -c "$supported" >/dev/null 2>&1; then
   python="$(find_python)"
@@ -78,6 +88,29 @@ if [ -f "$stamp" ]; then
 fi
 missing=0
 [ "$installed_from" = "$wanted" ] || missing=1
+
+# Everything but what builds data, then the package itself.
+install_eval() {
+  local pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+  "${pip[@]}" --requirement <(
+    grep -vE '^(apache-beam|tensorflow-datasets)' "$root/requirements.txt"
+    "$venv/bin/python" - "$root/pyproject.toml" <<'PYTHON'
+import sys, tomllib
+
+with open(sys.argv[1], "rb") as file:
+    print(*tomllib.load(file)["project"]["optional-dependencies"]["eval"], sep="\n")
+PYTHON
+  ) && "${pip[@]}" --no-deps --editable "$root"
+}
+
+if [ "$for_eval" = 1 ]; then
+  [ "$missing" = 1 ] || exit 0
+  echo "installing the libraries of public benchmarks into $venv; this takes many minutes the first time"
+  install_eval || fail "pip could not install them; it needs a package index, and some GiB of room"
+  printf '%s\n\n' "$wanted" >"$stamp"
+  exit 0
+fi
+
 for extra in ${wanted_extras[@]+"${wanted_extras[@]}"}; do
   case " $extras " in
     *" $extra "*) ;;

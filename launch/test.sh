@@ -6,7 +6,8 @@ usage() {
   cat <<'TEXT'
 usage: launch/test.sh [--quick] [PYTEST ARGUMENT ...]
 
-Sets up .venv (see launch/setup.sh), runs ruff, then pytest.
+Sets up .venv (see launch/setup.sh), runs ruff, then pytest; then, without arguments, the tests of public benchmarks in
+.venv-eval, where launch/setup.sh --eval has made one.
 
   --quick   leaves out the tests marked slow
 
@@ -49,4 +50,18 @@ export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="${JAX_PERSISTENT_CACHE_MIN_ENT
 
 .venv/bin/python -m ruff check .
 # ${arguments[@]+...}: an empty list is an error under `set -u` in the bash of macOS.
-exec .venv/bin/python -m pytest ${arguments[@]+"${arguments[@]}"}
+.venv/bin/python -m pytest ${arguments[@]+"${arguments[@]}"}
+
+# What needs the libraries of public benchmarks; only with everything else.
+for argument in ${arguments[@]+"${arguments[@]}"}; do
+  case "$argument" in
+    --durations=*) ;;
+    *) exit 0 ;;
+  esac
+done
+if [ ! -x .venv-eval/bin/python ]; then
+  echo "not run: tests/eval_libraries, which need .venv-eval (launch/setup.sh --eval)"
+  exit 0
+fi
+bash launch/setup.sh --eval
+exec .venv-eval/bin/python -m pytest tests/eval_libraries

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from vita_jax.config import ConfigArgs, parse_config_args
 from vita_jax.errors import UserError
@@ -31,6 +32,31 @@ def add_int8(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="keep the language model's weights, its key/value cache or both in int8 (docs/talking.md)",
     )
+
+
+class ProgressLine:
+    """Done, total and the time that is left, on one line of a terminal that is rewritten in place."""
+
+    def __init__(self, verb: str, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._verb, self._stream, self._clock = verb, stream, clock
+        self._first: tuple[int, float] | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        """Shows it; what was done before the first call says nothing about the speed."""
+        now = self._clock()
+        self._first = self._first or (done, now)
+        before, started = self._first
+        left = ""
+        if done > before:
+            seconds = (total - done) * (now - started) / (done - before)
+            left = f", {seconds / 60:.0f} min left" if seconds >= 120 else f", {seconds:.0f} s left"
+        end = "\r\x1b[2K" if done == total else ""
+        print(f"\r\x1b[2K{self._verb} {done} of {total}{left}{end}", end="", file=self._stream, flush=True)
+
+
+def progress_line(verb: str) -> ProgressLine | None:
+    """One on the standard error; None where that is no terminal."""
+    return ProgressLine(verb, sys.stderr) if sys.stderr.isatty() else None
 
 
 def exit_status(action: Callable[[], int]) -> int:

@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vita_jax.command_line import ArgumentParser, add_int8, run_command
+from vita_jax.command_line import ArgumentParser, add_int8, progress_line, run_command
 from vita_jax.errors import UserError
+from vita_jax.evaluation.answer_lines import SCORINGS
 from vita_jax.parallel.huge_pages import restart_with_huge_pages
 from vita_jax.storage import place
 
 if TYPE_CHECKING:
+    from vita_jax.evaluation.answer_lines import Question, Scoring
+    from vita_jax.evaluation.asking import AskOptions
+    from vita_jax.evaluation.library import LmmsSet
+    from vita_jax.evaluation.subject import Subject
     from vita_jax.training.experiment import ExperimentConfig
 
 EXAMPLES = """\
 DIR is a run (its last finished stage is taken), a stage's folder, or one checkpoint.
-For a run the result is also kept as DIR/evaluation/final.json (final.speech.json for the benchmark speech, with some
-of what was said in DIR/evaluation/audio), unless --limit, --groups or --int8 is given.
+For a run the result is also kept as DIR/evaluation/final.json (final.NAME.json for another benchmark; of speech with
+some of what was said in DIR/evaluation/audio), for quickstart and speech unless --limit, --groups or --int8 is given.
 
-benchmarks:
-  quickstart  typed questions about pictures and clips, and questions without
-  speech      spoken questions, refusals, transcripts, input head, recogniser, the voice read back, real-time factors
+benchmarks of a run, on its data:
+  quickstart   typed questions about pictures and clips, and questions without
+  speech       spoken questions, refusals, transcripts, input head, recogniser, the voice read back, real-time factors
+benchmarks that are read from --data FOLDER:
+  aishell1     the folder data_aishell: character error rate
+  query_noise  folders query and noise with sounds: which of them the model takes to be meant for it
+  copies       any folder of sounds, copied through the codec: mel distance, STOI, PESQ, and --mos
+benchmarks of lmms-eval, which has an environment of its own (launch/setup.sh --eval); --data has tasks of your own:
+  mme mmbench mmbench_cn mmstar mmmu mathvista hallusionbench ai2d ocrbench mmvet scienceqa vqav2 textvqa okvqa vizwiz
+  coco_captions flickr30k video_mme video_mme_subtitles mvbench tempcompass librispeech_{dev,test}_{clean,other}
+  wenetspeech_{net,meeting} mmlu gsm8k, and lmms:TASK for any other task
+Answers are kept as they are made: the same command goes on after a stop. docs/evaluation.md explains every number.
 
 examples:
   python -m vita_jax.evaluate --checkpoint runs/quickstart
@@ -31,9 +46,13 @@ examples:
   python -m vita_jax.evaluate --checkpoint runs/quickstart --benchmark speech --groups voice_copy voice_answers
   python -m vita_jax.evaluate --checkpoint runs/quickstart --limit 20
   python -m vita_jax.evaluate --checkpoint runs/quickstart/stages/vision_sft --output result.json
-  python -m vita_jax.evaluate --checkpoint runs/mine --questions questions.jsonl --root images --answers answers.jsonl
-      asks what the file asks, {"question_id": 1, "image": "a.jpg", "text": "What is this?"} a line, and scores nothing;
-      `python -m vita_jax.judge` does
+  python -m vita_jax.evaluate --checkpoint runs/vita_1_5 --benchmark mme --mesh fsdp=4
+  python -m vita_jax.evaluate --checkpoint runs/vita_1_5 --benchmark aishell1 --data data_aishell
+  python -m vita_jax.evaluate --checkpoint runs/mine --questions questions.jsonl --root files --answers answers.jsonl
+      asks what the file asks, {"question_id": 1, "image": "a.jpg", "text": "What is this?"} a line
+  python -m vita_jax.evaluate --checkpoint runs/mine --questions q.jsonl --answers a.jsonl --scoring choice
+      and compares with {"answer": "B", "choices": ["cat", "dog"]} of each line: exact, choice, wer, cer or state
+      (answers of "query" or "noise"); without --scoring `python -m vita_jax.judge` can grade them
 
 A Flamingo is measured by its few-shot tasks: DIR/data/few_shot, or --data. For a run, figures and a line for every
 query are kept as DIR/evaluation/few_shot.json and few_shot.jsonl.
@@ -50,43 +69,76 @@ def make_parser() -> ArgumentParser:
         epilog=EXAMPLES,
     )
     parser.add_argument("--checkpoint", metavar="DIR", required=True, help="a run, or one checkpoint of it")
-    parser.add_argument("--benchmark", metavar="NAME", default="quickstart", help="quickstart (the default) or speech")
+    parser.add_argument("--benchmark", metavar="NAME", help="one of the above; default quickstart")
+    parser.add_argument("--data", metavar="DIR", help="what a benchmark is read from, see above")
     parser.add_argument("--groups", metavar="NAME", nargs="+", help="measure only these groups of it; not kept")
     parser.add_argument("--limit", metavar="N", type=int, help="ask at most N questions of each kind of each group")
     parser.add_argument("--output", metavar="FILE", help="write the result as JSON to this file, too")
     parser.add_argument("--questions", metavar="FILE", help="ask these in place of a benchmark, a JSON object a line")
-    parser.add_argument("--root", metavar="FOLDER", help="where the pictures of --questions start (default its folder)")
+    parser.add_argument("--root", metavar="FOLDER", help="where the files of --questions start (default its folder)")
     parser.add_argument("--answers", metavar="FILE", help="gets the answers to --questions, a JSON object a line")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="of these answers (default 256)")
+    parser.add_argument("--scoring", choices=SCORINGS, help="how --answers are compared with what is true, see above")
+    parser.add_argument(
+        "--mesh", metavar="AXIS=N", nargs="+", default=[], help="how devices share the work: fsdp=4 ..."
+    )
+    parser.add_argument(
+        "--mos", metavar="MODULE:FUNCTION", help="of copies: judges them, too; (samples, rate) -> number"
+    )
     add_int8(parser)
     parser.add_argument("--shots", metavar="N", nargs="+", type=int, help="of a Flamingo: demonstrations of a prompt")
     parser.add_argument("--choice", choices=("random", "similar"), help="of a Flamingo: which demonstrations")
-    parser.add_argument("--data", metavar="DIR", help="of a Flamingo: queries.jsonl, support.jsonl and their media")
     return parser
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Loads, asks, prints, saves."""
+    """Finds out what is to be measured, and has it done."""
     # Imported here so that --help and a mistyped argument answer at once.
+    from vita_jax.evaluation.library import COPIES, find_set
+    from vita_jax.evaluation.sets import SETS
+
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UserError(f"--limit {arguments.limit} must be at least 1")
+    if arguments.questions is not None or arguments.answers is not None:
+        return answer_questions(arguments)
+    for name in ("root", "scoring"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name} belongs to --questions; benchmarks know their own")
+    if arguments.mos is not None and arguments.benchmark != COPIES:
+        raise UserError("--mos belongs to --benchmark copies")
+    chosen = None if arguments.benchmark is None else find_set(arguments.benchmark)
+    if chosen is not None:
+        return evaluate_with_lmms_eval(arguments, chosen)
+    if arguments.benchmark in SETS:
+        return evaluate_set(arguments)
+    if arguments.benchmark == COPIES:
+        return evaluate_copies(arguments)
+    if arguments.mesh:
+        raise UserError("--mesh is for questions, and for benchmarks that are no part of a run; leave it out")
+    return evaluate_run(arguments)
+
+
+def evaluate_run(arguments: argparse.Namespace) -> int:
+    """Measures a model on the data of its run: loads, asks, prints, saves."""
     import dataclasses
 
     from vita_jax.data.tokenizer import load_tokenizer
-    from vita_jax.evaluation.benchmarks import get_benchmark
     from vita_jax.evaluation.comparison import changes_again
-    from vita_jax.evaluation.results import FINAL, format_result, format_stages, save_result, save_stage_evaluation
+    from vita_jax.evaluation.results import (
+        FINAL,
+        FIRST,
+        format_result,
+        format_stages,
+        save_result,
+        save_stage_evaluation,
+    )
     from vita_jax.evaluation.runner import evaluate_params
     from vita_jax.inference.quantization import int8_parts
     from vita_jax.parallel.process import prepare_process
     from vita_jax.training.checkpoint import CONFIG, load_params
     from vita_jax.training.families import family_of
 
-    if arguments.limit is not None and arguments.limit < 1:
-        raise UserError(f"--limit {arguments.limit} must be at least 1")
-    if arguments.questions is not None or arguments.answers is not None:
-        return answer_questions(arguments)
-    if arguments.root is not None:
-        raise UserError("--root is where the pictures of --questions start; benchmarks know their own folders")
-    get_benchmark(arguments.benchmark)
+    benchmark = arguments.benchmark or FIRST
     int8 = int8_parts(arguments.int8)
     prepare_process()
     loaded = load_params(arguments.checkpoint, change=int8.change)
@@ -105,10 +157,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
         config,
         loaded.params,
         load_tokenizer(loaded.run_dir / "tokenizer"),
-        benchmark=arguments.benchmark,
+        benchmark=benchmark,
         groups=arguments.groups,
         limit=arguments.limit,
-        progress=show_progress if sys.stderr.isatty() else None,
+        progress=progress_line("answered"),
         keep_sounds=is_kept,
         cache_dtype=int8.cache_dtype,
     )
@@ -130,49 +182,159 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def answer_questions(arguments: argparse.Namespace) -> int:
-    """Asks what a file asks, and writes down the answers."""
+    """Asks what a file asks, writes down the answers, and scores them if that is wanted."""
     from vita_jax.data.json_lines import write_json_lines
-    from vita_jax.data.prompts import split_state_symbol
-    from vita_jax.data.tokenizer import load_tokenizer
-    from vita_jax.evaluation.answer_lines import answer_lines, question_items, read_lines
-    from vita_jax.evaluation.answering import answer_items
-    from vita_jax.evaluation.subject import Subject
-    from vita_jax.inference.quantization import int8_parts
-    from vita_jax.parallel.process import prepare_process
-    from vita_jax.training.checkpoint import load_params
-    from vita_jax.training.families import family_of
+    from vita_jax.evaluation.answer_lines import read_questions
+    from vita_jax.evaluation.asking import KeptAnswers, ask_questions, check_files
 
     if arguments.questions is None or arguments.answers is None:
         raise UserError("--questions and --answers go together: what is asked, and where the answers go")
     for name in ("groups", "output", "shots", "choice", "data"):
         if getattr(arguments, name) is not None:
             raise UserError(f"--{name} belongs to benchmarks; leave it out with --questions")
-    if arguments.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {arguments.max_new_tokens} must be at least 1")
-    questions = read_lines(arguments.questions, "text")
-    items, int8 = question_items(questions), int8_parts(arguments.int8)
-    prepare_process()
-    loaded = load_params(arguments.checkpoint, change=int8.change)
-    family = family_of(loaded.config.model)
-    if family.in_context:
-        raise UserError(f"--questions asks models that hold conversations; {arguments.checkpoint} is a {family.title}")
-    subject = Subject(loaded.config, loaded.params, load_tokenizer(loaded.run_dir / "tokenizer"))
-    said = answer_items(
-        subject.model,
-        subject.params,
-        subject.context,
-        items if arguments.limit is None else items[: arguments.limit],
-        arguments.root or Path(arguments.questions).parent,
-        batch_size=min(subject.batch_size, len(items)),
-        max_new_tokens=arguments.max_new_tokens,
-        progress=show_progress if sys.stderr.isatty() else None,
-        cache_dtype=int8.cache_dtype,
-    )
-    texts = [split_state_symbol(answer.strip(), subject.context.template)[1] for answer in said]
-    asked = dict(list(questions.items())[: len(texts)])
-    write_json_lines(arguments.answers, answer_lines(asked, texts, arguments.checkpoint))
-    print(f"written: {arguments.answers} ({len(texts)} answers)")
+    if arguments.scoring is not None and Path(arguments.answers).suffix != ".jsonl":
+        raise UserError(f"--answers {arguments.answers}: with --scoring its name must end with .jsonl, beside a .json")
+    questions = read_questions(arguments.questions)[: arguments.limit]
+    root = Path(arguments.root or Path(arguments.questions).parent)
+    check_files(questions, root)
+    if arguments.scoring is not None:
+        stem = Path(arguments.answers).with_suffix("")
+        return _measure(arguments, Path(arguments.questions).stem, questions, root, arguments.scoring, stem)
+    kept = KeptAnswers(arguments.answers, arguments.checkpoint)
+    subject, options = _open(arguments, len(questions), arguments.max_new_tokens)
+    lines = ask_questions(subject, questions, root, kept, options, progress_line("answered"))
+    write_json_lines(arguments.answers, lines)
+    print(f"written: {arguments.answers} ({len(lines)} answers)")
     return 0
+
+
+def evaluate_set(arguments: argparse.Namespace) -> int:
+    """Measures a published set that is read from a folder."""
+    from vita_jax.evaluation.sets import SETS, evenly
+
+    chosen = SETS[arguments.benchmark]
+    for name in ("groups", "shots", "choice"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name} is not for the benchmark {arguments.benchmark}")
+    if arguments.data is None:
+        raise UserError(f"--benchmark {arguments.benchmark} reads a folder: --data FOLDER (docs/evaluation.md)")
+    stem = _stem(arguments)
+    questions, root = chosen.read(Path(arguments.data))
+    if arguments.limit is not None:
+        questions = evenly(questions, arguments.limit)
+    arguments.max_new_tokens = chosen.max_new_tokens
+    return _measure(arguments, chosen.title, questions, root, chosen.scoring, stem, chosen.column)
+
+
+def evaluate_copies(arguments: argparse.Namespace) -> int:
+    """Measures the copies that a model's codec makes of a folder of sounds."""
+    from vita_jax.evaluation.copies import format_copies, load_mos, measure_copies
+    from vita_jax.evaluation.measured import write_measured
+    from vita_jax.evaluation.results import provenance
+
+    for name in ("groups", "shots", "choice", "limit"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name} is not for the benchmark copies")
+    if arguments.data is None or arguments.int8 or arguments.mesh:
+        raise UserError("--benchmark copies reads a folder, on one device and in floats: --data FOLDER and no more")
+    stem, mos = _stem(arguments), None if arguments.mos is None else load_mos(arguments.mos)
+    subject, _ = _open(arguments, 1, 1)
+    result, lines = measure_copies(subject, Path(arguments.data), mos)
+    result = {"benchmark": arguments.benchmark, "model": arguments.checkpoint, **result, **provenance(subject.config)}
+    print(format_copies(result))
+    print(f"\nwritten: {', '.join(map(str, write_measured(stem, result, lines, None)))}")
+    return 0
+
+
+def evaluate_with_lmms_eval(arguments: argparse.Namespace, chosen: LmmsSet) -> int:
+    """Measures a set that lmms-eval has, by its command line."""
+    from vita_jax.evaluation.lmms.command import format_lmms, run_lmms_eval
+    from vita_jax.evaluation.measured import write_measured
+
+    for name in ("groups", "shots", "choice"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name} is not for benchmarks of lmms-eval")
+    stem = _stem(arguments)
+    result, lines = run_lmms_eval(
+        chosen,
+        arguments.checkpoint,
+        stem,
+        include_path=arguments.data,
+        limit=arguments.limit,
+        int8=arguments.int8,
+        mesh=arguments.mesh,
+    )
+    result = {"benchmark": arguments.benchmark, **result}
+    print(format_lmms(result))
+    written = write_measured(stem, result, lines, chosen.column)
+    print(f"\nwritten: {', '.join(map(str, written))}")
+    return 0
+
+
+def _stem(arguments: argparse.Namespace) -> Path:
+    """Where the files of a result go, without a suffix. Raises UserError where nobody knows."""
+    from vita_jax.evaluation.results import FINAL, evaluation_path
+    from vita_jax.training.checkpoint import CONFIG
+
+    if arguments.output is not None:
+        if Path(arguments.output).suffix != ".json":
+            raise UserError(f"--output {arguments.output}: its name must end with .json; other files go beside it")
+        return Path(arguments.output).with_suffix("")
+    if not (Path(arguments.checkpoint) / CONFIG).is_file():
+        raise UserError(f"{arguments.checkpoint} is no run that keeps its results; say where by --output FILE.json")
+    parts = [re.sub(r"[^\w-]", "_", arguments.benchmark), *(f"int8_{part}" for part in sorted(arguments.int8))]
+    parts += [] if arguments.limit is None else [f"limit_{arguments.limit}"]
+    path = evaluation_path(arguments.checkpoint, FINAL, ".".join(parts))
+    return path.with_name(path.name.removesuffix(".json"))
+
+
+def _open(arguments: argparse.Namespace, num_questions: int, max_new_tokens: int) -> tuple[Subject, AskOptions]:
+    """The model, over all devices, and how it is asked."""
+    from vita_jax.evaluation.asking import AskOptions
+    from vita_jax.evaluation.opening import BATCH_SIZE, mesh_config, open_subject
+    from vita_jax.inference.quantization import int8_parts
+    from vita_jax.parallel.process import prepare_process
+
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {max_new_tokens} must be at least 1")
+    int8, mesh = int8_parts(arguments.int8), mesh_config(arguments.mesh)
+    prepare_process()
+    size = max(1, min(BATCH_SIZE, num_questions))
+    subject, loaded = open_subject(arguments.checkpoint, mesh=mesh, quantization=int8, batch_size=size)
+    identity = f"{loaded.stage} {loaded.step} {sorted(arguments.int8)}"
+    return subject, AskOptions(max_new_tokens, cache_dtype=int8.cache_dtype, identity=identity)
+
+
+def _measure(
+    arguments: argparse.Namespace,
+    title: str,
+    questions: Sequence[Question],
+    root: Path,
+    scoring: Scoring,
+    stem: Path,
+    column: str | None = None,
+) -> int:
+    """Asks, scores, prints, and writes the files of the result."""
+    from vita_jax.evaluation.asking import KeptAnswers
+    from vita_jax.evaluation.measured import format_measured, measure, write_measured
+    from vita_jax.evaluation.question_scores import check_questions
+
+    check_questions(questions, scoring)
+    kept = KeptAnswers(stem.with_name(stem.name + ".jsonl"), arguments.checkpoint)
+    subject, options = _open(arguments, len(questions), arguments.max_new_tokens)
+    if scoring == "state" and (subject.context.template.state_symbols is None or not _says_states(subject)):
+        raise UserError("this model's answers begin with no state symbol, so that they do not tell queries from noise")
+    result, lines = measure(subject, title, questions, root, scoring, kept, options, progress_line("answered"))
+    result = {"benchmark": arguments.benchmark or "questions", **result, "limit": arguments.limit}
+    print(format_measured(result))
+    written = write_measured(stem, result, lines, column)
+    print(f"\nwritten: {', '.join(map(str, written))}")
+    return 0
+
+
+def _says_states(subject: Subject) -> bool:
+    """Whether the model was trained with a state symbol in front of its answers."""
+    return getattr(subject.config.prompt, "state_symbols", False)
 
 
 def evaluate_by_shots(arguments: argparse.Namespace, config: ExperimentConfig, params: Any, is_run: bool) -> int:
@@ -199,7 +361,7 @@ def evaluate_by_shots(arguments: argparse.Namespace, config: ExperimentConfig, p
         dataclasses.replace(config.few_shot, **changes),
         tasks=arguments.groups,
         limit=arguments.limit,
-        progress=show_progress if sys.stderr.isatty() else None,
+        progress=progress_line("answered"),
     )
     print(format_few_shot(result))
     if is_run and folder is None and arguments.limit is None and arguments.groups is None:
@@ -212,12 +374,6 @@ def evaluate_by_shots(arguments: argparse.Namespace, config: ExperimentConfig, p
         write_json_lines(Path(arguments.output).with_suffix(".jsonl"), lines)
         print(f"written: {arguments.output}")
     return 0
-
-
-def show_progress(done: int, total: int) -> None:
-    """One line, rewritten in place."""
-    end = "\r\x1b[2K" if done == total else ""
-    print(f"\r\x1b[2Kanswered {done} of {total}{end}", end="", file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

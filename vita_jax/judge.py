@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vita_jax.command_line import ArgumentParser, run_command
+from vita_jax.command_line import ArgumentParser, progress_line, run_command
 from vita_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,12 +68,7 @@ def _teacher(arguments: argparse.Namespace) -> Teacher:
 def _ask_all(arguments: argparse.Namespace, teacher: Teacher, asked: Mapping[str, list[Message]]) -> dict[str, str]:
     from vita_jax.evaluation.judging import replies
 
-    return replies(teacher, asked, arguments.replies, requests=arguments.requests, progress=_show)
-
-
-def _show(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\x1b[2Kasked {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    return replies(teacher, asked, arguments.replies, requests=arguments.requests, progress=progress_line("asked"))
 
 
 def llava_bench(arguments: argparse.Namespace) -> int:

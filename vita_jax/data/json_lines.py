@@ -49,3 +49,19 @@ def write_json_lines(path: str | os.PathLike[str], values: Iterable[Mapping[str,
         write_whole(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}; choose another file") from error
+
+
+def drop_cut_line(path: str | os.PathLike[str]) -> bool:
+    """Takes the line that was being written when a program ended off a file of JSON lines.
+
+    Returns:
+      Whether there is anything left to read; False for a file that is not there.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return False
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        path.write_bytes(whole)
+    return bool(whole.strip())

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from vita_jax.data.audio import pad_clips
 from vita_jax.data.examples import (
@@ -28,9 +31,11 @@ from vita_jax.data.examples import (
 )
 from vita_jax.data.prompts import stop_ids, stop_text
 from vita_jax.data.tokenizer import until
-from vita_jax.evaluation.items import Item
 from vita_jax.inference.generate import LENGTH_BUCKETS, TILE_BUCKETS, Params, bucket, generate
+from vita_jax.inference.sampling import GREEDY, Sampler
 from vita_jax.models.vita import VitaInputs
+from vita_jax.parallel.mesh import batch_sharding, num_batch_shards
+from vita_jax.parallel.rules import use_mesh
 from vita_jax.training.families import Model
 
 Progress = Callable[[int, int], None]
@@ -41,6 +46,21 @@ TILES_AT_ONCE = 32
 CLIPS_AT_ONCE, CLIP_FRAMES = 8, 128
 # Round numbers of tokens of sound in a question.
 SOUND_BUCKETS = (0, 16, 32, 64, 128, 256)
+
+
+class Asked(Protocol):
+    """What can be asked: an item of a benchmark, or a user's question.
+
+    Attributes:
+      question: a text, or turns that end with the user's, see `prompt_example`.
+      media: (kind, path) of the files that come with it, pictures and videos before sounds.
+    """
+
+    @property
+    def question(self) -> str | Sequence[Mapping[str, str]]: ...
+
+    @property
+    def media(self) -> tuple[tuple[str, str], ...]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +80,17 @@ def question_batches(
     model: Model,
     params: Params,
     context: ExampleContext,
-    items: Sequence[Item],
+    items: Sequence[Asked],
     root: str | Path,
     batch_size: int,
+    mesh: Mesh | None = None,
 ) -> Iterator[tuple[list[int], VitaInputs]]:
     """The questions as batches for the model, all features computed.
 
     Args:
       root: the folder that the items' media paths start from.
       batch_size: rows of every batch.
+      mesh: devices that the rows are spread over; they divide into its parts. It must be the current one.
 
     Yields:
       Places in `items` of a batch's first rows, and its inputs (batch_size s); the rows beyond are empty.
@@ -91,24 +113,39 @@ def question_batches(
         features: dict[tuple[str, str], np.ndarray] = {}
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
-            features = _batch_features(model, params, batch, tables, features)
+            features = _batch_features(model, params, batch, tables, features, mesh)
             inputs = _batch_inputs(batch, features, num_features, length, batch_size)
-            yield [question.index for question in batch], inputs
+            yield [question.index for question in batch], spread(inputs, mesh)
+
+
+def spread(rows: VitaInputs | np.ndarray, mesh: Mesh | None) -> VitaInputs | np.ndarray:
+    """Arrays (b ...) over the devices of the mesh; rows that do not divide into its parts stay as they are."""
+    if mesh is None or jax.tree.leaves(rows)[0].shape[0] % num_batch_shards(mesh):
+        return rows
+    return jax.device_put(rows, batch_sharding(mesh))
+
+
+def on_mesh(mesh: Mesh | None) -> AbstractContextManager:
+    """Makes a mesh the current one, where there is one."""
+    return nullcontext() if mesh is None else use_mesh(mesh)
 
 
 def answer_items(
     model: Model,
     params: Params,
     context: ExampleContext,
-    items: Sequence[Item],
+    items: Sequence[Asked],
     root: str | Path,
     *,
     batch_size: int = 64,
     max_new_tokens: int = 32,
     progress: Progress | None = None,
     cache_dtype: jnp.dtype | None = None,
+    sampler: Sampler = GREEDY,
+    key: jax.Array | None = None,
+    mesh: Mesh | None = None,
 ) -> list[str]:
-    """The model's greedy answers, in the order of `items`; a state symbol is still in front.
+    """The model's answers, in the order of `items`; a state symbol is still in front.
 
     Args:
       root: the folder that the items' media paths start from.
@@ -116,19 +153,23 @@ def answer_items(
       max_new_tokens: the longest answer.
       progress: called with (answered, total) after every batch.
       cache_dtype: of keys and values, see `generate`.
+      sampler, key: how tokens are chosen; `key` is needed unless that is greedily.
+      mesh: see `question_batches`.
 
     Raises:
       UserError: a file is missing or damaged.
     """
     answers = [""] * len(items)
     answered, end = 0, stop_text(context.tokenizer, context.template)
-    for indices, inputs in question_batches(model, params, context, items, root, batch_size):
+    for indices, inputs in question_batches(model, params, context, items, root, batch_size, mesh):
         generated = generate(
             model,
             params,
             inputs,
             max_new_tokens=max_new_tokens,
             stop_tokens=stop_ids(context.tokenizer, context.template),
+            sampler=sampler,
+            key=None if key is None else jax.random.fold_in(key, answered),
             pad_token=context.tokenizer.pad_id,
             cache_dtype=cache_dtype,
         )
@@ -145,7 +186,7 @@ def answer_items(
 
 def _question(
     index: int,
-    item: Item,
+    item: Asked,
     tables: Mapping[tuple[str, str], TileTable],
     root: str | Path,
     context: ExampleContext,
@@ -174,6 +215,7 @@ def _batch_features(
     batch: Sequence[_Question],
     tables: Mapping[tuple[str, str], TileTable],
     known: Mapping[tuple[str, str], np.ndarray],
+    mesh: Mesh | None,
 ) -> dict[tuple[str, str], np.ndarray]:
     """(t*k d), or (tokens d) of a sound, of every file of the batch; those of `known` are not computed again."""
     files = list(dict.fromkeys(file for question in batch for file in question.files))
@@ -185,7 +227,7 @@ def _batch_features(
     tiles = np.concatenate([tables[file].tiles for file in new])
     padded = np.pad(tiles, ((0, -len(tiles) % TILES_AT_ONCE), (0, 0), (0, 0), (0, 0)))
     chunks = np.split(padded, len(padded) // TILES_AT_ONCE)
-    encoded = np.concatenate([jax.device_get(_encode_tiles(model, params, chunk)) for chunk in chunks])
+    encoded = np.concatenate([jax.device_get(_encode_tiles(model, params, spread(chunk, mesh))) for chunk in chunks])
     start = 0
     for file in new:
         count = len(tables[file].tiles)

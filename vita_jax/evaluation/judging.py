@@ -6,8 +6,8 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
+from vita_jax.data.json_lines import drop_cut_line
 from vita_jax.data.teacher import Message, ReplyError, Teacher, ask
 from vita_jax.errors import UserError
 from vita_jax.evaluation.answer_lines import objects
@@ -77,17 +77,10 @@ def replies(
 
 def _kept(file: str | os.PathLike[str], asked: Mapping[str, list[Message]]) -> dict[str, str]:
     """Replies of an earlier attempt; a line that was being written when it ended is dropped from the file."""
-    path = Path(file)
-    if not path.is_file() or not path.stat().st_size:
-        return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        path.write_bytes(whole)
-    if not whole:
-        return {}
-    found = {}
-    for where, entry in objects(path):
+    found: dict[str, str] = {}
+    if not drop_cut_line(file):
+        return found
+    for where, entry in objects(file):
         if not {"name", "asked", "reply"} <= set(entry):
             raise UserError(f"{where}: is no reply of a judge; choose another file")
         if asked.get(entry["name"]) == entry["asked"]:

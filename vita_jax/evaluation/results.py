@@ -8,10 +8,13 @@ A result is JSON: {"benchmark", "title", "num_items", "limit", "seconds", "group
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vita_jax import __version__
+from vita_jax.config import to_dict
 from vita_jax.errors import UserError
 from vita_jax.evaluation.benchmarks import BENCHMARKS
 from vita_jax.storage import place, write_whole
@@ -39,6 +42,25 @@ def save_result(result: Mapping[str, Any], path: Path) -> None:
         write_whole(path, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}; choose another file") from error
+
+
+def provenance(config: ExperimentConfig) -> dict[str, Any]:
+    """What a result came from: {"config": all of it, "version", "commit": of this package's checkout, or None where it
+    is none, "changed": whether files of the checkout differ from that commit}.
+    """
+    checkout = Path(__file__).parents[2]
+    commit = _git(checkout, "rev-parse", "HEAD") if (checkout / ".git").exists() else None
+    changed = bool(commit and _git(checkout, "status", "--porcelain", "--untracked-files=no"))
+    return {"version": __version__, "commit": commit, "changed": changed, "config": to_dict(config)}
+
+
+def _git(checkout: Path, *arguments: str) -> str | None:
+    """What git says, without the last line break; None where there is no git, or it refuses."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=checkout, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def save_stage_evaluation(config: ExperimentConfig, stage_name: str, result: Mapping[str, Any]) -> Path:

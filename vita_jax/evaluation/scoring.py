@@ -7,6 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rapidfuzz.distance import Levenshtein
+
 from vita_jax.data.ctc_vocabulary import normalise_transcript
 from vita_jax.data.prompts import split_state_symbol
 from vita_jax.data.templates import Template
@@ -47,12 +49,7 @@ def is_refusal(answer: str, template: Template | None) -> bool:
 
 def edit_distance(left: Sequence[Any], right: Sequence[Any]) -> int:
     """Fewest insertions, deletions and replacements that turn one sequence into the other (Levenshtein)."""
-    row = list(range(len(right) + 1))
-    for i, a in enumerate(left, start=1):
-        corner, row[0] = row[0], i
-        for j, b in enumerate(right, start=1):
-            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (a != b))
-    return row[-1]
+    return Levenshtein.distance(left, right)
 
 
 def character_errors(answer: str, truth: str, template: Template | None = None) -> tuple[int, int]:

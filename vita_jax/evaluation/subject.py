@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from vita_jax.data.examples import ExampleContext
 from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.storage import on_disk
@@ -25,6 +27,7 @@ class Subject:
       limit: at most so many items of each kind of each group; None = all.
       batch_size: questions per call.
       keep_sounds: whether some of the sounds are written to the run's folder.
+      mesh: the devices that share the work, see `opening`; None = one.
     """
 
     config: ExperimentConfig
@@ -34,6 +37,7 @@ class Subject:
     limit: int | None = None
     batch_size: int = 64
     keep_sounds: bool = False
+    mesh: Mesh | None = None
 
     @cached_property
     def model(self) -> Model:

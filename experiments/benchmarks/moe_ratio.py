@@ -9,9 +9,8 @@ with quartiles: at 1 the mixture's routing, sorting and adding up would cost not
 the gradients of everything with the forward pass; and "step", with AdamW besides, which has e / k times as many weights
 to change.
 
-`compiled` is the FLOPs of the program that XLA made, by its own count, for those of the dense layer's. Above 1 the
-backend computes experts on tokens that are not theirs: `dense` always does, e / k times, and `ragged` where the backend
-has no kernel for `jax.lax.ragged_dot` and expands it.
+`dense` multiplies every token by all experts, e / k times the work; the others only by those it goes to. On a CPU these
+walk tiles of rows (`vita_jax/ops/grouped_matmul.py`), each of which reads an expert's matrix whole.
 """
 
 from __future__ import annotations
@@ -87,7 +86,6 @@ class Row:
       size, implementation, timed: what.
       ratio, lower, upper: the mixture's time by the dense layer's, median and quartiles.
       moe_ms, dense_ms: medians of a call.
-      compiled: FLOPs of the compiled mixture by those of the dense layer; None where the backend does not count.
     """
 
     size: str
@@ -98,7 +96,6 @@ class Row:
     upper: float
     moe_ms: float
     dense_ms: float
-    compiled: float | None
 
 
 def dense_layer(size: Size, dtype: jnp.dtype) -> nn.Module:
@@ -113,8 +110,8 @@ def moe_layer(size: Size, implementation: str, dtype: jnp.dtype) -> nn.Module:
     return SparseMoE(size.experts, size.active, size.intermediate, implementation, dtype=dtype)
 
 
-def program(layer: nn.Module, timed: str, x: jax.Array) -> tuple[Call, float | None]:
-    """A compiled call of the layer, and the FLOPs that XLA counts in it.
+def program(layer: nn.Module, timed: str, x: jax.Array) -> Call:
+    """A compiled call of the layer.
 
     Args:
       layer: (b s d) -> (b s d).
@@ -140,19 +137,13 @@ def program(layer: nn.Module, timed: str, x: jax.Array) -> tuple[Call, float | N
             nonlocal held
             held = jax.block_until_ready(compiled(*held, x))
 
-        return call, _flops(compiled)
+        return call
     functions: dict[str, Callable] = {
         "forward": lambda params, x: layer.apply({"params": params}, x),
         "backward": jax.value_and_grad(loss, argnums=(0, 1)),
     }
     compiled = jax.jit(functions[timed]).lower(params, x).compile()
-    return lambda: jax.block_until_ready(compiled(params, x)), _flops(compiled)
-
-
-def _flops(compiled: jax.stages.Compiled) -> float | None:
-    analysis = compiled.cost_analysis()
-    flops = (analysis or {}).get("flops", 0.0)
-    return float(flops) if flops > 0 else None
+    return lambda: jax.block_until_ready(compiled(params, x))
 
 
 def measure(
@@ -174,13 +165,12 @@ def measure(
         size = SIZES[name]
         x = jnp.asarray(np.random.default_rng(0).standard_normal((1, size.tokens, size.width)), dtype)
         for timed in TIMED:
-            dense, dense_flops = program(dense_layer(size, dtype), timed, x)
+            dense = program(dense_layer(size, dtype), timed, x)
             for implementation in implementations:
-                moe, flops = program(moe_layer(size, implementation, dtype), timed, x)
+                moe = program(moe_layer(size, implementation, dtype), timed, x)
                 ratio = take_turns(dense, moe, turns=turns, sample_seconds=sample_seconds)
                 times = (1e3 * ratio.other_seconds, 1e3 * ratio.first_seconds)
-                compiled = flops / dense_flops if flops and dense_flops else None
-                yield Row(name, implementation, timed, ratio.median, ratio.lower, ratio.upper, *times, compiled)
+                yield Row(name, implementation, timed, ratio.median, ratio.lower, ratio.upper, *times)
 
 
 # ---- what is printed ------------------------------------------------------------------------------------------------
@@ -188,7 +178,7 @@ def measure(
 
 def format_rows(rows: Sequence[Row], *, markdown: bool = False) -> str:
     """The table."""
-    head = ("layer", "experts by", "timed", "ratio", "quartiles", "mixture ms", "dense ms", "compiled")
+    head = ("layer", "experts by", "timed", "ratio", "quartiles", "mixture ms", "dense ms")
     cells = [
         (
             row.size,
@@ -198,7 +188,6 @@ def format_rows(rows: Sequence[Row], *, markdown: bool = False) -> str:
             f"{row.lower:.2f} to {row.upper:.2f}",
             f"{row.moe_ms:.2f}",
             f"{row.dense_ms:.2f}",
-            "-" if row.compiled is None else f"{row.compiled:.2f}",
         )
         for row in rows
     ]

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType
 
 from vita_jax.errors import UserError
+from vita_jax.ops import experts as experts_lib
 from vita_jax.ops.expert_parallel import ExpertAxes, apply_sharded_experts, plan_exchange, transposed_order
 from vita_jax.ops.experts import ExpertLinear, Experts, Routing, apply_experts, dropped_share, route
 
@@ -175,7 +176,7 @@ def emulated_ragged_all_to_all(
     return output
 
 
-def poisoned_ragged_dot(real: Any) -> Any:
+def poisoned_matmul(real: Any) -> Any:
     """A grouped product that leaves NaN wherever a kernel may leave anything, and trips over it where one may."""
 
     def used(rows: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -225,7 +226,7 @@ def dropped_by_definition(experts: np.ndarray, mesh: str, factor: float) -> np.n
 def compare() -> dict[str, Any]:
     """All numbers that the tests below look at."""
     x, routers = make_tokens()
-    experts, real = make_experts(), jax.lax.ragged_dot
+    experts, real = make_experts(), experts_lib.grouped_matmul
     oracle = value_and_grads(dense)
     want = {name: oracle(x, logits, experts)[0] for name, logits in routers.items()}
     report: dict[str, Any] = {"errors": {}, "no adapters": {}, "poisoned": {}, "bounded": {}}
@@ -251,7 +252,7 @@ def compare() -> dict[str, Any]:
             differing = int((dropped != lost.sum(axis=-1)).sum())
             report["bounded"][f"{mesh}, {factor}, {name}"] = [worst(got, limited), differing, int(dropped.sum())]
 
-    jax.lax.ragged_dot = poisoned_ragged_dot(real)
+    experts_lib.grouped_matmul = poisoned_matmul(real)
     for implementation in ("ragged", "ragged_all_to_all"):
         got, _ = sharded("data and expert", implementation)(x, routers["mixed"], experts)
         report["poisoned"][implementation] = worst(got, want["mixed"])

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from vita_jax.errors import UserError
+from vita_jax.ops.grouped_matmul import grouped_matmul
 
 # "ragged": sorted by expert and multiplied group by group; between devices the exchange that suits them. "dense": every
 # expert on every token. The others are "ragged" with the exchange named; see `vita_jax.ops.expert_parallel`.
@@ -190,7 +191,7 @@ def grouped_feed_forward(rows: jax.Array, sizes: jax.Array, experts: Experts) ->
     def product(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
         # Kernels leave rows behind the last group undefined, in the products as in the gradients. Selecting after every
         # product keeps both out of the gradient of the next kernel, where even 0 times such a row may be no number.
-        return jnp.where(used, jax.lax.ragged_dot(inputs, kernel, sizes), 0)
+        return jnp.where(used, grouped_matmul(inputs, kernel, sizes), 0)
 
     def linear(inputs: jax.Array, layer: ExpertLinear) -> jax.Array:
         y = product(inputs, layer.kernel)

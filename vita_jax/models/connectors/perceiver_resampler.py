@@ -98,6 +98,7 @@ class ResamplerBlock(nn.Module):
     def __call__(self, latents: jax.Array, media: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """latents: (b m d), media: (b v d) -> latents, and with `capture` what was added to them."""
         c = self.config
+        latents, media = (nn.with_logical_constraint(each, ("batch", None, None)) for each in (latents, media))
         attended = ResamplerAttention(c, self.dtype, name="attention")(media, latents)
         latents = latents + attended
         wide = c.feed_forward_multiple * c.hidden_size

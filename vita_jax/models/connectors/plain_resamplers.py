@@ -38,6 +38,7 @@ class TransformerBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
         """x: (n s d) -> (n s d)."""
+        x = nn.with_logical_constraint(x, ("batch", None, None))
         c, heads = self.config, (self.config.num_heads, self.config.head_dim)
         y = LayerNorm(LAYER_NORM_EPS, self.dtype, name="norm")(x)
         q, k, v = (
@@ -63,7 +64,8 @@ class MlpBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
-        """x: (... d) -> (... d)."""
+        """x: (b ... d) -> (b ... d)."""
+        x = nn.with_logical_constraint(x, ("batch", *[None] * (x.ndim - 1)))
         return x + _feed_forward(self.config, self.dtype)(x), None
 
 

@@ -98,6 +98,7 @@ class GatedBlock(nn.Module):
         c = self.config
         if self.is_initializing():
             self.kv_proj(jnp.zeros((1, c.media_size)))  # `init` only makes the parameters of what runs
+        x = nn.with_logical_constraint(x, ("batch", "length", None))
         q = self.q_proj(self.attn_norm(x))
         attended = media_attention(
             q,

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -63,7 +64,8 @@ def media_keys_values(config: GatedCrossAttentionConfig, blocks: Params, media: 
       (g b t m 2 n h).
     """
     block = GatedBlock(config, media.dtype, parent=None)
-    return jax.vmap(lambda params: block.apply({"params": params}, media, method="media_keys_values"))(blocks)
+    made = jax.vmap(lambda params: block.apply({"params": params}, media, method="media_keys_values"))(blocks)
+    return nn.with_logical_constraint(made, (None, "batch", None, None, None, "q_heads", None))
 
 
 def run_layers(

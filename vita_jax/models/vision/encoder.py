@@ -108,6 +108,8 @@ class EncoderBlock(nn.Module):
     ) -> tuple[tuple[jax.Array, jax.Array], dict[str, jax.Array]]:
         """carry: (x, selected), both (b s d); layer: scalar index, 0 for the first."""
         x, selected = carry
+        # Pictures stay with the devices that hold their rows; weights come to them.
+        x = nn.with_logical_constraint(x, ("batch", None, None))
         config = self.config
         attn = SelfAttention(config, self.dtype, name="attention")(
             LayerNorm(config.layer_norm_eps, self.dtype, name="norm1")(x)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -90,3 +93,15 @@ def test_the_commands_lists_are_those_of_the_package():
     assert convert.MODELS == tuple(MODELS)
     assert set(convert.DTYPES) == set(DTYPES)
     assert convert.ALLOWANCES == ALLOWANCES
+
+
+def test_output_that_nobody_reads_any_more_is_no_error():
+    weights = Path(__file__).parents[1] / "experiments" / "quickstart" / "weights"
+    said = subprocess.Popen(
+        [sys.executable, "-m", "vita_jax.convert", "inspect", str(weights)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+    )
+    said.stdout.close()
+    assert (said.wait(timeout=120), said.stderr.read()) == (141, b"")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -60,15 +61,22 @@ def progress_line(verb: str) -> ProgressLine | None:
 
 
 def exit_status(action: Callable[[], int]) -> int:
-    """Runs `action`; returns what it returns, 2 for bad input (one line on stderr), 130 when interrupted."""
+    """Runs `action`; returns what it returns, 2 for bad input (one line on stderr), 130 when interrupted, 141 when
+    nobody reads the output any more, as a shell would say."""
     try:
-        return action()
+        status = action()
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Whoever reads the output has seen enough, as in `... | head`; Python would fail again at its last flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def run_with_config(command: Callable[[ConfigArgs], int], usage: str, argv: Sequence[str] | None) -> int:

@@ -24,7 +24,7 @@ from vita_jax.training.stages import flatten
 from vita_jax.training.step import TrainState
 
 ROOT = Path(__file__).parents[2]
-MESHES = {"data": MeshConfig(), "fsdp": MeshConfig(fsdp=8), "mixed": MeshConfig(data=2, fsdp=2, tensor=2)}
+MESHES = {"fsdp": MeshConfig(fsdp=8), "mixed": MeshConfig(data=2, fsdp=2, tensor=2)}
 
 
 def make_batch(config, stage) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, TextIO
 
 from vita_jax.config import ConfigArgs, parse_config_args
-from vita_jax.errors import UserError
+from vita_jax.errors import AGAIN, TryAgain, UserError
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -60,12 +60,17 @@ def progress_line(verb: str) -> ProgressLine | None:
 
 
 def exit_status(action: Callable[[], int]) -> int:
-    """Runs `action`; returns what it returns, 2 for bad input (one line on stderr), 130 when interrupted."""
+    """Runs `action`; returns what it returns, 2 for bad input, `errors.AGAIN` for what may go well another time (one
+    line on stderr for both), 130 when interrupted.
+    """
     try:
         return action()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except TryAgain as error:
+        print(f"error: {error}", file=sys.stderr)
+        return AGAIN
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

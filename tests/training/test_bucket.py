@@ -21,6 +21,8 @@ from vita_jax import storage
 from vita_jax.data.tokenizer import load_tokenizer
 from vita_jax.errors import UserError
 from vita_jax.evaluation.report import write_report
+from vita_jax.exchange.adapters import read_adapters
+from vita_jax.exchange.exporting import export_checkpoint, open_checkpoint
 from vita_jax.storage import place, write_whole
 from vita_jax.training import guard, loop
 from vita_jax.training import metrics as metrics_lib
@@ -133,13 +135,19 @@ def test_what_a_bucket_cannot_be_used_for(runs) -> None:
 def test_a_run_in_a_bucket_is_not_exported(runs, tmp_path) -> None:
     loaded = load_params(RUN)
     model = PortableModel(loaded.params, loaded.config, loaded.stage, loaded.step)
-    with pytest.raises(UserError, match="gs://bucket/my/run: a run that is exported has to be on a disk; copy it"):
-        write_portable(tmp_path / "new", model, loaded.run_dir)
+    for write in (
+        lambda: write_portable(tmp_path / "new", model, loaded.run_dir),
+        lambda: export_checkpoint(open_checkpoint(RUN), tmp_path / "new"),
+    ):
+        with pytest.raises(UserError, match="gs://bucket/my/run: a run that is exported has to be on a disk; copy it"):
+            write()
     with pytest.raises(UserError, match="gs://bucket/new: what this command writes has to be on a disk"):
         write_portable("gs://bucket/new", model, tmp_path)
     with pytest.raises(UserError, match="gs://bucket/new: what this command writes has to be on a disk"):
         with new_folder("gs://bucket/new"):
             pass
+    with pytest.raises(UserError, match="gs://bucket/lora: a folder of peft has to be on a disk"):
+        read_adapters(open_checkpoint(RUN), "gs://bucket/lora")
 
 
 def test_a_bucket_that_does_not_answer_ends_no_run(tmp_path, monkeypatch, capsys) -> None:

@@ -59,6 +59,16 @@ need_tool() {
   [ "$dry_run" = 1 ] || command -v "$1" >/dev/null 2>&1 || fail "$1 is not on PATH; $2"
 }
 
+# What XLA is told on NVIDIA GPUs unless it is set already: collectives while something else is computed, as JAX's guide for
+# GPUs has it; and 92 % of the memory instead of 75 %.
+gpu_environment() {
+  export XLA_FLAGS="${XLA_FLAGS:---xla_gpu_enable_latency_hiding_scheduler=true}"
+  export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
+  if [ "$dry_run" = 1 ]; then
+    quoted export "XLA_FLAGS=$XLA_FLAGS" "XLA_PYTHON_CLIENT_MEM_FRACTION=$XLA_PYTHON_CLIENT_MEM_FRACTION"
+  fi
+}
+
 # The name that Google Cloud gives to a slice as --config.slice says it: v5e:8x8 -> v5litepod-64. Types of v5p count
 # cores, two a chip; the others chips.
 accelerator_of() {

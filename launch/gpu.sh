@@ -8,7 +8,8 @@ usage: launch/gpu.sh [--dry-run] TRAINING ARGUMENT ...
 
 Checks that the NVIDIA driver is new enough, sets up .venv with the extra cuda (the CUDA libraries come with it, nothing
 else has to be installed), and starts python -m vita_jax.train: one process with all GPUs. CUDA_VISIBLE_DEVICES=0,1
-leaves the others alone. XLA_FLAGS and XLA_PYTHON_CLIENT_MEM_FRACTION are set unless they are set already.
+leaves the others alone. XLA_FLAGS and XLA_PYTHON_CLIENT_MEM_FRACTION are set unless they are set already. Training runs in
+the repository, wherever this is given: paths that are not absolute start there.
 
 examples:
   launch/gpu.sh --config=experiments/quickstart.py --config.run_dir=runs/gpu
@@ -57,10 +58,5 @@ check_driver() {
 check_driver
 run cd "$root"
 run bash launch/setup.sh cuda
-# Collectives while something else is computed, as JAX's guide for GPUs has it; and 92 % of the memory instead of 75 %.
-export XLA_FLAGS="${XLA_FLAGS:---xla_gpu_enable_latency_hiding_scheduler=true}"
-export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
-if [ "$dry_run" = 1 ]; then
-  quoted export "XLA_FLAGS=$XLA_FLAGS" "XLA_PYTHON_CLIENT_MEM_FRACTION=$XLA_PYTHON_CLIENT_MEM_FRACTION"
-fi
+gpu_environment
 run exec .venv/bin/python -m vita_jax.train "${arguments[@]}"

@@ -12,7 +12,8 @@ usage: launch/job.sh start FOLDER -- COMMAND [ARGUMENT ...]
   stop     SIGTERM, then waits: training saves and ends with status 143
   logs     the last lines of FOLDER/log.txt; --follow: and those that come
 
-FOLDER gets log.txt (of all starts), pid, keeper and exit_status. The other launchers start training by this on their machines.
+FOLDER gets log.txt (of all starts), command, pid, keeper and exit_status. The other launchers start training by this on
+their machines.
 
 examples:
   launch/job.sh start runs/mine.job -- launch/gpu.sh --config=experiments/own_data.py --config.run_dir=runs/mine
@@ -50,7 +51,9 @@ keep() {
   echo "$child" >"$folder/pid"
   echo "$$ $(boot_id)" >"$folder/keeper"
   wait "$child" || status=$?
-  echo "$status" >"$folder/exit_status"
+  # Whoever looks finds all of it or nothing.
+  echo "$status" >"$folder/exit_status.new"
+  mv "$folder/exit_status.new" "$folder/exit_status"
 }
 
 start() {
@@ -64,10 +67,14 @@ start() {
   need_tool setsid "it comes with util-linux"
   mkdir -p "$folder"
   rm -f "$folder/exit_status" "$folder/pid" "$folder/keeper"
+  quoted "$@" >"$folder/command"
   printf '==== %s %s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "$(quoted "$@")" >>"$folder/log.txt"
   # A session of its own: what ends the terminal's processes does not end it.
   setsid nohup bash "${BASH_SOURCE[0]}" keep "$folder" -- "$@" >>"$folder/log.txt" 2>&1 </dev/null &
+  local looks=0
   until [ -s "$folder/keeper" ] || [ -s "$folder/exit_status" ]; do
+    looks=$((looks + 1))
+    [ "$looks" -le 600 ] || fail "the command was not started within 30 s; see $folder/log.txt"
     sleep 0.05
   done
   echo "started; log: $folder/log.txt"

@@ -91,16 +91,19 @@ missing=0
 
 # Everything but what builds data, then the package itself.
 install_eval() {
-  local pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
-  "${pip[@]}" --requirement <(
-    grep -vE '^(apache-beam|tensorflow-datasets)' "$root/requirements.txt"
-    "$venv/bin/python" - "$root/pyproject.toml" <<'PYTHON'
+  local pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check) list status=0
+  list="$(mktemp)" || return
+  {
+    grep -vE '^(apache-beam|tensorflow-datasets)' "$root/requirements.txt" &&
+      "$venv/bin/python" - "$root/pyproject.toml" <<'PYTHON'
 import sys, tomllib
 
 with open(sys.argv[1], "rb") as file:
     print(*tomllib.load(file)["project"]["optional-dependencies"]["eval"], sep="\n")
 PYTHON
-  ) && "${pip[@]}" --no-deps --editable "$root"
+  } >"$list" && "${pip[@]}" --requirement "$list" && "${pip[@]}" --no-deps --editable "$root" || status=$?
+  rm -f "$list"
+  return "$status"
 }
 
 if [ "$for_eval" = 1 ]; then

@@ -11,7 +11,7 @@ usage: launch/tpu_pod.sh ACTION --name NAME --zone ZONE [OPTION ...] [-- TRAININ
 
   run       creates, installs and starts, whatever of that is left to do, and watches: after a preemption the slice is
             asked for again and training goes on from its last checkpoint. Ends with training. May be stopped (Ctrl-C) at
-            any time, and given again
+            any time, and given again; training that had ended by then is started anew, from the commit that is given now
   create    asks for the slice and waits for it
   install   copies a commit to all workers and sets it up there
   start     starts python -m vita_jax.train on all workers, detached
@@ -38,11 +38,14 @@ usage: launch/tpu_pod.sh ACTION --name NAME --zone ZONE [OPTION ...] [-- TRAININ
   --dry-run                 prints the commands, and runs none
 
 Training arguments are those of python -m vita_jax.train. --config.run_dir has to be one folder for all workers that
-outlives them: gs://BUCKET/RUN, or a disk that all of them mount.
+outlives them: gs://BUCKET/RUN, or a disk that all of them mount. So have data, tokenizer and what the run starts from;
+docs/launching.md says how they are brought to a bucket.
 
 examples:
   launch/tpu_pod.sh run --name vita --zone us-central1-a --slice v5e:8x8 --spot --cache gs://BUCKET/cache -- \
-      --config=experiments/vita_1_5/stage_1_3.py --config.slice=v5e:8x8 --config.run_dir=gs://BUCKET/stage_1_3
+      --config=experiments/vita_1_5/stage_1_3.py --config.slice=v5e:8x8 --config.run_dir=gs://BUCKET/vision_sft \
+      --config.data.folder=gs://BUCKET/data --config.tokenizer.folder=gs://BUCKET/qwen2/tokenizer \
+      --config.stages.vision_sft.start_from=gs://BUCKET/vision_understanding
   launch/tpu_pod.sh logs --name vita --zone us-central1-a --follow
   launch/tpu_pod.sh delete --name vita --zone us-central1-a
 TEXT
@@ -55,6 +58,9 @@ command_name=launch/tpu_pod.sh
 
 # In the home of every worker.
 code=vita_jax job=vita_jax_job
+# What is only needed while this runs.
+scratch=""
+trap '[ -z "$scratch" ] || rm -rf "$scratch"' EXIT
 
 action="" name="" zone="" project="" slice="" type="" runtime="" commit="" cache="" worker=0 interval=60 restarts=5
 follow="" internal="" tier=() create_flags=() extras=(tpu gcs) arguments=()
@@ -205,6 +211,11 @@ wait_for_slice() {
 
 install() {
   local archive="${TMPDIR:-/tmp}/vita_jax_$name.tar.gz" unpack setup
+  if [ "$dry_run" = 0 ]; then
+    # No name that others on this machine can know: workers run what is in it.
+    [ -n "$scratch" ] || scratch="$(mktemp -d)" || return
+    archive="$scratch/vita_jax.tar.gz"
+  fi
   # What an earlier commit had and this one has not must not stay; what was made there must.
   unpack="mkdir -p $code && touch $code.list && (cd $code && xargs rm -f <../$code.list) &&"
   unpack="$unpack tar -tzf $code.tar.gz | grep -v /\$ >$code.list; tar -xzf $code.tar.gz -C $code"
@@ -214,14 +225,19 @@ install() {
     on_workers all "$unpack && $setup"
 }
 
-start() {
+# The command of all workers, as a line.
+training() {
   local words=(.venv/bin/python -m vita_jax.train "${arguments[@]}")
   case " ${arguments[*]} " in
     *" --config.distributed.coordinator="*) ;;
     *) words+=(--config.distributed.coordinator=auto) ;;
   esac
   [ -z "$cache" ] || words=(env "JAX_COMPILATION_CACHE_DIR=$cache" "${words[@]}")
-  on_workers all "cd $code && bash launch/job.sh start ../$job -- $(quoted "${words[@]}")"
+  quoted "${words[@]}"
+}
+
+start() {
+  on_workers all "cd $code && bash launch/job.sh start ../$job -- $(training)"
 }
 
 describe_run() {
@@ -241,7 +257,8 @@ describe_run() {
 # Brings everything up from whatever state it is in, and looks after it until training has ended.
 watch() {
   local state before=""
-  died=0 stopped=0
+  # ours: what worker 0 says is of a start by this script, or of the same command.
+  died=0 stopped=0 ours=0
   while :; do
     state="$(slice_state)"
     [ "$state" = "$before" ] || say "slice $name: $state"
@@ -249,7 +266,10 @@ watch() {
       ACTIVE) look_after ;;
       ABSENT)
         died=0 stopped=0
-        ask || fail "slice $name was refused"
+        if ! ask; then
+          [ -n "$before" ] || fail "slice $name was refused"
+          say "slice $name was refused; it is asked for again"
+        fi
         ;;
       SUSPENDED) queued delete --force --quiet || say "slice $name is not deleted yet" ;;
       FAILED) fail "slice $name cannot be had; gcloud compute tpus queued-resources describe $name --zone=$zone says why" ;;
@@ -265,9 +285,46 @@ look_after() {
   local job_now
   job_now="$(job_state)"
   case "$job_now" in
-    running) stopped=0 ;;
-    none) install_and_start ;;
     unreachable | "") say "worker 0 does not answer" ;;
+    none)
+      ours=1
+      install_and_start
+      ;;
+    *) if [ "$ours" = 1 ]; then look_on "$job_now"; else take_over "$job_now"; fi ;;
+  esac
+}
+
+# take_over STATE: training that was started before this script was.
+take_over() {
+  local command
+  case "$1" in
+    running | "exit 0")
+      if ! command="$(on_workers 0 "if [ -f $job/command ]; then cat $job/command; fi" 2>/dev/null)"; then
+        say "worker 0 does not answer"
+        return
+      fi
+      if printf '%s\n' "$command" | grep -Fxq -e "$(training)"; then
+        ours=1
+        look_on "$1"
+        return
+      fi
+      [ "$1" != running ] || fail "another command is running there: $command_name stop --name $name --zone $zone"
+      ;;
+  esac
+  say "an earlier start has ended ($1)"
+  if on_workers all "bash $code/launch/job.sh stop $job && rm -f $job/exit_status $job/keeper"; then
+    ours=1
+    install_and_start
+  else
+    say "not all workers answered"
+  fi
+}
+
+# look_on STATE: of training that this script has started.
+look_on() {
+  local job_now="$1"
+  case "$job_now" in
+    running) stopped=0 ;;
     "exit 0")
       say "training is done; the slice is still there: $command_name delete --name $name --zone $zone"
       exit 0

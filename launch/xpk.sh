@@ -27,14 +27,16 @@ usage: launch/xpk.sh ACTION --cluster CLUSTER --zone ZONE [OPTION ...] [-- TRAIN
   --dry-run                prints the commands, and runs none
 
 After a preemption, or when a host dies, the whole job set is started again (status 127 to 255, which SIGTERM's 143 and
-jax's 134 are), and training goes on from its last checkpoint: --config.run_dir has to be on object storage. Status 2,
-bad input, ends it.
+jax's 134 are), and training goes on from its last checkpoint: --config.run_dir has to be on object storage, as data,
+tokenizer and what the run starts from (docs/launching.md). Other statuses end it: 2, bad input, and 1, a traceback.
 
 examples:
   launch/xpk.sh image --image us-docker.pkg.dev/PROJECT/vita/vita_jax:1
   launch/xpk.sh start --cluster mine --zone us-east5-b --name stage-1-3 --slice v5e:8x8 \
       --image us-docker.pkg.dev/PROJECT/vita/vita_jax:1 --cache gs://BUCKET/cache -- \
-      --config=experiments/vita_1_5/stage_1_3.py --config.slice=v5e:8x8 --config.run_dir=gs://BUCKET/stage_1_3
+      --config=experiments/vita_1_5/stage_1_3.py --config.slice=v5e:8x8 --config.run_dir=gs://BUCKET/vision_sft \
+      --config.data.folder=gs://BUCKET/data --config.tokenizer.folder=gs://BUCKET/qwen2/tokenizer \
+      --config.stages.vision_sft.start_from=gs://BUCKET/vision_understanding
   launch/xpk.sh logs --cluster mine --zone us-east5-b --name stage-1-3
 TEXT
 }
@@ -141,6 +143,9 @@ case "$action" in
   status) xpk_workload list ;;
   logs)
     need_tool kubectl "gcloud components install kubectl"
+    need_tool gcloud "install the Google Cloud SDK and log in: gcloud auth login"
+    # Else kubectl asks the cluster that was used last. Clusters that xpk makes belong to a region.
+    run gcloud container clusters get-credentials "$cluster" "--region=${zone%-*}" ${project:+"--project=$project"}
     # Pods of a job set: NAME-slice-job-SLICE-HOST-...
     run kubectl logs --follow --tail=50 \
       "--selector=jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0"

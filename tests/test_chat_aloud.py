@@ -175,7 +175,7 @@ def test_voices_are_those_of_the_recordings_or_of_the_file(drawn, tmp_path):
     moved = dataclasses.replace(
         drawn.config, run_dir=str(tmp_path), data=dataclasses.replace(drawn.config.data, folder=None)
     )
-    with pytest.raises(UserError, match="voice is unknown: there is neither .*voices.json nor .*manifest.jsonl"):
+    with pytest.raises(UserError, match="voice is unknown: there is no .*manifest.jsonl; .*voices.json"):
         voices(moved, drawn.params)
     for content in ("{", "[1]", "{}", '{"en": []}', '{"en": [1.5]}'):
         (tmp_path / "voices.json").write_text(content)

@@ -74,8 +74,12 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
                 assert "--config." in usage, option
             elif name.startswith("--"):
                 assert name in usage, option
+        if any(word.startswith("--config=") for word in words):
+            check_config("", [word for word in words if word.startswith("--config")])
         return
     module = importlib.import_module(words[2])
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"{words[2]}.__main__")
     if hasattr(module, "run_with_config"):
         monkeypatch.setattr(module, "run_with_config", lambda command, usage, argv: check_config(usage, argv))
     else:
@@ -115,5 +119,8 @@ def test_a_command_that_is_not_taken_is_told(monkeypatch):
         check(["python", "-m", "vita_jax.train", *words], monkeypatch)
     with pytest.raises(UserError, match="--fast"):
         check(["python", "-m", "vita_jax.plan", "--config=experiments/quickstart.py", "--fast=1"], monkeypatch)
+    with pytest.raises(UserError, match="stepps"):
+        words = ["--config=experiments/vita_1_5/stage_1_3.py", "--config.stages.vision_sft.stepps=3"]
+        check(["launch/tpu_pod.sh", "run", "--name", "x", "--", *words], monkeypatch)
     with pytest.raises(AssertionError, match="--slow"):
         check(["launch/test.sh", "--slow"], monkeypatch)

@@ -152,6 +152,10 @@ def test_voices_outlive_the_data(config, tmp_path):
     away = dataclasses.replace(moved, data=dataclasses.replace(data, folder=str(tmp_path / "none")))
     for language, codes in voices(away, params).items():
         np.testing.assert_array_equal(codes, made[language])
+    whole = (tmp_path / "voices.json").read_bytes()
+    with pytest.raises(UserError, match="the model's voice is unknown: there is no .*none/"):
+        save_voices(away, params)
+    assert (tmp_path / "voices.json").read_bytes() == whole
 
 
 def test_several_replies_are_those_of_one_at_a_time(config):

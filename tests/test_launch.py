@@ -62,6 +62,7 @@ CREATE = f"""\
 """
 SLICE = ("--slice=v5e:8x8", "--spot", "--cache", "gs://b/c")
 XPK = ("--cluster", "mine", "--zone", "us-east5-b", "--name", "vita", "--image", "r/vita:1")
+GPU = "export XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true XLA_PYTHON_CLIENT_MEM_FRACTION=0.92\n"
 RECORDS = ("--", "records", "--json", "my.jsonl", "--output", "built")
 DRY_RUNS = {
     ("tpu_pod.sh", "create", *TPU, *SLICE): CREATE,
@@ -91,13 +92,26 @@ xpk workload create --cluster=mine --zone=us-east5-b --workload=vita --tpu-type=
 --env=JAX_COMPILATION_CACHE_DIR=gs://b/c --spot '--command=exec python -m vita_jax.train {IN_SSH} \
 --config.distributed.coordinator=auto'
 """,
+    ("xpk.sh", "logs", *XPK, "--project=p"): """\
+gcloud container clusters get-credentials mine --region=us-east5 --project=p
+kubectl logs --follow --tail=50 \
+--selector=jobset.sigs.k8s.io/jobset-name=vita,batch.kubernetes.io/job-completion-index=0
+""",
+    ("slurm.sbatch", "--config=x.py", "--config.distributed.coordinator=a:1"): f"""\
+cd ROOT
+bash launch/setup.sh cuda
+{GPU}srun --kill-on-bad-exit=0 --gpu-bind=none .venv/bin/python -m vita_jax.train --config=x.py \
+--config.distributed.coordinator=a:1
+# if it ends with another status than 0 (done) or 2 (bad input), up to 20 times:
+scontrol requeue JOB
+""",
     ("xpk.sh", "stop", *XPK): """\
 xpk workload delete --cluster=mine --zone=us-east5-b --workload=vita --force
 """,
     ("slurm.sbatch", *TRAIN[1:]): f"""\
 cd ROOT
 bash launch/setup.sh cuda
-srun --kill-on-bad-exit=0 --gpu-bind=none .venv/bin/python -m vita_jax.train {QUOTED} \
+{GPU}srun --kill-on-bad-exit=0 --gpu-bind=none .venv/bin/python -m vita_jax.train {QUOTED} \
 --config.distributed.coordinator=auto
 # if it ends with another status than 0 (done) or 2 (bad input), up to 20 times:
 scontrol requeue JOB
@@ -107,8 +121,7 @@ scontrol requeue JOB
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 cd ROOT
 bash launch/setup.sh cuda
-export XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
-exec .venv/bin/python -m vita_jax.train {QUOTED}
+{GPU}exec .venv/bin/python -m vita_jax.train {QUOTED}
 """,
     ("job.sh", "start", "runs/mine.job", "--", "sleep", "1"): """\
 # detached, with the log in runs/mine.job/log.txt
@@ -201,6 +214,21 @@ def test_images_have_a_pinned_base_and_no_root() -> None:
         assert re.search(r":\d+\.\d+\.\d+", base), path.name
         (user,) = [line for line in lines if line.startswith("USER ")]
         assert user in ("USER vita", "USER ${RUN_AS}") and arguments.get("RUN_AS", "vita") == "vita", path.name
+
+
+def test_a_list_of_packages_that_cannot_be_made_is_not_installed(empty_checkout: Path, tmp_path: Path) -> None:
+    """One that is cut short would be installed, and the stamp say that all is there."""
+    root = empty_checkout.parents[1]
+    (root / "requirements.txt").write_text("numpy\n")
+    (root / "pyproject.toml").write_text("")
+    python = root / ".venv-eval" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/bash\necho "$*" >>"{root}/called"\n[ "$1" != - ]\n')
+    python.chmod(0o755)
+    refused = run("bash", str(empty_checkout), "--eval", PATH="/usr/bin:/bin")
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert refused.stderr.startswith("error: pip could not install them")
+    assert "-m pip" not in (root / "called").read_text() and not (python.parents[1] / "vita_jax_setup").exists()
 
 
 @pytest.fixture

@@ -47,6 +47,8 @@ def test_a_job_outlives_its_terminal_and_tells_how_it_ended(tmp_path: Path) -> N
         time.sleep(0.05)
     assert job("status", folder) == "job: exit 2\n"
     assert job("stop", folder) == "not running; job: exit 2\n"
+    assert (folder / "command").read_text() == "bash -c 'exit 2'\n"
+    assert sorted(path.name for path in folder.iterdir()) == ["command", "exit_status", "keeper", "log.txt", "pid"]
 
 
 def test_a_job_of_a_machine_that_was_started_again_is_lost(tmp_path: Path) -> None:
@@ -69,8 +71,11 @@ case "$*" in
       *) echo "$state" ;;
     esac ;;
   *job.sh\\ status*) next jobs ;;
+  *cat\\ vita_jax_job/command*) next commands ;;
+  *queued-resources\\ create*) exit "$(next creates)" ;;
 esac
 """
+OURS = ".venv/bin/python -m vita_jax.train --config=x.py --config.distributed.coordinator=auto"
 SHORT = (  # what was asked for, without flags
     ("queued-resources create", "create"),
     ("queued-resources delete", "delete"),
@@ -81,13 +86,18 @@ SHORT = (  # what was asked for, without flags
 )
 
 
-def watched(folder: Path, states: list[str], jobs: list[str]) -> tuple[int, list[str], str]:
+def watched(
+    folder: Path, states: list[str], jobs: list[str], commands: tuple[str, ...] = (), creates: tuple[int, ...] = ()
+) -> tuple[int, list[str], str]:
     """Status, what was done beside looking, and messages of `tpu_pod.sh run` with these answers."""
     program(folder / "bin", "gcloud", GCLOUD)
     program(folder / "bin", "git", "echo 0123456789")
     (folder / "states").write_text("".join(f"{state}\n" for state in states))
     (folder / "jobs").write_text("".join(f"job: {state}\n" for state in jobs))
+    (folder / "commands").write_text("".join(f"{command}\n" for command in commands))
+    (folder / "creates").write_text("".join(f"{status}\n" for status in creates))
     (folder / "asked").write_text("")
+    (folder / "tmp").mkdir()
     script = [
         "bash",
         "launch/tpu_pod.sh",
@@ -99,11 +109,18 @@ def watched(folder: Path, states: list[str], jobs: list[str]) -> tuple[int, list
         "--commit=HEAD",
     ]
     done = run(
-        *script, "--restarts=1", "--", "--config=x.py", path=folder / "bin", HERE=str(folder), TMPDIR=str(folder)
+        *script,
+        "--restarts=1",
+        "--",
+        "--config=x.py",
+        path=folder / "bin",
+        HERE=str(folder),
+        TMPDIR=str(folder / "tmp"),
     )
     asked = (folder / "asked").read_text().splitlines()
     acts = [name for line in asked for word, name in SHORT if word in line]
-    assert (folder / "states").read_text() == (folder / "jobs").read_text() == ""
+    assert {(folder / name).read_text() for name in ("states", "jobs", "commands", "creates")} == {""}
+    assert not list((folder / "tmp").iterdir())
     return done.returncode, acts, done.stderr
 
 
@@ -114,7 +131,7 @@ def test_a_preempted_slice_is_asked_for_again_and_the_same_command_started(tmp_p
     up = ["ABSENT", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE", "ACTIVE", "DOWN"]
     preempted = ["ACTIVE", "SUSPENDING", "SUSPENDED", "DELETING"]
     jobs = ["none", "running", "exit 143", "none", "running", "exit 0"]
-    status, acts, told = watched(tmp_path, [*up, *preempted, *up, "ACTIVE"], jobs)
+    status, acts, told = watched(tmp_path, [*up, *preempted, *up, "ACTIVE"], jobs, creates=(0, 0))
     assert (status, acts) == (0, [*BRING_UP, "delete", *BRING_UP])
     assert "training is done; the slice is still there: launch/tpu_pod.sh delete --name v --zone z" in told
     starts = [line for line in (tmp_path / "asked").read_text().splitlines() if "job.sh start" in line]
@@ -131,9 +148,44 @@ def test_a_preempted_slice_is_asked_for_again_and_the_same_command_started(tmp_p
     ],
 )
 def test_training_that_cannot_go_on_ends_the_watch(tmp_path: Path, jobs: list[str], acts: list[str], told: str) -> None:
-    status, done, said = watched(tmp_path, ["ACTIVE"] * len(jobs), jobs)
-    assert (status, done) == (1, acts)
+    status, done, said = watched(tmp_path, ["ACTIVE"] * (1 + len(jobs)), ["none", *jobs])
+    assert (status, done) == (1, [*BRING_UP[1:], *acts])
     assert said.splitlines()[-1].startswith(f"error: {told}")
+
+
+@pytest.mark.parametrize(
+    ("before", "command", "acts"),
+    [
+        ("exit 2", None, ["stop", *BRING_UP[1:]]),
+        ("exit 143", None, ["stop", *BRING_UP[1:]]),
+        ("lost", None, ["stop", *BRING_UP[1:]]),
+        ("exit 0", "another", ["stop", *BRING_UP[1:]]),
+        ("running", OURS, []),
+    ],
+)
+def test_what_had_ended_before_is_started_anew(
+    tmp_path: Path, before: str, command: str | None, acts: list[str]
+) -> None:
+    commands = () if command is None else (command,)
+    status, done, said = watched(tmp_path, ["ACTIVE"] * 3, [before, "running", "exit 0"], commands)
+    assert (status, done) == (0, acts), said
+
+
+@pytest.mark.parametrize(
+    ("state", "command", "status", "told"),
+    [("exit 0", OURS, 0, "training is done"), ("running", "another", 1, "another command is running there: launch")],
+)
+def test_what_is_there_already_is_found(tmp_path: Path, state: str, command: str, status: int, told: str) -> None:
+    found, acts, said = watched(tmp_path, ["ACTIVE"], [state], (command,))
+    assert (found, acts) == (status, []) and told in said
+
+
+def test_a_slice_is_asked_for_again_when_that_was_refused_once(tmp_path: Path) -> None:
+    states = ["SUSPENDED", "ABSENT", "ABSENT", "ACTIVE", "ACTIVE"]
+    status, acts, said = watched(tmp_path, states, ["none", "exit 0"], creates=(1, 0))
+    assert (status, acts) == (0, ["delete", "create", *BRING_UP]) and "was refused; it is asked for again" in said
+    again = tmp_path / "again"
+    assert watched(again, ["ABSENT"], [], creates=(1,))[:2] == (1, ["create"])
 
 
 def test_a_slice_that_cannot_be_looked_at_is_an_error_at_once(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, TextIO
 
 from vita_jax.config import ConfigArgs, parse_config_args
-from vita_jax.errors import UserError
+from vita_jax.errors import AGAIN, TryAgain, UserError
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -61,8 +61,9 @@ def progress_line(verb: str) -> ProgressLine | None:
 
 
 def exit_status(action: Callable[[], int]) -> int:
-    """Runs `action`; returns what it returns, 2 for bad input (one line on stderr), 130 when interrupted, 141 when
-    nobody reads the output any more, as a shell would say."""
+    """Runs `action`; returns what it returns, 2 for bad input, `errors.AGAIN` for what may go well another time (one
+    line on stderr for both), 130 when interrupted, 141 when nobody reads the output any more.
+    """
     try:
         status = action()
         sys.stdout.flush()
@@ -70,6 +71,9 @@ def exit_status(action: Callable[[], int]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except TryAgain as error:
+        print(f"error: {error}", file=sys.stderr)
+        return AGAIN
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -134,7 +134,9 @@ class Scratch:
                 self._sent[file] = (stat.st_mtime_ns, stat.st_size)
 
     def close(self) -> None:
-        """Sends what is new, and removes the temporary folder."""
+        """Sends what is new, and removes the temporary folder, whether or not that went well."""
         if self._temporary is not None:
-            self.send()
-            self._temporary.cleanup()
+            try:
+                self.send()
+            finally:
+                self._temporary.cleanup()

@@ -32,7 +32,8 @@ examples:
   python -m vita_jax.train --config=experiments/own_data.py --config.data.json=records.json --config.data.root=pictures
 
 Exit status: 0 done; 2 bad input, a full disk, or too many steps in a row with bad numbers, one line says which;
-128 + N stopped by signal N after saving everything (143 for SIGTERM, 130 for SIGINT): run the same command again.
+128 + N stopped by signal N after saving everything (143 for SIGTERM, 130 for SIGINT): run the same command again, and
+also after 134: another process died, or did not come.
 
 An experiment file may also define these functions; each is called if it is there:
   prepare(config)                      before training, to build data and tokenizer; may return a changed configuration
@@ -87,7 +88,7 @@ def train(arguments: config_lib.ConfigArgs) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0 done, 2 bad input, 128 + signal number when stopped."""
+    """Runs the command; returns its exit status, see `HELP`."""
     return run_with_config(train, HELP, argv)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from vita_jax.data import json_lines
 from vita_jax.data.json_lines import read_json_lines, write_json_lines
 from vita_jax.errors import UserError
 
@@ -32,3 +33,14 @@ def test_mistakes_have_their_place(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         write_json_lines(tmp_path / "file" / "x.jsonl", [])
+
+
+def test_errors_that_are_no_system_s_have_their_words(monkeypatch, tmp_path):
+    """Those of a bucket, say, have no number."""
+
+    def write(*arguments):
+        raise OSError("the bucket is locked")
+
+    monkeypatch.setattr(json_lines, "write_whole", write)
+    with pytest.raises(UserError, match="x.jsonl cannot be written: the bucket is locked; choose"):
+        write_json_lines(tmp_path / "x.jsonl", [])

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from vita_jax.command_line import exit_status
 from vita_jax.errors import UserError
 from vita_jax.parallel.mesh import MeshConfig, check_processes, make_mesh
 from vita_jax.parallel.processes import (
@@ -33,6 +34,17 @@ from vita_jax.parallel.processes import (
 def test_places_that_cannot_be(config, message):
     with pytest.raises(UserError, match=message):
         join_processes(config)
+
+
+@pytest.mark.parametrize(("error", "status"), [(RuntimeError("port\nis taken"), 134), (ValueError("no cluster"), 2)])
+def test_only_what_another_start_may_mend_is_started_again(monkeypatch, capsys, error, status):
+    def initialize(**options):
+        raise error
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    assert exit_status(lambda: join_processes(DistributedConfig("host:1", 2, 0))) == status
+    told = capsys.readouterr().err
+    assert told.startswith("error: distributed.coordinator=host:1: ") and told.count("\n") == 1
 
 
 def test_one_process_waits_for_nobody():

@@ -16,17 +16,22 @@ import pytest
 from tests.bucket import folder_as_bucket
 from tests.training.records import prepare_records, records_experiment
 from tests.training.test_loop import Killed, interrupted
-from tests.training.tiny import experiment, make_batches
+from tests.training.tiny import experiment, make_batches, stage
+from vita_jax import storage
 from vita_jax.data.tokenizer import load_tokenizer
 from vita_jax.errors import UserError
 from vita_jax.evaluation.report import write_report
-from vita_jax.training import loop
+from vita_jax.exchange.adapters import read_adapters
+from vita_jax.exchange.exporting import export_checkpoint, open_checkpoint
+from vita_jax.storage import place, write_whole
+from vita_jax.training import guard, loop
+from vita_jax.training import metrics as metrics_lib
 from vita_jax.training.checkpoint import checkpoint_folder, complete_steps, load_params, newest_usable
 from vita_jax.training.experiment import DataConfig, ProfileConfig, validate
 from vita_jax.training.experiment_file import prepare_data
-from vita_jax.training.metrics import read_metrics
+from vita_jax.training.metrics import MetricsWriter, read_metrics
 from vita_jax.training.param_store import open_params
-from vita_jax.training.portable import check_new_folder, read_portable
+from vita_jax.training.portable import PortableModel, check_new_folder, new_folder, read_portable, write_portable
 from vita_jax.training.stages import flatten
 
 RUN = "gs://bucket/my/run"
@@ -79,6 +84,24 @@ def test_the_run_is_that_on_a_disk(runs) -> None:
     assert all(np.asarray(stored[path]).tobytes() == np.asarray(left[path]).tobytes() for path in left)
 
 
+def test_a_run_of_a_disk_is_gone_on_with_and_started_from_where_it_was_copied(runs) -> None:
+    """Orbax marks what it writes to a bucket; what it wrote on a disk has no marks."""
+    root, disk = runs
+    for name in ("copied", "finished"):
+        shutil.copytree(disk, root / "bucket" / name)
+    shutil.rmtree(root / "bucket/copied/stages/joint/checkpoints/6")
+    assert complete_steps(checkpoint_folder("gs://bucket/copied", "joint")) == [4]
+    assert "going on from step 4 of 6" in run("gs://bucket/copied")
+    wanted, found = (flatten(jax.device_get(load_params(path).params)) for path in (str(disk), "gs://bucket/copied"))
+    for path in wanted:
+        np.testing.assert_array_equal(found[path], wanted[path], err_msg=path)
+    more = stage("more", trainable=("^projector/",), start_from="gs://bucket/finished", steps=2)
+    loop.run(experiment("gs://bucket/more", stages=(more,)), make_batches=make_batches, stream=io.StringIO())
+    started = flatten(jax.device_get(load_params("gs://bucket/more").params))
+    changed = {path for path in wanted if not np.array_equal(started[path], wanted[path])}
+    assert changed and all(path.startswith("projector/") for path in changed)
+
+
 def test_the_report_is_written_beside(runs) -> None:
     root, _ = runs
     assert str(write_report(RUN)) == f"{RUN}/report.html"
@@ -107,6 +130,55 @@ def test_what_a_bucket_cannot_be_used_for(runs) -> None:
         read_portable("gs://bucket/kept")
     with pytest.raises(UserError, match="what this command writes has to be on a disk"):
         check_new_folder("gs://bucket/new")
+
+
+def test_a_run_in_a_bucket_is_not_exported(runs, tmp_path) -> None:
+    loaded = load_params(RUN)
+    model = PortableModel(loaded.params, loaded.config, loaded.stage, loaded.step)
+    for write in (
+        lambda: write_portable(tmp_path / "new", model, loaded.run_dir),
+        lambda: export_checkpoint(open_checkpoint(RUN), tmp_path / "new"),
+    ):
+        with pytest.raises(UserError, match="gs://bucket/my/run: a run that is exported has to be on a disk; copy it"):
+            write()
+    with pytest.raises(UserError, match="gs://bucket/new: what this command writes has to be on a disk"):
+        write_portable("gs://bucket/new", model, tmp_path)
+    with pytest.raises(UserError, match="gs://bucket/new: what this command writes has to be on a disk"):
+        with new_folder("gs://bucket/new"):
+            pass
+    with pytest.raises(UserError, match="gs://bucket/lora: a folder of peft has to be on a disk"):
+        read_adapters(open_checkpoint(RUN), "gs://bucket/lora")
+
+
+def test_a_bucket_that_does_not_answer_ends_no_run(tmp_path, monkeypatch, capsys) -> None:
+    class HttpError(Exception):
+        """As that of gcsfs, no OSError."""
+
+    def down(*arguments) -> None:
+        raise HttpError("503\nback-end")
+
+    with folder_as_bucket(tmp_path), monkeypatch.context() as patched:
+        metrics = MetricsWriter(place("gs://bucket/run"))
+        patched.setattr(metrics_lib, "UPLOAD_SECONDS", -1.0)
+        patched.setattr(storage, "write_whole", down)
+        metrics.step("naming", 1, {"loss": 1.0})
+        told = capsys.readouterr().err
+        assert (
+            told == "gs://bucket/run: its numbers cannot be brought there (tried again): HttpError('503\\nback-end')\n"
+        )
+        assert len(metrics.rewind("naming", 1)) == 1
+        patched.setattr(storage, "write_whole", write_whole)
+        metrics.step("naming", 2, {"loss": 1.0})
+        assert [record["step"] for record in read_metrics("gs://bucket/run")] == [1, 2]
+        patched.setattr(storage, "write_whole", down)
+        patched.setattr(guard, "append", down)
+        watchdog = guard.Watchdog(guard.GuardConfig(), place("gs://bucket/run"), stage("naming"))
+        watchdog._tell()
+        assert "the stacks of all threads" in (told := capsys.readouterr().err) and "hang.txt cannot be written" in told
+        with pytest.raises(loop.Stopped), metrics:
+            metrics.step("naming", 3, {"loss": 1.0})
+            raise loop.Stopped("naming", 3, 15)
+        assert "(lost): HttpError" in capsys.readouterr().err and not metrics._scratch.folder.exists()
 
 
 def test_records_and_tokenizer_are_read_from_a_bucket(tmp_path, monkeypatch) -> None:

@@ -48,7 +48,7 @@ def write_json_lines(path: str | os.PathLike[str], values: Iterable[Mapping[str,
     try:
         write_whole(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; choose another file") from error
+        raise UserError(f"{path} cannot be written: {error.strerror or error}; choose another file") from error
 
 
 def drop_cut_line(path: str | os.PathLike[str]) -> bool:

@@ -21,10 +21,11 @@ from vita_jax.exchange.released import read_json
 from vita_jax.models.lora import detach, linear_sites, merge
 from vita_jax.models.lora_weights import export_adapters, import_adapters, peft_table
 from vita_jax.nn.layers import LORA_DOWN, LORA_SCALE
+from vita_jax.storage import on_disk
 from vita_jax.training.checkpoint import checkpoint_folder
 from vita_jax.training.families import weight_table
 from vita_jax.training.param_store import ParamWriter
-from vita_jax.training.portable import TOKENIZER, new_folder
+from vita_jax.training.portable import TOKENIZER, WRITTEN, new_folder
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -45,7 +46,7 @@ def read_adapters(base: Stored, folder: str | Path) -> dict[str, Any]:
     Raises:
       UserError: no adapters there, or they do not fit the checkpoint; see `lora_weights.import_adapters`.
     """
-    folder = Path(folder)
+    folder = on_disk(folder, "a folder of peft")
     file = next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
     if file is None:
         raise UserError(f"{folder} has no {' and no '.join(ADAPTER_FILES)}; give the folder that peft has saved")
@@ -70,6 +71,8 @@ def import_lora(base: Stored, folder: str | Path, run_dir: str | Path, *, merged
     Raises:
       UserError: see `read_adapters`; or the run cannot be written.
     """
+    folder = on_disk(folder, "a folder of peft")
+    on_disk(base.run_dir, "a run that gets adapters")
     adapters = flatten(read_adapters(base, folder))
     leaves = flatten(base.params)
     rules = list(table_of(base).rules)
@@ -93,7 +96,7 @@ def import_lora(base: Stored, folder: str | Path, run_dir: str | Path, *, merged
                 shutil.copytree(base.run_dir / name, partial / name)
         past = past_stage(f"{base.config.name} with adapters", base.config.model)
         seal(partial, replace(base.config, run_dir=str(run_dir), stages=(past,)))
-    if (Path(folder) / OTHER_WEIGHTS).is_file():
+    if (folder / OTHER_WEIGHTS).is_file():
         return [f"{OTHER_WEIGHTS} is not read; what it holds comes in as --model projector or audio_adapter"]
     return []
 
@@ -130,7 +133,7 @@ def export_lora(stored: Stored, folder: str | Path) -> list[Path]:
     plain = Stored(base, stored.config, stored.stage, stored.step, stored.run_dir)
     loaded = _tree({path: np.asarray(leaf) for path, leaf in flatten(adapters).items()})
     tensors, fields = export_adapters(table_of(plain), loaded)
-    folder = Path(folder)
+    folder = on_disk(folder, WRITTEN)
     with new_folder(folder) as partial:
         write_tensors(partial, tensors.items(), max_shard_bytes=1 << 62)
         (partial / SINGLE_NAME).rename(partial / ADAPTER_FILES[0])

@@ -46,11 +46,12 @@ from vita_jax.models.vision import clip_weights, internvit_weights
 from vita_jax.models.vita import VitaConfig
 from vita_jax.models.vita_hf import config_to_hf
 from vita_jax.models.vita_weights import weight_table
+from vita_jax.storage import absolute, on_disk
 from vita_jax.training.checkpoint import find_checkpoint, load_params, read_meta
 from vita_jax.training.experiment import ExperimentConfig
 from vita_jax.training.objectives import OBJECTIVES
 from vita_jax.training.param_store import open_params
-from vita_jax.training.portable import TOKENIZER, DType, as_dtype, is_portable, new_folder
+from vita_jax.training.portable import TOKENIZER, WRITTEN, DType, as_dtype, is_portable, new_folder
 
 DEFAULT_SHARD_BYTES = 10**9
 AUDIO_FOLDER, CODEC_FOLDER, SPEECH_FOLDER = "audio_encoder", "codec", "decoder"
@@ -89,7 +90,7 @@ def open_checkpoint(path: str | Path, *, merge_adapters: bool = True) -> Stored:
     if is_portable(path):
         loaded = load_params(path)
         return Stored(loaded.params, loaded.config, loaded.stage, loaded.step, loaded.run_dir)
-    folder = find_checkpoint(path).absolute()
+    folder = absolute(find_checkpoint(path))
     meta = read_meta(folder)
     config = config_lib.from_dict(ExperimentConfig, meta["config"])
     extra = OBJECTIVES[config.stage(meta["stage"]).objective].extra_names
@@ -267,9 +268,11 @@ def export_checkpoint(
       The files, relative to the folder.
 
     Raises:
-      UserError: the folder is in use or cannot be written, or the parameters have no public layout.
+      UserError: the folder is in use or cannot be written, it or the run is in a bucket, or the parameters have no
+        public layout.
     """
-    folder = Path(folder)
+    folder = on_disk(folder, WRITTEN)
+    on_disk(stored.run_dir, "a run that is exported")
     parts = parts_of(stored, layout)
     total = sum(leaf.dtype.itemsize * int(np.prod(leaf.shape)) for leaf in flatten(stored.params).values())
     count = Counter(total, progress)

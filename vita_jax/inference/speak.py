@@ -34,7 +34,7 @@ from vita_jax.models.codec.codec import Codec
 from vita_jax.models.speech.nar_decoder import text_rows
 from vita_jax.models.speech.speech_decoder import SpeechDecoder
 from vita_jax.models.vita import VitaConfig
-from vita_jax.storage import place
+from vita_jax.storage import place, write_whole
 from vita_jax.training.experiment import VOICES, ExperimentConfig, data_folder
 
 # The recordings of a run's assistant, below the data folder.
@@ -264,13 +264,17 @@ def voices(config: ExperimentConfig, params: Mapping[str, Any]) -> dict[str, np.
       UserError: the model has no codec, there is neither the file nor a recording, or one of them is damaged.
     """
     path = place(config.run_dir) / VOICES
-    if path.is_file():
-        return read_voices(path)
+    return read_voices(path) if path.is_file() else recorded_voices(config, params)
+
+
+def recorded_voices(config: ExperimentConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The voices of the recordings, whether or not there is a file of voices; see `voices`."""
     manifest = data_folder(config) / RECORDINGS
     if not manifest.is_file():
+        path = place(config.run_dir) / VOICES
         raise UserError(
-            f"the model's voice is unknown: there is neither {path} nor {manifest}; keep the run's data folder, or put "
-            f'codes per language in {VOICES}, such as {{"en": [1, 2]}}'
+            f"the model's voice is unknown: there is no {manifest}; keep the run's data folder, or put codes per "
+            f'language in {path}, such as {{"en": [1, 2]}}'
         )
     if config.model.codec is None:
         raise UserError("a voice needs a codec; set the model config's `codec`")
@@ -300,16 +304,17 @@ def read_voices(path: str | Path) -> dict[str, np.ndarray]:
 def save_voices(config: ExperimentConfig, params: Mapping[str, Any]) -> Path:
     """Writes `<run_dir>/voices.json`, the voices of the recordings, so that they outlive the data. Returns its path.
 
+    Those of an earlier training are replaced.
+
     Raises:
       UserError: see `voices`, or it cannot be written.
     """
     path = place(config.run_dir) / VOICES
     try:
-        path.unlink(missing_ok=True)  # of an earlier training
-        found = {language: codes.tolist() for language, codes in voices(config, params).items()}
-        path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        found = {language: codes.tolist() for language, codes in recorded_voices(config, params).items()}
+        write_whole(path, json.dumps(found) + "\n")
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     return path
 
 

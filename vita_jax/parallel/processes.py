@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
-from vita_jax.errors import UserError
+from vita_jax.errors import TryAgain, UserError
 
 T = TypeVar("T")
 
@@ -29,6 +29,8 @@ AUTO = "auto"
 # How long processes wait for one that builds data, measures a model or writes a checkpoint. One that has died is
 # noticed by jax, see below.
 WAIT_SECONDS = 7 * 24 * 3600
+# How long the first process waits for the last to be started: hosts get their code and images at different times.
+JOIN_SECONDS = 1800
 # A process that ends alone waits so long for the others; then jax ends them.
 SHUTDOWN_SECONDS = 60
 
@@ -83,7 +85,9 @@ def join_processes(config: DistributedConfig) -> None:
     Has to come before anything that asks jax for its devices.
 
     Raises:
-      UserError: the configuration does not fit, or the others are not found.
+      UserError: the configuration does not fit, or the machine says nothing of other processes.
+      TryAgain: there was no connection: the port is still taken, say. (Where others do not come in `JOIN_SECONDS`, jax
+        ends the process, with the same status.)
     """
     validate_distributed(config)
     if jax.distributed.is_initialized():
@@ -97,6 +101,7 @@ def join_processes(config: DistributedConfig) -> None:
     # It would take SIGTERM for itself.
     jax.config.update("jax_enable_preemption_service", False)
     options: dict[str, Any] = {
+        "initialization_timeout": JOIN_SECONDS,
         "shutdown_timeout_seconds": SHUTDOWN_SECONDS,
         "heartbeat_timeout_seconds": config.heartbeat_seconds,
     }
@@ -105,8 +110,11 @@ def join_processes(config: DistributedConfig) -> None:
         options |= {"num_processes": config.num_processes, "process_id": config.process_id}
     try:
         jax.distributed.initialize(**options)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"distributed.coordinator={config.coordinator}: no connection: {error}") from error
+    except ValueError as error:
+        raise UserError(f"distributed.coordinator={config.coordinator}: {error}") from error
+    except RuntimeError as error:
+        told = " ".join(str(error).split())
+        raise TryAgain(f"distributed.coordinator={config.coordinator}: no connection: {told}") from error
 
 
 def is_first() -> bool:

@@ -7,7 +7,8 @@
                   resolved configuration
   manifest.json   size and CRC-32 of every file of these items; a folder without it is incomplete and is not looked at
 
-Orbax writes a temporary folder and commits it by renaming, the manifest included. It would read back flipped bits
+Orbax writes a temporary folder and commits it by renaming, the manifest included; in a bucket it writes where the
+checkpoint stays, and the manifest comes when all else of the items is there. It would read back flipped bits
 without complaint and damaged files with anonymous errors; the manifest turns both into one clear message before
 anything is loaded. A stage goes on from the newest checkpoint whose files are all as they were written; damaged newer
 ones are put aside as `damaged-<step>`, with a message (`newest_usable`).
@@ -38,7 +39,7 @@ from vita_jax import config as config_lib
 from vita_jax.errors import UserError
 from vita_jax.models.int8 import LeafChange
 from vita_jax.parallel.processes import WAIT_SECONDS, is_first, on_first
-from vita_jax.storage import absolute, files_below, is_remote, place, remove_folder, size_of
+from vita_jax.storage import absolute, files_below, is_remote, place, remove_folder, size_of, write_whole
 from vita_jax.training.adapters import adapter_layout
 from vita_jax.training.experiment import ExperimentConfig
 from vita_jax.training.objectives import OBJECTIVES
@@ -50,7 +51,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 CONFIG = "config.json"
 ITEMS = ("params", "optimizer", "meta")
-# Written by Orbax while it commits, without content that matters.
+# Written by Orbax when it commits to a bucket, without content that matters.
 COMMIT_MARK = "commit_success.txt"
 # A damaged checkpoint that a stage went on without.
 DAMAGED = "damaged-"
@@ -255,7 +256,7 @@ class StageCheckpoints:
         """Adds the manifest to the temporary folder that Orbax is about to rename (called in its background thread)."""
         if not is_first():
             return
-        if is_remote(self.folder):  # written where it will stay; Orbax marks it when it is complete
+        if is_remote(self.folder):  # written where it will stay
             write_manifest(self.folder / str(self._in_flight))
             return
         (temporary,) = self.folder.glob(f"{self._in_flight}.*")
@@ -263,12 +264,15 @@ class StageCheckpoints:
 
     def _remove_incomplete(self) -> None:
         """What a killed process left half written is of no use, and a later save of the same step would collide with
-        it.
+        it. In a bucket Orbax restores nothing without its mark, which checkpoints do not have that were written on a
+        disk and copied, or whose process was killed between manifest and mark.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.iterdir():
             if path.is_dir() and not _is_complete(path):
                 remove_folder(path)
+            elif path.is_dir() and is_remote(path) and not (path / COMMIT_MARK).is_file():
+                write_whole(path / COMMIT_MARK, "")
 
 
 def _refusal(error: BaseException | None) -> str | None:
@@ -298,8 +302,8 @@ def complete_steps(folder: Path) -> list[int]:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether everything of a checkpoint has been written: renaming it comes last, or in a bucket, a mark."""
-    return (folder / MANIFEST).is_file() and (not is_remote(folder) or (folder / COMMIT_MARK).is_file())
+    """Whether everything of a checkpoint has been written: the manifest, with the sizes of all else, comes last."""
+    return (folder / MANIFEST).is_file()
 
 
 def _crc32(path: Path) -> int:

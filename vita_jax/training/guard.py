@@ -211,7 +211,7 @@ class BadSteps:
             content = io.BytesIO()
             np.savez(content, **{name: np.asarray(value) for name, value in {**batch, **about}.items()})
             write_whole(file, content.getvalue())
-        except OSError as error:  # a full disk is no reason to end the run here
+        except Exception as error:  # neither a full disk nor the network, whose are no OSErrors, ends the run here
             self._say(f"{file} cannot be written: {error}")
             return None
         return file
@@ -309,8 +309,11 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
                 file.seek(0)
                 told += file.read()
-            # First: what hangs may be the network that the file is behind.
-            print(told, file=sys.stderr, flush=True)
-            append(self._file, told)
         except OSError as error:
-            print(f"{told}(not written: {error})\n", file=sys.stderr, flush=True)
+            told += f"(no stacks: {error})\n"
+        # First: what hangs may be the network that the file is behind.
+        print(told, file=sys.stderr, flush=True)
+        try:
+            append(self._file, told)
+        except Exception as error:  # those of a network are no OSErrors
+            print(f"{self._file} cannot be written: {error}", file=sys.stderr, flush=True)

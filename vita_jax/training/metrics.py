@@ -9,6 +9,7 @@ of `speed`, `data_seconds` and `data_share`: what fetching a batch took, and its
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -51,7 +52,8 @@ class MetricsWriter:
 
     Where the run is in a bucket, lines and event files are kept on this machine and brought there by `send`: with every
     checkpoint, at the end of a stage, and otherwise about every `UPLOAD_SECONDS`. What is lost with a process lies
-    behind its last checkpoint, and comes again.
+    behind its last checkpoint, and comes again. When the bucket does not answer, a line on stderr says so, and it is
+    tried again: no run ends for it.
     """
 
     def __init__(self, run_dir: Path, *, writes: bool = True) -> None:
@@ -66,11 +68,13 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if self._writes:
             self._file.close()
             self._board.close()
-            self._scratch.close()
+            # What ends the run is what its caller has to hear of: a signal, say.
+            with self._told("lost") if kind is not None else contextlib.nullcontext():
+                self._scratch.close()
 
     def rewind(self, stage: str, step: int) -> list[dict[str, Any]]:
         """Drops records of a stage after `step`: those steps are about to be repeated.
@@ -80,8 +84,7 @@ class MetricsWriter:
         """
         if not self._writes:
             return []
-        self.send()
-        records = list(read_metrics(self._run_dir))
+        records = list(read_metrics(self._scratch.folder))
         kept = [record for record in records if record["stage"] != stage or record.get("step", 0) <= step]
         self._file.close()
         self._file = self._reopen(kept)
@@ -102,10 +105,20 @@ class MetricsWriter:
             self._write({"event": "stage", "stage": stage, **values})
 
     def send(self) -> None:
-        """Brings everything to the bucket, if the run is in one."""
+        """Brings everything to the bucket, if the run is in one and it answers."""
         if self._writes:
-            self._scratch.send()
             self._sent = time.monotonic()
+            with self._told("tried again"):
+                self._scratch.send()
+
+    @contextlib.contextmanager
+    def _told(self, fate: str) -> Iterator[None]:
+        """Says that sending failed, and what becomes of the numbers, instead of raising it."""
+        try:
+            yield
+        except Exception as error:  # those of a network are no OSErrors
+            told = f"{self._run_dir}: its numbers cannot be brought there ({fate}): {error!r}"
+            print(" ".join(told.split()), file=sys.stderr, flush=True)
 
     def _reopen(self, records: list[dict[str, Any]]) -> TextIO:
         """Puts the file to exactly these records and opens it for more."""
@@ -118,10 +131,10 @@ class MetricsWriter:
         try:
             self._file.write(_line(record))
             self._file.flush()
-            if time.monotonic() - self._sent > UPLOAD_SECONDS:
-                self.send()
         except OSError as error:
             raise UserError(f"{self._path} cannot be written: {error}; see to the disk and start again") from error
+        if time.monotonic() - self._sent > UPLOAD_SECONDS:
+            self.send()
 
 
 def _line(record: Mapping[str, Any]) -> str:

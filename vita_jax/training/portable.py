@@ -43,6 +43,7 @@ MODEL_FILE = "vita_jax.json"
 TOKENIZER = "tokenizer"
 # Small files that a model's other abilities need; each is in the run's folder or in its data folder.
 EXTRA_FILES = (CTC_VOCABULARY, VOICES)
+WRITTEN = "what this command writes"  # in messages
 
 DType = Literal["float32", "float16", "bfloat16"]
 DTYPES: dict[str, np.dtype] = {
@@ -94,10 +95,10 @@ def write_portable(
       The files written, relative to the folder.
 
     Raises:
-      UserError: the folder is in use, the run has no tokenizer, a value does not fit `dtype`, or the parameters are not
-        those of the configuration.
+      UserError: the folder is in use, one of the two is in a bucket, the run has no tokenizer, a value does not fit
+        `dtype`, or the parameters are not those of the configuration.
     """
-    folder, run_dir = Path(folder), Path(run_dir)
+    folder, run_dir = on_disk(folder, WRITTEN), on_disk(run_dir, "a run that is exported")
     if not (run_dir / TOKENIZER).is_dir():
         raise UserError(f"{run_dir} has no folder {TOKENIZER!r}; a model without its tokenizer is of no use")
     with new_folder(folder) as partial:
@@ -146,7 +147,7 @@ def new_run(folder: str | Path, keep: Callable[[Path], bool] = lambda partial: F
     Raises:
       UserError: see `new_folder`.
     """
-    folder = Path(folder)
+    folder = on_disk(folder, WRITTEN)
     check_new_folder(folder)
     partial = folder.with_name(folder.name + ".partial")
     if partial.exists() and not keep(partial):
@@ -163,7 +164,7 @@ def new_run(folder: str | Path, keep: Callable[[Path], bool] = lambda partial: F
 
 def check_new_folder(folder: str | Path) -> None:
     """Raises UserError unless `folder` can be made or is empty."""
-    path = on_disk(folder, "what this command writes")
+    path = on_disk(folder, WRITTEN)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} is there already and not empty; give a new folder")
 

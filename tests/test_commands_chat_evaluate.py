@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.bucket import folder_as_bucket
 from tests.evaluation.benchmark_run import make_run
 from vita_jax import chat, evaluate
 
@@ -33,10 +34,16 @@ def test_evaluate_run(run_dir, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "benchmark quickstart: 9 questions" in printed and "accuracy after stage" in printed
     final = run_dir / "evaluation" / "final.json"
-    assert json.loads(final.read_text()) == json.loads(output.read_text())
+    result = json.loads(final.read_text())
+    assert result == json.loads(output.read_text())
+    assert result["config"]["run_dir"] == str(run_dir) and result["version"] and {"commit", "changed"} <= set(result)
     final.unlink()
     checkpoint = run_dir / "stages" / "joint"
-    assert evaluate.main(["--checkpoint", str(checkpoint), "--limit", "1"]) == 0
+    (tmp_path / "bucket").mkdir()
+    with folder_as_bucket(tmp_path):
+        arguments = ["--checkpoint", str(checkpoint), "--limit", "1", "--output", "gs://bucket/result.json"]
+        assert evaluate.main(arguments) == 0
+    assert json.loads((tmp_path / "bucket" / "result.json").read_text())["limit"] == 1
     assert not final.exists()
 
 

@@ -126,10 +126,14 @@ def test_only_what_sees_and_two_embeddings_were_trained_last(run_dir):
 
 @pytest.mark.slow
 def test_commands(run_dir, tmp_path):
-    output = command(
-        "vita_jax.evaluate", "--checkpoint", run_dir, "--shots", "0", "4", "--limit", "2", "--choice", "similar"
-    )
+    options = ("--shots", "0", "4", "--limit", "2", "--choice", "similar", "--output", tmp_path / "few.json")
+    output = command("vita_jax.evaluate", "--checkpoint", run_dir, *options)
     assert "labelling_ranked" in output and "4 shots" in output
+    assert {"few_shot", "version", "commit", "changed", "config"} == set(
+        json.loads((tmp_path / "few.json").read_text())
+    )
+    output = command("vita_jax.evaluate", "--checkpoint", run_dir, "--benchmark", "speech", status=2)
+    assert "--benchmark speech: a Flamingo is measured by its few-shot tasks" in output
     assert "is for a Flamingo" not in output
     picture = next((run_dir / "data/few_shot/media").glob("*.png"))
     clip = next((run_dir / "data/few_shot/media").glob("*.mp4"))

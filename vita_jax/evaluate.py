@@ -13,7 +13,7 @@ from vita_jax.command_line import ArgumentParser, add_int8, progress_line, run_c
 from vita_jax.errors import UserError
 from vita_jax.evaluation.answer_lines import SCORINGS
 from vita_jax.parallel.huge_pages import restart_with_huge_pages
-from vita_jax.storage import place
+from vita_jax.storage import is_remote, on_disk, place
 
 if TYPE_CHECKING:
     from vita_jax.evaluation.answer_lines import Question, Scoring
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from vita_jax.evaluation.library import LmmsSet
     from vita_jax.evaluation.subject import Subject
     from vita_jax.training.experiment import ExperimentConfig
+
+# Of an answer to a question of a file.
+MAX_NEW_TOKENS = 256
 
 EXAMPLES = """\
 DIR is a run (its last finished stage is taken), a stage's folder, or one checkpoint.
@@ -38,7 +41,8 @@ benchmarks of lmms-eval, which has an environment of its own (launch/setup.sh --
   mme mmbench mmbench_cn mmstar mmmu mathvista hallusionbench ai2d ocrbench mmvet scienceqa vqav2 textvqa okvqa vizwiz
   coco_captions flickr30k video_mme video_mme_subtitles mvbench tempcompass librispeech_{dev,test}_{clean,other}
   wenetspeech_{net,meeting} mmlu gsm8k, and lmms:TASK for any other task
-Answers are kept as they are made: the same command goes on after a stop. docs/evaluation.md explains every number.
+Answers to questions of a file or a folder and of lmms-eval are kept as they are made: the same command goes on after a
+stop. docs/evaluation.md explains every number.
 
 examples:
   python -m vita_jax.evaluate --checkpoint runs/quickstart
@@ -77,7 +81,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--questions", metavar="FILE", help="ask these in place of a benchmark, a JSON object a line")
     parser.add_argument("--root", metavar="FOLDER", help="where the files of --questions start (default its folder)")
     parser.add_argument("--answers", metavar="FILE", help="gets the answers to --questions, a JSON object a line")
-    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="of these answers (default 256)")
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, help=f"of these answers (default {MAX_NEW_TOKENS})")
     parser.add_argument("--scoring", choices=SCORINGS, help="how --answers are compared with what is true, see above")
     parser.add_argument(
         "--mesh", metavar="AXIS=N", nargs="+", default=[], help="how devices share the work: fsdp=4 ..."
@@ -101,9 +105,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
         raise UserError(f"--limit {arguments.limit} must be at least 1")
     if arguments.questions is not None or arguments.answers is not None:
         return answer_questions(arguments)
-    for name in ("root", "scoring"):
+    for name in ("root", "scoring", "max_new_tokens"):
         if getattr(arguments, name) is not None:
-            raise UserError(f"--{name} belongs to --questions; benchmarks know their own")
+            raise UserError(f"--{name.replace('_', '-')} belongs to --questions; benchmarks know their own")
     if arguments.mos is not None and arguments.benchmark != COPIES:
         raise UserError("--mos belongs to --benchmark copies")
     chosen = None if arguments.benchmark is None else find_set(arguments.benchmark)
@@ -129,6 +133,7 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
         FIRST,
         format_result,
         format_stages,
+        provenance,
         save_result,
         save_stage_evaluation,
     )
@@ -138,7 +143,7 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
     from vita_jax.training.checkpoint import CONFIG, load_params
     from vita_jax.training.families import family_of
 
-    benchmark = arguments.benchmark or FIRST
+    output = None if arguments.output is None else place(arguments.output)
     int8 = int8_parts(arguments.int8)
     prepare_process()
     loaded = load_params(arguments.checkpoint, change=int8.change)
@@ -148,7 +153,11 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
     is_run = (place(arguments.checkpoint) / CONFIG).is_file()
     if family_of(config.model).in_context:
         int8.check(config)
-        return evaluate_by_shots(arguments, config, loaded.params, is_run)
+        if arguments.benchmark is not None:
+            raise UserError(
+                f"--benchmark {arguments.benchmark}: a Flamingo is measured by its few-shot tasks; leave it out"
+            )
+        return evaluate_by_shots(arguments, config, loaded.params, is_run, output)
     for name in ("shots", "choice", "data"):
         if getattr(arguments, name) is not None:
             raise UserError(f"--{name} is for a Flamingo; this is a {family_of(config.model).title}")
@@ -157,13 +166,14 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
         config,
         loaded.params,
         load_tokenizer(loaded.run_dir / "tokenizer"),
-        benchmark=benchmark,
+        benchmark=arguments.benchmark or FIRST,
         groups=arguments.groups,
         limit=arguments.limit,
         progress=progress_line("answered"),
         keep_sounds=is_kept,
         cache_dtype=int8.cache_dtype,
     )
+    result |= provenance(config)
     if arguments.int8:
         result["int8"] = sorted(arguments.int8)
     if is_kept:
@@ -175,9 +185,9 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
         print(f"\n{stages}")
     if written is not None:
         print(f"\nwritten: {written}")
-    if arguments.output is not None:
-        save_result(result, Path(arguments.output))
-        print(f"written: {arguments.output}")
+    if output is not None:
+        save_result(result, output)
+        print(f"written: {output}")
     return 0
 
 
@@ -185,26 +195,30 @@ def answer_questions(arguments: argparse.Namespace) -> int:
     """Asks what a file asks, writes down the answers, and scores them if that is wanted."""
     from vita_jax.data.json_lines import write_json_lines
     from vita_jax.evaluation.answer_lines import read_questions
-    from vita_jax.evaluation.asking import KeptAnswers, ask_questions, check_files
+    from vita_jax.evaluation.asking import KeptAnswers, answers_file, ask_questions, check_answers, check_files
 
     if arguments.questions is None or arguments.answers is None:
         raise UserError("--questions and --answers go together: what is asked, and where the answers go")
-    for name in ("groups", "output", "shots", "choice", "data"):
+    for name in ("benchmark", "mos", "groups", "output", "shots", "choice", "data"):
         if getattr(arguments, name) is not None:
             raise UserError(f"--{name} belongs to benchmarks; leave it out with --questions")
-    if arguments.scoring is not None and Path(arguments.answers).suffix != ".jsonl":
-        raise UserError(f"--answers {arguments.answers}: with --scoring its name must end with .jsonl, beside a .json")
-    questions = read_questions(arguments.questions)[: arguments.limit]
-    root = Path(arguments.root or Path(arguments.questions).parent)
+    answers = on_disk(arguments.answers, "the file of --answers")
+    if arguments.scoring is not None and answers.suffix != ".jsonl":
+        raise UserError(f"--answers {answers}: with --scoring its name must end with .jsonl, beside a .json")
+    file = on_disk(arguments.questions, "the file of --questions")
+    questions = read_questions(file)[: arguments.limit]
+    root = file.parent if arguments.root is None else on_disk(arguments.root, "the folder of --root")
     check_files(questions, root)
+    check_answers(answers, arguments.checkpoint)
+    longest = MAX_NEW_TOKENS if arguments.max_new_tokens is None else arguments.max_new_tokens
+    stem = answers.with_suffix("")
     if arguments.scoring is not None:
-        stem = Path(arguments.answers).with_suffix("")
-        return _measure(arguments, Path(arguments.questions).stem, questions, root, arguments.scoring, stem)
-    kept = KeptAnswers(arguments.answers, arguments.checkpoint)
-    subject, options = _open(arguments, len(questions), arguments.max_new_tokens)
+        return _measure(arguments, file.stem, questions, root, arguments.scoring, stem, longest)
+    kept = KeptAnswers(answers_file(stem), arguments.checkpoint)
+    subject, options = _open(arguments, len(questions), longest)
     lines = ask_questions(subject, questions, root, kept, options, progress_line("answered"))
-    write_json_lines(arguments.answers, lines)
-    print(f"written: {arguments.answers} ({len(lines)} answers)")
+    write_json_lines(answers, lines)
+    print(f"written: {answers} ({len(lines)} answers)")
     return 0
 
 
@@ -219,11 +233,11 @@ def evaluate_set(arguments: argparse.Namespace) -> int:
     if arguments.data is None:
         raise UserError(f"--benchmark {arguments.benchmark} reads a folder: --data FOLDER (docs/evaluation.md)")
     stem = _stem(arguments)
-    questions, root = chosen.read(Path(arguments.data))
+    questions, root = chosen.read(on_disk(arguments.data, "the folder of --data"))
     if arguments.limit is not None:
         questions = evenly(questions, arguments.limit)
-    arguments.max_new_tokens = chosen.max_new_tokens
-    return _measure(arguments, chosen.title, questions, root, chosen.scoring, stem, chosen.column)
+    longest = chosen.max_new_tokens
+    return _measure(arguments, chosen.title, questions, root, chosen.scoring, stem, longest, chosen.column)
 
 
 def evaluate_copies(arguments: argparse.Namespace) -> int:
@@ -238,8 +252,9 @@ def evaluate_copies(arguments: argparse.Namespace) -> int:
     if arguments.data is None or arguments.int8 or arguments.mesh:
         raise UserError("--benchmark copies reads a folder, on one device and in floats: --data FOLDER and no more")
     stem, mos = _stem(arguments), None if arguments.mos is None else load_mos(arguments.mos)
+    folder = on_disk(arguments.data, "the folder of --data")
     subject, _ = _open(arguments, 1, 1)
-    result, lines = measure_copies(subject, Path(arguments.data), mos)
+    result, lines = measure_copies(subject, folder, mos)
     result = {"benchmark": arguments.benchmark, "model": arguments.checkpoint, **result, **provenance(subject.config)}
     print(format_copies(result))
     print(f"\nwritten: {', '.join(map(str, write_measured(stem, result, lines, None)))}")
@@ -277,11 +292,17 @@ def _stem(arguments: argparse.Namespace) -> Path:
     from vita_jax.training.checkpoint import CONFIG
 
     if arguments.output is not None:
-        if Path(arguments.output).suffix != ".json":
-            raise UserError(f"--output {arguments.output}: its name must end with .json; other files go beside it")
-        return Path(arguments.output).with_suffix("")
-    if not (Path(arguments.checkpoint) / CONFIG).is_file():
+        output = on_disk(arguments.output, "the result of this benchmark")
+        if output.suffix != ".json":
+            raise UserError(f"--output {output}: its name must end with .json; other files go beside it")
+        return output.with_suffix("")
+    if not (place(arguments.checkpoint) / CONFIG).is_file():
         raise UserError(f"{arguments.checkpoint} is no run that keeps its results; say where by --output FILE.json")
+    if is_remote(arguments.checkpoint):
+        raise UserError(
+            f"{arguments.checkpoint} is in a bucket, where answers cannot be kept as they are made; say where on a "
+            "disk results go by --output FILE.json"
+        )
     parts = [re.sub(r"[^\w-]", "_", arguments.benchmark), *(f"int8_{part}" for part in sorted(arguments.int8))]
     parts += [] if arguments.limit is None else [f"limit_{arguments.limit}"]
     path = evaluation_path(arguments.checkpoint, FINAL, ".".join(parts))
@@ -291,7 +312,7 @@ def _stem(arguments: argparse.Namespace) -> Path:
 def _open(arguments: argparse.Namespace, num_questions: int, max_new_tokens: int) -> tuple[Subject, AskOptions]:
     """The model, over all devices, and how it is asked."""
     from vita_jax.evaluation.asking import AskOptions
-    from vita_jax.evaluation.opening import BATCH_SIZE, mesh_config, open_subject
+    from vita_jax.evaluation.opening import BATCH_SIZE, identity, mesh_config, open_subject
     from vita_jax.inference.quantization import int8_parts
     from vita_jax.parallel.process import prepare_process
 
@@ -301,8 +322,8 @@ def _open(arguments: argparse.Namespace, num_questions: int, max_new_tokens: int
     prepare_process()
     size = max(1, min(BATCH_SIZE, num_questions))
     subject, loaded = open_subject(arguments.checkpoint, mesh=mesh, quantization=int8, batch_size=size)
-    identity = f"{loaded.stage} {loaded.step} {sorted(arguments.int8)}"
-    return subject, AskOptions(max_new_tokens, cache_dtype=int8.cache_dtype, identity=identity)
+    model = identity(loaded, arguments.int8)
+    return subject, AskOptions(max_new_tokens, cache_dtype=int8.cache_dtype, identity=model)
 
 
 def _measure(
@@ -312,16 +333,17 @@ def _measure(
     root: Path,
     scoring: Scoring,
     stem: Path,
+    max_new_tokens: int,
     column: str | None = None,
 ) -> int:
     """Asks, scores, prints, and writes the files of the result."""
-    from vita_jax.evaluation.asking import KeptAnswers
+    from vita_jax.evaluation.asking import KeptAnswers, answers_file
     from vita_jax.evaluation.measured import format_measured, measure, write_measured
     from vita_jax.evaluation.question_scores import check_questions
 
     check_questions(questions, scoring)
-    kept = KeptAnswers(stem.with_name(stem.name + ".jsonl"), arguments.checkpoint)
-    subject, options = _open(arguments, len(questions), arguments.max_new_tokens)
+    kept = KeptAnswers(answers_file(stem), arguments.checkpoint)
+    subject, options = _open(arguments, len(questions), max_new_tokens)
     if scoring == "state" and (subject.context.template.state_symbols is None or not _says_states(subject)):
         raise UserError("this model's answers begin with no state symbol, so that they do not tell queries from noise")
     result, lines = measure(subject, title, questions, root, scoring, kept, options, progress_line("answered"))
@@ -337,7 +359,9 @@ def _says_states(subject: Subject) -> bool:
     return getattr(subject.config.prompt, "state_symbols", False)
 
 
-def evaluate_by_shots(arguments: argparse.Namespace, config: ExperimentConfig, params: Any, is_run: bool) -> int:
+def evaluate_by_shots(
+    arguments: argparse.Namespace, config: ExperimentConfig, params: Any, is_run: bool, output: Path | None
+) -> int:
     """Measures a Flamingo, prints, saves."""
     import dataclasses
 
@@ -350,11 +374,11 @@ def evaluate_by_shots(arguments: argparse.Namespace, config: ExperimentConfig, p
         format_few_shot,
         subject_of,
     )
-    from vita_jax.evaluation.results import save_result
+    from vita_jax.evaluation.results import provenance, save_result
 
     changes = {"shots": tuple(arguments.shots)} if arguments.shots else {}
     changes |= {"choice": arguments.choice} if arguments.choice else {}
-    folder = None if arguments.data is None else Path(arguments.data)
+    folder = None if arguments.data is None else on_disk(arguments.data, "the folder of --data")
     tokenizer = load_tokenizer(place(config.run_dir) / "tokenizer")
     result, lines = evaluate_few_shot(
         subject_of(config, params, tokenizer, folder),
@@ -363,16 +387,17 @@ def evaluate_by_shots(arguments: argparse.Namespace, config: ExperimentConfig, p
         limit=arguments.limit,
         progress=progress_line("answered"),
     )
+    result |= provenance(config)
     print(format_few_shot(result))
     if is_run and folder is None and arguments.limit is None and arguments.groups is None:
         kept = place(config.run_dir) / "evaluation"
         save_result(result, kept / RESULT)
         write_json_lines(kept / LINES, lines)
         print(f"\nwritten: {kept / RESULT}, {kept / LINES}")
-    if arguments.output is not None:
-        save_result(result, Path(arguments.output))
-        write_json_lines(Path(arguments.output).with_suffix(".jsonl"), lines)
-        print(f"written: {arguments.output}")
+    if output is not None:
+        save_result(result, output)
+        write_json_lines(output.with_suffix(".jsonl"), lines)
+        print(f"written: {output}")
     return 0
 
 

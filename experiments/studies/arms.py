@@ -142,6 +142,7 @@ def training_figures(config: ExperimentConfig) -> dict[str, Any]:
     """
     reports = [report for report in read_metrics(config.run_dir) if report["event"] == "step" and "loss" in report]
     steps = config.stages[0].steps
+    # Never empty: whatever the interval of reports, the last step of a finished stage is in one (`Reporter.finish`).
     last = [report["loss"] for report in reports if report["step"] > (1 - LAST_SHARE) * steps]
     seconds = [report["step_seconds"] for report in reports[1:] or reports]
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import lmms_eval.models
@@ -48,9 +49,29 @@ def test_the_model_is_found_by_its_entry_point():
     assert find_python() == sys.executable
 
 
-def test_every_benchmark_is_a_task_there():
-    known = set(TaskManager("ERROR").all_tasks)
-    assert {chosen.task for chosen in LMMS_SETS.values()} <= known
+def test_every_benchmark_is_a_task_there_with_its_metrics(monkeypatch):
+    """Their files are read, with the code beside them and what that imports."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    manager = TaskManager("ERROR")
+    for name, chosen in LMMS_SETS.items():
+        assert chosen.task in manager.all_tasks, name
+        for config in _tasks_of(manager, chosen.task):
+            metrics = {metric["metric"] for metric in config["metric_list"]}
+            assert set(chosen.metrics) <= metrics, (name, config["task"], metrics)
+
+
+def _tasks_of(manager: TaskManager, name: str) -> Iterator[dict]:
+    """The settings of a task, or of those of a group."""
+    if manager.task_index[name]["yaml_path"] == -1:  # a tag of tasks
+        parts = manager.task_index[name]["task"]
+    else:
+        config = manager._get_config(name)
+        parts = config["task"]
+        if isinstance(parts, str):
+            yield config
+            return
+    for part in parts:
+        yield from _tasks_of(manager, part)
 
 
 def test_what_is_shown_reaches_the_model(run, tasks, tmp_path, capfd):
@@ -107,6 +128,9 @@ def test_options_are_ranked_by_their_likelihood(run, tasks, tmp_path):
     losses = [one.loss for one in likelihoods(subject, [Question(0, "number?")] * 3, choices, tmp_path)]
     best = losses.index(min(losses))
     assert result["value"] == 50.0 * ((best == 0) + (best == 2)) and len(lines) == 2
+    kept = [json.loads(line) for line in (tmp_path / "out.answers.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in kept] == pytest.approx([*losses, *losses], rel=1e-5)
+    assert [line["text"].strip() for line in kept] == [*choices, *choices]
 
 
 def test_a_missing_clip_ends_the_evaluation(run, tasks, tmp_path, capfd):

@@ -24,7 +24,7 @@ VOCAB, WIDTH = 330, 16
 TEXTS = ("red", "green", "blue", "colour?", "number?", "Write it down.", "A B C D yes no 0 1 2 3 4 5 6 7 8 9")
 
 
-def random_run(run_dir: Path, hears: bool = True, **parts: Any) -> ExperimentConfig:
+def random_run(run_dir: Path, hears: bool = True, seed: int = 0, **parts: Any) -> ExperimentConfig:
     """Writes the run, with its stage `joint` finished, and returns its configuration; `parts`: more of the model."""
     vision = model_config().vision
     audio = AudioTowerConfig(
@@ -43,7 +43,7 @@ def random_run(run_dir: Path, hears: bool = True, **parts: Any) -> ExperimentCon
     shapes = unbox(
         jax.eval_shape(lambda key: init_params(Vita(model), OBJECTIVES["language_modeling"], key), jax.random.key(0))
     )
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
     save_model(config, "joint", 6, params, tokenizer)
     return config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 from scipy.io import wavfile
 
+from tests.bucket import folder_as_bucket
 from tests.evaluation.random_run import random_run
 from vita_jax import evaluate
 from vita_jax.command_line import ProgressLine
@@ -210,14 +212,71 @@ def test_the_command_scores_what_a_file_asks(run, root, tmp_path, capsys, monkey
     assert evaluate.main(command) == 0
     right = sum(bool(answer["text"].strip()) for answer in said)
     assert right >= 3 and json.loads((tmp_path / "said.json").read_text())["value"] == right / 5
-    for more, message in (
+
+
+ASKED = ["--questions", "q.jsonl", "--answers", "a.jsonl"]
+SET = ["--benchmark", "aishell1", "--data"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["--benchmark", "mme", "--scoring", "exact"], "--scoring belongs to --questions"),
+        (["--benchmark", "mme", "--max-new-tokens", "9"], "--max-new-tokens belongs to --questions"),
+        (["--max-new-tokens", "9"], "--max-new-tokens belongs to --questions"),
+        ([*ASKED, "--benchmark", "mme"], "--benchmark belongs to benchmarks; leave it out with --questions"),
+        ([*ASKED, "--mos", "a:b"], "--mos belongs to benchmarks"),
         (["--benchmark", "aishell1"], "reads a folder: --data FOLDER"),
-        (["--benchmark", "aishell1", "--data", "x", "--output", "y.txt"], "its name must end with .json"),
+        ([*SET, "x", "--output", "y.txt"], "its name must end with .json"),
+        ([*SET, "x", "--output", "gs://b/y.json"], "gs://b/y.json: the result of this benchmark has to be on a disk"),
+        ([*SET, "gs://b/x", "--output", "y.json"], "gs://b/x: the folder of --data has to be on a disk"),
+        ([*ASKED[:3], "gs://b/a.jsonl"], "gs://b/a.jsonl: the file of --answers has to be on a disk"),
+        (["--questions", "gs://b/q.jsonl", *ASKED[2:]], "gs://b/q.jsonl: the file of --questions has to be on a disk"),
+        (["--output", "s3://b/y.json"], "s3:// is not supported"),
         (["--mesh", "fsdp=2"], "--mesh is for questions"),
-    ):
-        assert evaluate.main(["--checkpoint", str(run), *more]) == 2
-        assert message in capsys.readouterr().err
+    ],
+)
+def test_arguments_that_would_not_be_heeded_are_refused(arguments, message, run, capsys):
+    assert evaluate.main(["--checkpoint", str(run), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_result_of_a_run_in_a_bucket_needs_a_disk(run, capsys):
+    with folder_as_bucket(run.parent.parent):
+        assert evaluate.main(["--checkpoint", f"gs://{run.parent.name}/{run.name}", *SET, "x"]) == 2
+    assert "is in a bucket, where answers cannot be kept as they are made" in capsys.readouterr().err
+
+
+def test_answers_outlive_the_calls_that_ask_fewer_but_not_the_weights(tmp_path, monkeypatch, capsys):
+    asked, real, run = [], asking.answers_to, tmp_path / "run"
+
+    def noted(subject, questions, *rest):
+        asked.append([question.id for question in questions])
+        return real(subject, questions, *rest)
+
+    monkeypatch.setattr(asking, "answers_to", noted)
+    random_run(run, hears=False)
+    file, said = tmp_path / "asked.jsonl", tmp_path / "said.jsonl"
+    lines = [{"question_id": n, "text": text, "answer": "red"} for n, text in enumerate(("colour?", "number?", "yes"))]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["--checkpoint", str(run), "--questions", str(file), "--answers", str(said), "--max-new-tokens", "4"]
+    assert evaluate.main(command) == 0 and asked == [[0, 1, 2]]
+    first = [json.loads(line)["text"] for line in said.read_text().splitlines()]
+    # The result has what was asked; scoring it, or asking a part, forgets nothing.
+    assert evaluate.main([*command, "--limit", "1", "--scoring", "exact"]) == 0
+    assert len(said.read_text().splitlines()) == 1 and json.loads((tmp_path / "said.json").read_text())["limit"] == 1
+    assert evaluate.main(command) == 0 and asked == [[0, 1, 2]]
+    assert [json.loads(line)["text"] for line in said.read_text().splitlines()] == first
+    # Trained again: the same run, stage and step, other weights.
+    shutil.rmtree(run / "stages")
+    random_run(run, hears=False, seed=1)
+    assert evaluate.main(command) == 0 and asked == [[0, 1, 2]] * 2
+    assert [json.loads(line)["text"] for line in said.read_text().splitlines()] != first
+    assert len((tmp_path / "said.answers.jsonl").read_text().splitlines()) == 6
+    # What is no file of answers is not written over.
+    before = file.read_text()
+    assert evaluate.main([*command[:5], str(file)]) == 2
+    assert "asked.jsonl:1: is no answer to a question" in capsys.readouterr().err and file.read_text() == before
 
 
 def test_what_is_left_is_told(capsys):

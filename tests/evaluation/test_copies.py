@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -37,6 +38,18 @@ def test_a_perfect_copy_has_the_best_figures_and_noise_lowers_them():
     assert stoi(wave, noisy, RATE) < 0.95 and pesq(wave, noisy, RATE) < 2.0
     silence = np.zeros(RATE, np.float32)
     assert pesq(silence, silence, RATE) is None and stoi(wave[:2000], wave[:2000], RATE) is None
+
+
+def test_only_too_little_sound_has_no_stoi(monkeypatch):
+    """What NumPy warns of on the way is no reason to leave a sound out."""
+
+    def warning(wave, copy, rate):
+        warnings.warn("invalid value encountered in divide", RuntimeWarning, stacklevel=1)
+        return 0.5
+
+    monkeypatch.setattr("pystoi.stoi", warning)
+    with pytest.warns(RuntimeWarning, match="invalid value"):
+        assert stoi(voice_like(), voice_like(), RATE) == 0.5
 
 
 def test_means_are_over_the_sounds_that_have_a_figure():

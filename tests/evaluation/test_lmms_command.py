@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bucket import folder_as_bucket
 from tests.evaluation.random_run import random_run
 from vita_jax import evaluate
 from vita_jax.errors import UserError
@@ -81,6 +82,11 @@ def test_arguments_of_the_command_line(run, tmp_path):
     assert line[:5] == ["py", "-m", "lmms_eval", "--model", "vita_jax"] and line[-1] == "--force_simple"
     assert ",int8=cache+weights,mesh=fsdp:4" in line[6] and "--limit" not in line
     assert line[line.index("--include_path") + 1] == str(Path("tasks").absolute())
+    with folder_as_bucket(tmp_path):
+        line = command_line("py", LMMS_SETS["mme"], "gs://bucket/run", tmp_path / "a", None, 3, [], [])
+    assert line[6].startswith("checkpoint=gs://bucket/run,answers=") and line[-2:] == ["--limit", "3"]
+    with pytest.raises(UserError, match="gs://b/tasks: a folder with tasks has to be on a disk"):
+        command_line("py", LMMS_SETS["mme"], str(run), tmp_path / "a", "gs://b/tasks", None, [], [])
     with pytest.raises(UserError, match="checkpoint .*a,b: lmms-eval's arguments cannot hold this name"):
         command_line("py", LMMS_SETS["mme"], str(tmp_path / "a,b"), tmp_path / "a", None, None, [], [])
 

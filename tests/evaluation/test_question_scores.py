@@ -8,6 +8,7 @@ import pytest
 
 from vita_jax.errors import UserError
 from vita_jax.evaluation.answer_lines import Question, read_questions
+from vita_jax.evaluation.measured import format_measured
 from vita_jax.evaluation.question_scores import check_questions, count_errors, figures, score_answer
 
 
@@ -28,6 +29,7 @@ def asked(*truths: str, choices: tuple[str, ...] = (), category: str = "question
         ("choice", asked("A", choices=("cat", "dog")), "C", 0),  # there is no C
         ("choice", asked("A"), "no idea", 0),
         ("choice", asked("D"), "D. because", 1),  # without choices every letter may be one
+        ("choice", asked("A", choices=("B", "cat")), "B", 1),  # an option's text comes first
     ],
 )
 def test_right_or_wrong(scoring, question, answer, score):
@@ -58,16 +60,20 @@ def test_an_error_rate_is_of_all_texts_together():
 
 
 def test_queries_and_noise_as_a_matrix():
-    """Three queries, of which one is taken for noise; two noises, both known."""
-    truths, states = ("query",) * 3 + ("noise",) * 2, ("audio", None, "noise", "noise", "noise")
+    """Four queries, of which one is taken for noise and one for neither; two noises, both known."""
+    truths, states = ("query",) * 4 + ("noise",) * 2, ("audio", "text", None, "noise", "noise", "noise")
     questions = [asked(truth, name=number) for number, truth in enumerate(truths)]
     check_questions(questions, "state")
     found = figures(
         "state", questions, [score_answer(q, "", s, "state") for q, s in zip(questions, states, strict=True)]
     )
-    assert found["value"] == 0.8
-    assert found["confusion"] == {"classes": ["query", "noise"], "counts": [[2, 1], [0, 2]]}
-    assert found["recall"] == {"query": 2 / 3, "noise": 1.0} and found["precision"] == {"query": 1.0, "noise": 2 / 3}
+    assert found["value"] == pytest.approx(4 / 6)
+    matrix = {"classes": ["query", "noise"], "taken_for": ["query", "noise", "none"], "counts": [[2, 1, 1], [0, 2, 0]]}
+    assert found["confusion"] == matrix
+    assert found["recall"] == {"query": 0.5, "noise": 1.0} and found["precision"] == {"query": 1.0, "noise": 2 / 3}
+    told = format_measured({**found, "title": "sounds", "seconds": 1.0}).splitlines()
+    assert told[-4].split() == ["is", "\\", "taken", "for", "query", "noise", "none", "recall", "precision"]
+    assert told[-2].split() == ["query", "2", "1", "1", "50.0", "%", "100.0", "%"]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +84,7 @@ def test_queries_and_noise_as_a_matrix():
         ("wer", asked("a", "b"), "must be one text"),
         ("cer", asked("..."), "with a letter or digit in it"),
         ("state", asked("speech"), "must be one of query, noise"),
+        ("state", asked("query", "noise"), "must be one of query, noise"),
     ],
 )
 def test_what_cannot_be_scored_is_named(scoring, question, message):

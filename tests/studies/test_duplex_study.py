@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
 
 from experiments.studies.duplex import __main__ as study
 from experiments.studies.duplex.scenes import KINDS, draw_scenes
+from vita_jax.errors import UserError
+from vita_jax.inference.scene_run import SceneCutShort
 from vita_jax.models.vita import vita_1_5_with_voice
 
 
@@ -23,6 +26,23 @@ def test_scenes_are_drawn_alike_and_say_what_is_meant(tmp_path):
         meant = [sound.meant for sound in one.scene.sounds]
         assert meant == {"twice": [True] * 3}.get(one.kind, [True, one.kind not in study.DISTURBED])
         assert (one.asked == "caption") == (one.kind in study.DISTURBED)
+
+
+def test_only_scenes_that_were_cut_short_count_as_failed(tmp_path, monkeypatch):
+    """A scene whose sounds waited in vain is counted once, though it was played to warm up, too; errors are errors."""
+    told, raised, session = [], [SceneCutShort("waited"), SceneCutShort("waited")], SimpleNamespace(reset=lambda: None)
+
+    def run_scene(*arguments):
+        raise raised.pop()
+
+    monkeypatch.setattr(study, "run_scene", run_scene)
+    monkeypatch.setattr(study, "draw_scenes", lambda *rest: [SimpleNamespace(kind="early", scene=None)])
+    tally = study.play(session, 1, tmp_path, told.append)["early"]
+    assert (tally.failed, tally.scenes) == (1, 0)
+    assert told == ["early: 0 scenes, 1 cut short: what they wait for did not happen"]
+    raised.append(UserError("the microphone is gone"))
+    with pytest.raises(UserError, match="the microphone is gone"):
+        study.play(session, 1, tmp_path, told.append)
 
 
 @pytest.mark.slow

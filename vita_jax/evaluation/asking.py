@@ -1,7 +1,8 @@
 """Asks a model a list of questions; every answer is kept as a line at once, so that a stopped run goes on where it was.
 
 A line is an answer line (`answer_lines`) with "state", where the answer began with a symbol, and "asked", a number that
-stands for everything that the answer depends on. A line of an earlier run is taken where that is the same.
+stands for everything that the answer depends on. A line of an earlier run is taken where that is the same. These lines
+have a file of their own beside that of the result, which has the questions of one call only.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class AskOptions:
       max_new_tokens: the longest answer.
       sampler, seed: how tokens are chosen.
       cache_dtype: of keys and values, see `generate`.
-      identity: what else an answer depends on, such as the checkpoint's step.
+      identity: what else an answer depends on: the model, see `opening.identity`.
     """
 
     max_new_tokens: int = 256
@@ -48,6 +49,27 @@ class AskOptions:
     seed: int = 0
     cache_dtype: jnp.dtype | None = None
     identity: str = ""
+
+
+def answers_file(stem: Path) -> Path:
+    """Where answers are kept as they are made, for the result STEM.json or STEM.jsonl."""
+    return stem.with_name(stem.name + ".answers.jsonl")
+
+
+def check_answers(file: Path, model_name: str) -> None:
+    """Raises UserError if a file that answers would be written over has something else, or those of another model."""
+    if file.is_file() and file.stat().st_size:
+        for where, line in objects(file):
+            _check_line(where, line, model_name)
+
+
+def _check_line(where: str, line: Line, model_name: str) -> None:
+    if "model_id" not in line or ID not in line:
+        raise UserError(f"{where}: is no answer to a question; choose another file")
+    if line["model_id"] != model_name:
+        raise UserError(
+            f"{where}: is an answer of {line['model_id']}, not of {model_name}; choose another file or delete this one"
+        )
 
 
 class KeptAnswers:
@@ -65,13 +87,7 @@ class KeptAnswers:
         self.file, self.model_name = Path(file), model_name
         self._lines: dict[int | str, Line] = {}
         for where, line in objects(file) if drop_cut_line(file) else ():
-            if "model_id" not in line or ID not in line:
-                raise UserError(f"{where}: is no answer to a question; choose another file")
-            if line["model_id"] != model_name:
-                raise UserError(
-                    f"{where}: is an answer of {line['model_id']}, not of {model_name}; choose another file or delete "
-                    "this one"
-                )
+            _check_line(where, line, model_name)
             self._lines[line[ID]] = line
 
     def find(self, name: int | str, mark: str) -> Line | None:

@@ -3,6 +3,7 @@
 STEM.json    {"benchmark", "title", "model", "num_items", "limit", "seconds", the figures of `question_scores.figures`
              or of lmms-eval, "version", "commit", "changed", "config"}
 STEM.jsonl   a line for every question: what was asked, said and scored
+STEM.answers.jsonl   every answer that was made, of this call and of earlier ones; see `asking`
 STEM.md, STEM.png    the figure among the published ones, where there are some
 """
 
@@ -67,7 +68,7 @@ def measure(
 
 
 def write_measured(stem: Path, result: Mapping[str, Any], lines: Sequence[Line], column: str | None) -> list[Path]:
-    """Writes the files described above, the lines over those that were kept. Returns them.
+    """Writes the files described above, but for the kept answers. Returns them.
 
     Args:
       stem: their path without a suffix.
@@ -116,10 +117,10 @@ def _parts(result: Mapping[str, Any]) -> Iterator[str]:
         yield ""
         yield from align([("category", "figure", "n"), *rows])
     if "confusion" in result:
-        classes, counts = result["confusion"]["classes"], result["confusion"]["counts"]
+        classes, columns, counts = (result["confusion"][name] for name in ("classes", "taken_for", "counts"))
         rows = [
             (name, *map(str, row), percent(result["recall"][name]), percent(result["precision"][name]))
             for name, row in zip(classes, counts, strict=True)
         ]
         yield ""
-        yield from align([("is \\ taken for", *classes, "recall", "precision"), *rows])
+        yield from align([("is \\ taken for", *columns, "recall", "precision"), *rows])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 
@@ -14,11 +16,13 @@ from vita_jax.evaluation.subject import Subject
 from vita_jax.inference.quantization import FLOATS, QuantizationConfig
 from vita_jax.parallel.mesh import MESH_AXES, MeshConfig, make_mesh, num_batch_shards
 from vita_jax.parallel.rules import param_shardings
-from vita_jax.training.checkpoint import LoadedModel, load_config, load_params
+from vita_jax.storage import is_remote
+from vita_jax.training.checkpoint import MANIFEST, LoadedModel, load_config, load_params
 from vita_jax.training.experiment import build_model
 from vita_jax.training.families import family_of
 from vita_jax.training.objectives import OBJECTIVES
 from vita_jax.training.plan import parameter_shapes
+from vita_jax.training.portable import MODEL_FILE, is_portable
 
 BATCH_SIZE = 64
 
@@ -72,3 +76,27 @@ def open_subject(
     tokenizer = load_tokenizer(run_dir / "tokenizer")
     size = -(-batch_size // shards) * shards
     return Subject(config, loaded.params, tokenizer, batch_size=size, mesh=grid), loaded
+
+
+def identity(loaded: LoadedModel, int8: Sequence[str]) -> str:
+    """Stands for the model that answers: its place in the curriculum, its weights, and which parts of it are int8."""
+    return f"{loaded.stage} {loaded.step} {weights_mark(loaded.path)} {sorted(int8)}"
+
+
+def weights_mark(folder: Path) -> str:
+    """Another text for other weights, without reading them.
+
+    Of a checkpoint it is made from what its manifest says of its files: their CRC-32, or in a bucket, where there are
+    none, their sizes and the second in which the manifest was written. Of a model that needs no run: from names, sizes
+    and times of its files.
+
+    Args:
+      folder: `LoadedModel.path`.
+    """
+    if is_portable(folder):
+        stats = [(file.name, file.stat()) for file in (folder / MODEL_FILE, *sorted(folder.glob("*.safetensors")))]
+        known = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    else:
+        manifest = folder / MANIFEST
+        known = [manifest.read_text(encoding="utf-8"), manifest.stat().mtime if is_remote(folder) else None]
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:16]

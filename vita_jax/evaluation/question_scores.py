@@ -22,8 +22,8 @@ from vita_jax.evaluation.bootstrap import interval, rate_interval
 from vita_jax.evaluation.scoring import normalise
 
 ERROR_RATES = ("wer", "cer")
-# What sound may be: meant for the model or not.
-STATES = ("query", "noise")
+# What sound may be: meant for the model or not; and what an answer without a symbol takes it for.
+STATES, NEITHER = ("query", "noise"), "none"
 SEED = 0
 
 TRANSCRIPTS = (
@@ -32,10 +32,10 @@ TRANSCRIPTS = (
 )
 NORMALISATION: Mapping[Scoring, str] = {
     "exact": "Unicode NFKC, lower case, single spaces, no full stop at the end",
-    "choice": "the letter of the last 'The answer is X', else the letter the answer begins with, else an option's text",
+    "choice": "an option's text alone, else the letter of the last 'The answer is X', else the letter in front",
     "wer": TRANSCRIPTS,
     "cer": TRANSCRIPTS + "; a gap between words counts as a character",
-    "state": "none",
+    "state": "nothing but the symbol in front of the answer; without one the sound is taken for neither",
 }
 _COUNTS = ("substitutions", "deletions", "insertions")
 
@@ -50,7 +50,7 @@ def check_questions(questions: Sequence[Question], scoring: Scoring) -> None:
             raise UserError(f"question {question.id} has {len(question.choices)} choices; at most {len(LETTERS)}")
         if scoring == "choice" and any(_option(truth, question.choices) is None for truth in question.truths):
             raise UserError(f"{where} is neither a letter of a choice nor the text of one ({list(question.choices)!r})")
-        if scoring == "state" and not set(question.truths) <= set(STATES):
+        if scoring == "state" and (len(question.truths) > 1 or question.truths[0] not in STATES):
             raise UserError(f"{where} must be one of {', '.join(STATES)}")
         if scoring in ERROR_RATES and (len(question.truths) > 1 or not normalise_transcript(question.truths[0])):
             raise UserError(f"{where} must be one text with a letter or digit in it for --scoring {scoring}")
@@ -65,7 +65,7 @@ def score_answer(question: Question, answer: str, state: str | None, scoring: Sc
 
     Returns:
       {"score": 1 or 0, or of error rates the rate of this answer, "truth"} and what it was made of: "chosen" (the
-      letter), "taken_for" (the state), or "errors" (the three counts and "units" of the truth).
+      letter), "taken_for" ("query", "noise" or "none"), or "errors" (the three counts and "units" of the truth).
     """
     truth: Any = question.truths[0] if len(question.truths) == 1 else list(question.truths)
     if scoring == "exact":
@@ -75,7 +75,7 @@ def score_answer(question: Question, answer: str, state: str | None, scoring: Sc
         right = chosen is not None and chosen in {_option(known, question.choices) for known in question.truths}
         return {"score": int(right), "truth": truth, "chosen": chosen}
     if scoring == "state":
-        taken_for = "noise" if state == "noise" else "query"
+        taken_for = NEITHER if state is None else "noise" if state == "noise" else "query"
         return {"score": int(taken_for in question.truths), "truth": truth, "taken_for": taken_for}
     errors = count_errors(answer, question.truths[0], scoring)
     wrong = sum(errors[name] for name in _COUNTS)
@@ -113,7 +113,8 @@ def figures(scoring: Scoring, questions: Sequence[Question], scores: Sequence[Ma
     Returns:
       {"scoring", "normalisation", "value", "low", "high" (95 % bootstrap interval), "n", "better": "higher" or "lower",
       "by_category": {name: {"value", "n"}}}; of error rates also "errors" (sums), of states "confusion" ({"classes",
-      "counts": rows are what it was, columns what it was taken for}), "recall" and "precision" of both.
+      "taken_for": the same and "none", "counts": rows are what it was, columns what it was taken for}), "recall" and
+      "precision" of both.
     """
     by_category: dict[str, list[Mapping[str, Any]]] = {}
     for question, score in zip(questions, scores, strict=True):
@@ -154,10 +155,12 @@ def _mean(scoring: Scoring, scores: Sequence[Mapping[str, Any]]) -> float:
 
 def _confusion(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     pairs = [(score["truth"], score["taken_for"]) for score in scores]
-    counts = [[pairs.count((truth, taken)) for taken in STATES] for truth in STATES]
+    columns = [*STATES, NEITHER]
+    counts = [[pairs.count((truth, taken)) for taken in columns] for truth in STATES]
     recall, precision = {}, {}
     for place, name in enumerate(STATES):
         there, taken = sum(counts[place]), sum(row[place] for row in counts)
         recall[name] = counts[place][place] / there if there else None
         precision[name] = counts[place][place] / taken if taken else None
-    return {"confusion": {"classes": list(STATES), "counts": counts}, "recall": recall, "precision": precision}
+    confusion = {"classes": list(STATES), "taken_for": columns, "counts": counts}
+    return {"confusion": confusion, "recall": recall, "precision": precision}

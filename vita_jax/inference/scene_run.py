@@ -28,6 +28,11 @@ from vita_jax.inference.duplex_events import (
 from vita_jax.inference.scene import Moment, Scene, SceneImage, SceneSound
 from vita_jax.inference.vad import SAMPLE_RATE
 
+
+class SceneCutShort(UserError):
+    """A scene ended while something in it still waited: what it waits for did not happen."""
+
+
 _ANCHORS = {
     SpeechStarted: "speech started",
     SpeechStopped: "speech stopped",
@@ -124,7 +129,7 @@ class SceneRun:
         """Plays the scene to its end.
 
         Raises:
-          UserError: something that the scene waits for did not happen.
+          SceneCutShort: something that the scene waits for did not happen.
         """
         block = round(self._options.block_seconds * SAMPLE_RATE)
         while not self._over():
@@ -147,7 +152,7 @@ class SceneRun:
         if self._sounds or self._images:
             waits = (self._sounds or self._images)[0]
             name = waits.name if isinstance(waits, SceneSound) else waits.path.name
-            raise UserError(
+            raise SceneCutShort(
                 f"the scene ended at {self._clock.now:.1f} s while {name!r} still waited for {waits.moment.after!r} "
                 f"number {waits.moment.nth}, which did not happen"
             )

@@ -34,13 +34,13 @@ import jax
 import jax.numpy as jnp
 
 from experiments.benchmarks.turns import describe_machine, format_machine, format_table, write_page
-from experiments.studies.duplex.scenes import ANSWER, KINDS, Drawn, draw_scenes
+from experiments.studies.duplex.scenes import KINDS, Drawn, draw_scenes
 from vita_jax.command_line import ArgumentParser, run_command
 from vita_jax.errors import UserError
 from vita_jax.evaluation.scoring import is_right
 from vita_jax.inference.duplex import Duplex
 from vita_jax.inference.duplex_events import COMPLETED, ResponseDone, ResponseStarted
-from vita_jax.inference.scene_run import Course, RunOptions, run_scene
+from vita_jax.inference.scene_run import Course, RunOptions, SceneCutShort, run_scene
 from vita_jax.inference.scene_score import Scores, score
 from vita_jax.inference.session import Session
 from vita_jax.models.language.decoder import make_cache
@@ -94,7 +94,7 @@ def add(tally: Tally, drawn: Drawn, course: Course, scores: Scores) -> None:
 
 
 def play(session: Session, per_kind: int, folder: Path, progress: Any = print) -> dict[str, Tally]:
-    """Plays all scenes to a model; every kind once before it counts."""
+    """Plays all scenes to a model; every kind once before it counts. Raises UserError as the session does."""
     tallies = {kind: Tally() for kind in KINDS}
     known: set[str] = set()
     for number, drawn in enumerate(draw_scenes(folder, per_kind)):
@@ -105,14 +105,16 @@ def play(session: Session, per_kind: int, folder: Path, progress: Any = print) -
                 course = run_scene(
                     drawn.scene, lambda clock: Duplex.of(session, clock=clock), RunOptions(round_seconds=None)
                 )
-            except UserError:  # what the scene waits for did not happen: the first question had no answer
+            except SceneCutShort:  # the first question had no answer, say; any other error ends the study
                 tally.failed += counts
                 continue
             if counts:
                 add(tally, drawn, course, score(course))
         known.add(drawn.kind)
         if (number + 1) % per_kind == 0:
-            progress(f"{drawn.kind}: {tally.scenes} scenes, {tally.failed} without an answer to the {ANSWER}")
+            progress(
+                f"{drawn.kind}: {tally.scenes} scenes, {tally.failed} cut short: what they wait for did not happen"
+            )
     return tallies
 
 

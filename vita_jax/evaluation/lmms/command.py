@@ -20,11 +20,13 @@ import numpy as np
 from vita_jax.data.json_lines import read_json_lines
 from vita_jax.errors import UserError
 from vita_jax.evaluation.answer_lines import ID
+from vita_jax.evaluation.asking import answers_file
 from vita_jax.evaluation.bootstrap import interval
 from vita_jax.evaluation.library import LmmsSet, figure_of
 from vita_jax.evaluation.opening import BATCH_SIZE
 from vita_jax.evaluation.question_scores import SEED
 from vita_jax.evaluation.results import align, provenance
+from vita_jax.storage import absolute, on_disk, place
 from vita_jax.training.checkpoint import load_config
 
 LIBRARY, MODEL = "lmms_eval", "vita_jax"
@@ -59,9 +61,9 @@ def command_line(
     int8: Sequence[str],
     mesh: Sequence[str],
 ) -> list[str]:
-    """What is run. Raises UserError for a path that lmms-eval's arguments cannot hold."""
-    answers = stem.with_name(stem.name + ".answers.jsonl").absolute()
-    model = {"checkpoint": str(Path(checkpoint).absolute()), "answers": str(answers), "int8": "+".join(sorted(int8))}
+    """What is run. Raises UserError for a path that lmms-eval's arguments cannot hold, or for tasks in a bucket."""
+    model = {"checkpoint": str(absolute(place(checkpoint))), "answers": str(answers_file(stem).absolute())}
+    model["int8"] = "+".join(sorted(int8))
     model["mesh"] = "+".join(size.replace("=", ":") for size in mesh)
     for name, value in model.items():
         if any(mark in value for mark in ",=\"'{}[]"):
@@ -71,7 +73,8 @@ def command_line(
     arguments = ",".join(f"{name}={value}" for name, value in model.items() if value)
     line = [python, "-m", LIBRARY, "--model", MODEL, "--model_args", arguments, "--tasks", chosen.task]
     line += ["--batch_size", str(BATCH_SIZE), "--log_samples", "--output_path", str(output_folder(stem))]
-    line += ["--include_path", str(Path(include_path).absolute())] if include_path is not None else []
+    if include_path is not None:
+        line += ["--include_path", str(on_disk(include_path, "a folder with tasks").absolute())]
     line += ["--limit", str(limit)] if limit is not None else []
     return [*line, *(("--force_simple",) if chosen.likelihoods else ())]
 

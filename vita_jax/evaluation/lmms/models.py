@@ -1,7 +1,8 @@
 """The classes that lmms-eval loads for `--model vita_jax`; imported by it alone.
 
-`--model_args checkpoint=DIR` and, joined by commas: `answers=FILE.jsonl` keeps every answer, so that the same command
-goes on after a stop; `int8=weights+cache`; `mesh=fsdp:4+tensor:2`. `--batch_size` is that of a call, over all devices.
+`--model_args checkpoint=DIR` and, joined by commas: `answers=FILE.jsonl` keeps every answer and likelihood, so that the
+same command goes on after a stop; `int8=weights+cache`; `mesh=fsdp:4+tensor:2`. `--batch_size` is that of a call, over
+all devices.
 
 lmms-eval asks a chat model by messages. Those that a task does not write itself it makes of the task's text and files,
 whereby it loses few-shot examples and the samples of decoded sounds; so text and files are taken from the task instead.
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
@@ -32,7 +33,7 @@ from vita_jax.evaluation.lmms.requests import (
     question_of,
     question_of_messages,
 )
-from vita_jax.evaluation.opening import BATCH_SIZE, mesh_config, open_subject
+from vita_jax.evaluation.opening import BATCH_SIZE, identity, mesh_config, open_subject
 from vita_jax.inference.quantization import int8_parts
 from vita_jax.parallel.process import prepare_process
 
@@ -79,11 +80,12 @@ class _VitaJax(lmms):
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"--batch_size {batch_size}: expected a number of questions, such as {BATCH_SIZE}")
         prepare_process()
-        parts = int8_parts([part for part in int8.split("+") if part])
+        chosen = [part for part in int8.split("+") if part]
+        parts = int8_parts(chosen)
         sizes = mesh_config([axis.replace(":", "=") for axis in mesh.split("+") if axis])
         self.subject, loaded = open_subject(str(checkpoint), mesh=sizes, quantization=parts, batch_size=int(batch_size))
         self._cache_dtype = parts.cache_dtype
-        self._identity = (loaded.stage, loaded.step, int8)
+        self._identity = identity(loaded, chosen)
         self._model_name = str(checkpoint)
         self._kept = KeptAnswers(answers, str(checkpoint)) if answers else None
 
@@ -197,25 +199,44 @@ class VitaJaxSimple(_VitaJax):
 
         return _Asked(name, mark_of(context, options, self._identity, "simple"), context, generation(options), make)
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """(mean loss of the answer's tokens, whether they are the likeliest) of every request; the least loss is the
         best option, as lmms-eval has it.
+
+        lmms-eval 0.7.3 turns whatever it does not know into text, pairs of numbers, too, which its tasks then cannot
+        read; the content of a `GenerationResult` it passes on as it is.
         """
-        found: list[tuple[float, bool]] = []
+        if any(len(request.args) != 6 for request in requests):
+            raise UnsupportedOption("likelihoods without a question (acc_mutual_info) are not offered")
+        found: list[GenerationResult] = []
         bar = tqdm(total=len(requests), desc="vita_jax ranks", disable=self.rank != 0)
-        for start in range(0, len(requests), AT_ONCE):
-            part = requests[start : start + AT_ONCE]
-            with tempfile.TemporaryDirectory() as folder:
-                files, questions, answers = Files(Path(folder)), [], []
-                for request in part:
-                    if len(request.args) != 6:
-                        raise UnsupportedOption("likelihoods without a question (acc_mutual_info) are not offered")
-                    context, answer, visual, number, task, split = request.args
-                    document = self._document(task, split, number)
-                    answers.append(answer(document) if callable(answer) else answer)
-                    questions.append(question_of(f"{task}:{split}:{number}", context, visual(document), files))
-                ranked = likelihoods(self.subject, questions, answers, folder)
-            found += [(one.loss, one.is_greedy) for one in ranked]
-            bar.update(len(part))
+        named = list(zip(_names(requests), requests, strict=True))
+        for start in range(0, len(named), AT_ONCE):
+            lines = self._ranked(named[start : start + AT_ONCE])
+            found += [GenerationResult((line["loss"], line["is_greedy"])) for line in lines]
+            bar.update(len(lines))
         bar.close()
         return found
+
+    def _ranked(self, named: Sequence[tuple[str, Instance]]) -> list[Line]:
+        """The lines of requests with their names, in their order; kept ones are not computed again."""
+        lines: list[Line | None] = []
+        left: list[tuple[int, Question, str, str]] = []
+        with tempfile.TemporaryDirectory() as folder:
+            files = Files(Path(folder))
+            for place, (name, request) in enumerate(named):
+                context, answer, visual, number, task, split = request.args
+                document = self._document(task, split, number)
+                text = answer(document) if callable(answer) else answer
+                mark = mark_of(context, text, self._identity, "likelihood")
+                lines.append(None if self._kept is None else self._kept.find(name, mark))
+                if lines[-1] is None:
+                    left.append((place, question_of(name, context, visual(document), files), text, mark))
+            asked = [question for _, question, _, _ in left]
+            ranked = likelihoods(self.subject, asked, [text for _, _, text, _ in left], folder)
+        for (place, question, text, mark), one in zip(left, ranked, strict=True):
+            more = {"loss": one.loss, "is_greedy": one.is_greedy, "asked": mark}
+            lines[place] = answer_line(question, text, self._model_name, **more)
+        if self._kept is not None:
+            self._kept.add([lines[place] for place, *_ in left])
+        return lines

@@ -146,10 +146,10 @@ def test_stages_of_a_run_are_measured_and_one_arm_is_trained(quickstart_run, tmp
     # The run's own checkpoints; the other arm's speech encoder stays that of 2.1a.
     assert found == {"staged": [0.1, 0.2, 0.3, 0.4, 0.5], JOINT: [0.7] * 5} and content["start"]["text"]["n"] == 10
     assert [point["step"] for point in content[JOINT]["points"]] == [3, 6, 9, 12, 15]
-    # Three steps of 4 rows each, of 256 tokens but for 2.2, which has 304; the mean is 265.6, and 304 are needed.
-    assert content["staged"]["costs"] == {"steps": 15, "positions": 12 * (4 * 256 + 304), "records": 100, "seconds": 15}
+    # Three steps of each stage, of 4 rows of 256; 3 seconds of each are made up.
+    assert content["staged"]["costs"] == {"steps": 15, "positions": 15 * 4 * 256, "records": 100, "seconds": 15}
     costs = content[JOINT]["costs"]
-    assert (costs["steps"], costs["positions"]) == (15, 15 * 4 * 304) and costs["records"] > 50
+    assert (costs["steps"], costs["positions"]) == (15, 15 * 4 * 256) and costs["records"] > 50
     joint = config_lib.load_json(ExperimentConfig, tmp_path / "study" / JOINT / CONFIG)
     checkpoints = checkpoint_folder(joint.run_dir, JOINT)
     assert complete_steps(checkpoints) == [3, 6, 9, 12, 15] == list(joint.checkpoint.milestones)
@@ -186,7 +186,7 @@ def test_rates_and_rows_of_the_arm_at_once(quickstart_run, tmp_path):
     (stage,) = joint.stages
     assert stage.learning_rate == pytest.approx((2e-3 + 7e-4 + 1.5e-3 + 1.5e-3 + 5e-4) / 5)
     assert stage.trainable == ("^projector/", "^vision/", "^language/", "^audio/adapter/", "^state_head/")
-    assert (stage.steps, stage.batch_size, stage.row_length, stage.row_tiles, stage.row_clips) == (15, 4, 304, 12, 4)
+    assert (stage.steps, stage.batch_size, stage.row_length, stage.row_tiles, stage.row_clips) == (15, 4, 256, 12, 4)
     assert stage.state_labels and stage.optimizer == "adamw" and stage.start_from == str(quickstart_run)
     assert joint_config(run, str(quickstart_run), 3e-4, str(tmp_path)).stages[0].learning_rate == 3e-4
 

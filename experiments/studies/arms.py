@@ -177,7 +177,8 @@ def stage_cost(run_dir: str | Path, stage: Stage) -> dict[str, float]:
     """What a finished stage took.
 
     Returns:
-      {"steps", "positions": of all its rows, padding included, "records": that it read and could use, "seconds"}.
+      {"steps", "positions": of all its rows, padding included, "records": that it read and could use, up to the last 8
+      rows that were packed together, "seconds"}.
 
     Raises:
       UserError: the stage is not finished.

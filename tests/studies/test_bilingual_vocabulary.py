@@ -69,6 +69,8 @@ def test_as_much_text_takes_as_many_more_steps_as_records_are_fewer():
     assert study.longer(results) == 1440
     with pytest.raises(UserError, match="train enlarged first"):
         study.longer({"bytes": results["bytes"]})
+    with pytest.raises(UserError, match="--steps 800 are too few"):
+        study.longer({**results, "bytes": {"training": {"steps": 800, "records": 0}}})
 
 
 @pytest.mark.parametrize("size", ["smoke", "small"])
@@ -115,8 +117,8 @@ def test_figures_are_those_of_the_tokenizers_and_of_the_runs(run_dir):
     more = load_params(run_dir / "enlarged").config.model.language.vocab_size - 832
     assert arms["enlarged"]["parameters"] - arms["bytes"]["parameters"] == 2 * more * 48 > 0
     training = {name: found["training"] for name, found in arms.items()}
-    assert training["bytes"]["steps"] == training["enlarged"]["steps"] == 3
-    assert training["bytes"]["positions"] == training["enlarged"]["positions"] == 3 * 2 * 640
+    assert training["bytes"]["steps"] == training["enlarged"]["steps"] == 4
+    assert training["bytes"]["positions"] == training["enlarged"]["positions"] == 4 * 4 * 640
     assert training["bytes"]["records"] < training["enlarged"]["records"]
     assert training["bytes_longer"]["steps"] == study.longer(arms)
     sets = json.loads((data / "texts.json").read_text(encoding="utf-8"))["sets"]

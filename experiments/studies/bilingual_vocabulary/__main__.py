@@ -120,7 +120,7 @@ class Size:
 
 
 SMALL = Size(800, 800, Rows(3, 640), {"records": 12000, "held_out": 300, "questions": 120}, 120)
-SMOKE = Size(3, 3, Rows(2, 640), {"records": 40, "held_out": 6, "questions": 8}, 8)
+SMOKE = Size(4, 4, Rows(4, 640), {"records": 40, "held_out": 6, "questions": 8}, 8)
 SIZES = {"small": SMALL, "smoke": SMOKE}
 
 
@@ -224,12 +224,14 @@ def longer(results: Mapping[str, Mapping[str, Any]]) -> int:
     """Steps after which the tokenizer without new pieces has read as many records as the one with them.
 
     Raises:
-      UserError: one of the two arms has no figures yet.
+      UserError: one of the two arms has no figures yet, or was too short to have any records counted.
     """
     missing = [name for name in ("bytes", COMPARED) if name not in results]
     if missing:
         raise UserError(f"bytes_longer is as long as the records of bytes and enlarged say; train {missing[0]} first")
     short, whole = (results[name]["training"] for name in ("bytes", COMPARED))
+    if not short["records"]:
+        raise UserError(f"--steps {short['steps']} are too few to count the records that they read; give more")
     return round(short["steps"] * whole["records"] / short["records"])
 
 

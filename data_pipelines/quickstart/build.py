@@ -17,7 +17,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from data_pipelines.quickstart.scenes import (
     sample_scene,
     transcript,
 )
-from data_pipelines.quickstart.sentences import TRANSCRIBE, draw_sentence, draw_words
+from data_pipelines.quickstart.sentences import TRANSCRIBE, Split, draw_sentence, draw_words
 from data_pipelines.quickstart.speech import RECORD_SETS, build_speech
 from data_pipelines.quickstart.speech_sets import SpeechCounts
 from data_pipelines.records import build_records
@@ -72,8 +72,8 @@ def _conversation(questions: list[Question], first_prefix: str) -> list[dict[str
     return turns
 
 
-def _language(rng: np.random.Generator) -> str:
-    return str(rng.choice(LANGUAGES))
+def _language(rng: np.random.Generator, languages: Sequence[str] = LANGUAGES) -> str:
+    return str(rng.choice(languages))
 
 
 def written_scene(scene: Scene, language: str, cells: str | None = None) -> str:
@@ -83,8 +83,9 @@ def written_scene(scene: Scene, language: str, cells: str | None = None) -> str:
     return f"{INKS[scene.ink][name]}/{PAPERS[scene.paper][name]}: {cells}"
 
 
-def text_record(index: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Questions about one written scene: a sheet, or every fifth time a clip.
+def text_record(index: int, rng: np.random.Generator, languages: Sequence[str] = LANGUAGES) -> dict[str, Any]:
+    """Questions about one written scene: a sheet, or every fifth time a clip. Scene and questions each have one of the
+    languages.
 
     Half of the scenes list their digits only, as captions do: the words for digits, colours and questions are learnt
     from these first, and looking them up between empty cells is easier afterwards.
@@ -99,8 +100,8 @@ def text_record(index: int, rng: np.random.Generator) -> dict[str, Any]:
         kinds = rng.permutation([*QUESTION_MIX, "caption"])[:TEXT_ROUNDS]
     if rng.random() < 0.5:
         cells = "".join(str(digit) for digit in scene.digits)
-    written = written_scene(scene, _language(rng), cells)
-    questions = [ask(scene, str(kind), _language(rng), rng) for kind in kinds]
+    written = written_scene(scene, _language(rng, languages), cells)
+    questions = [ask(scene, str(kind), _language(rng, languages), rng) for kind in kinds]
     return {"id": f"text-{index}", "conversations": _conversation(questions, written + "\n")}
 
 
@@ -109,16 +110,19 @@ def drawn_out(sentence: str, rng: np.random.Generator) -> str:
     return "".join(part + BLANK * int(rng.integers(0, LONGEST_GAP + 1)) for part in split_words(sentence)).strip()
 
 
-def sentences_record(index: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Written sentences stand in for spoken ones as written scenes do for pictures: each is asked for word by word.
+def sentences_record(
+    index: int, rng: np.random.Generator, languages: Sequence[str] = LANGUAGES, split: Split = "train"
+) -> dict[str, Any]:
+    """Written sentences of a split stand in for spoken ones as written scenes do for pictures: each is asked for word
+    by word.
 
     Half of them are words in no order, which cannot be guessed. Half are drawn out, as half of the scenes have their
     empty cells.
     """
     conversations = []
     for _ in range(TEXT_ROUNDS):
-        language = _language(rng)
-        sentence = (draw_words if rng.random() < 0.5 else draw_sentence)(language, "train", rng)
+        language = _language(rng, languages)
+        sentence = (draw_words if rng.random() < 0.5 else draw_sentence)(language, split, rng)
         request = str(rng.choice(TRANSCRIBE[language]))
         written = drawn_out(sentence, rng) if rng.random() < 0.5 else sentence
         conversations += [{"from": "human", "value": f"{written}\n{request}"}, {"from": "gpt", "value": sentence}]

@@ -14,7 +14,7 @@ import functools
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,21 +28,31 @@ from experiments.benchmarks.turns import describe_machine, format_machine, write
 from vita_jax import config as config_lib
 from vita_jax.command_line import ArgumentParser
 from vita_jax.errors import UserError
+from vita_jax.evaluation.bootstrap import interval
 from vita_jax.evaluation.results import save_result
 from vita_jax.parallel.process import prepare_process
 from vita_jax.parallel.rules import unbox
 from vita_jax.training import loop
-from vita_jax.training.checkpoint import CONFIG, StageCheckpoints, checkpoint_folder, load_params, snapshot_meta
+from vita_jax.training.checkpoint import (
+    CONFIG,
+    StageCheckpoints,
+    checkpoint_folder,
+    complete_steps,
+    load_params,
+    read_meta,
+    snapshot_meta,
+)
 from vita_jax.training.experiment import ExperimentConfig
 from vita_jax.training.families import ModelConfig, make_model
 from vita_jax.training.metrics import read_metrics
 from vita_jax.training.objectives import init_model
-from vita_jax.training.stages import flatten, parameter_counts
+from vita_jax.training.stages import Stage, flatten, parameter_counts
 
 SHARED, START, RESULT = "shared", "start", "arm.json"
 PACKAGES = ("jax", "flax")
 NOTES = "## What this says"  # from here on the written page is kept: a person's words
 LAST_SHARE = 0.1  # of the steps, whose mean loss is the last loss
+SEED = 0  # of the bootstrap
 Bars = Mapping[str, tuple[float, float, float]]
 
 
@@ -80,7 +90,13 @@ def train_shared(config: ExperimentConfig, prepare: Callable[[ExperimentConfig],
     loop.claim_run_dir(config, loop.REQUESTED)
     prepare(config)
     loop.run(config)
-    start = Path(config.run_dir) / START
+    return write_start(config, Path(config.run_dir) / START, parts)
+
+
+def write_start(config: ExperimentConfig, start: Path, parts: Mapping[str, str]) -> str:
+    """Writes a checkpoint of some components, unless it is there, and returns its folder; arguments as
+    `train_shared`, `start` is the folder.
+    """
     if not (start / CONFIG).is_file():
         shutil.rmtree(start, ignore_errors=True)  # what a killed process left
         stages = {part: checkpoint_folder(config.run_dir, stage) for part, stage in parts.items()}
@@ -124,12 +140,18 @@ def run_arms(
             about = {"title": arm.title, "per_kind": per_kind}
             save_result({**about, **training_figures(arm.config), **measure(arm, per_kind)}, result)
         if result.is_file():
-            found[arm.name] = json.loads(result.read_text(encoding="utf-8"))
-            if (asked := found[arm.name]["per_kind"]) != per_kind:
-                raise UserError(
-                    f"{result} has {asked or 'all'} questions of each kind, and {per_kind or 'all'} are asked for; use "
-                    "the same --per_kind, or delete that file to have the arm asked again"
-                )
+            found[arm.name] = read_result(result, per_kind)
+    return found
+
+
+def read_result(path: Path, per_kind: int | None) -> dict[str, Any]:
+    """Figures that were kept. Raises UserError if they are of another number of questions."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if (asked := found["per_kind"]) != per_kind:
+        raise UserError(
+            f"{path} has {asked or 'all'} questions of each kind, and {per_kind or 'all'} are asked for; use the same "
+            "--per_kind, or delete that file to have the arm asked again"
+        )
     return found
 
 
@@ -152,6 +174,43 @@ def training_figures(config: ExperimentConfig) -> dict[str, Any]:
     }
 
 
+def stage_cost(run_dir: str | Path, stage: Stage) -> dict[str, float]:
+    """What a finished stage took.
+
+    Returns:
+      {"steps", "positions": of all its rows, padding included, "records": that it read and could use, up to the last 8
+      rows that were packed together, "seconds"}.
+
+    Raises:
+      UserError: the stage is not finished.
+    """
+    folder = checkpoint_folder(run_dir, stage.name)
+    if (complete_steps(folder) or [0])[-1] != stage.steps:
+        raise UserError(f"{run_dir}: stage {stage.name!r} has no checkpoint of its step {stage.steps}; train it first")
+    meta = read_meta(folder / str(stage.steps))
+    records = sum(counts["seen"] - counts["bad"] for counts in _counts_in(meta["data_state"]))
+    positions = stage.steps * stage.batch_size * stage.row_length
+    return {"steps": stage.steps, "positions": positions, "records": records, "seconds": meta["seconds"]}
+
+
+def _counts_in(state: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The `RecordCounts` in the state of a loader, one for each lane."""
+    if "counts" in state:
+        yield state["counts"]
+        return
+    for part in state.values():
+        if isinstance(part, Mapping):
+            yield from _counts_in(part)
+
+
+def add_intervals(groups: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Groups of figures, see `evaluation.figures`, each with "low" and "high" of its accuracy (95 %, by bootstrap)."""
+    for group in groups.values():
+        parts = [np.array(list(outcomes.values()), float) for outcomes in group["outcomes"].values()]
+        group["low"], group["high"] = interval(parts, SEED)
+    return groups
+
+
 @functools.lru_cache
 def component_sizes(model: ModelConfig) -> Mapping[str, int]:
     """Parameters of every component, from shapes alone."""
@@ -172,24 +231,44 @@ def write_results(
     results: Mapping[str, Mapping[str, Any]],
     bars: Mapping[str, Bars],
 ) -> None:
+    """Writes results as `write_study` does, with a plot of losses and accuracies.
+
+    Args:
+      results: as `run_arms` gives them.
+      bars: title of a panel -> title of an arm -> (accuracy, low, high).
+    """
+    curves = {found["title"]: found["losses"] for found in results.values()}
+    write_study(folders, name, title, tables, settings, results, draw(curves, bars), "losses and accuracies")
+
+
+def write_study(
+    folders: Sequence[Path],
+    name: str,
+    title: str,
+    tables: Sequence[str],
+    settings: Mapping[str, Any],
+    results: Mapping[str, Any],
+    figure: Figure,
+    caption: str,
+) -> None:
     """Writes `<name>.json`, `.md` and `.png` to every folder; what became of every question stays with the arms.
 
     Args:
       title: of the page.
       tables: in Markdown.
       settings: what all arms had in common.
-      results: as `run_arms` gives them.
-      bars: title of a panel -> title of an arm -> (accuracy, low, high).
+      results: figures by arm.
+      figure: the plot.
+      caption: says what it shows.
     """
     machine = describe_machine(PACKAGES)
     machine.pop("load before", None)  # the arms were trained before this
-    parts = [f"# {title}", *tables, f"![losses and accuracies]({name}.png)"]
+    parts = [f"# {title}", *tables, f"![{caption}]({name}.png)"]
     parts += ["; ".join(f"{key} {value}" for key, value in settings.items()), format_machine(machine)]
     content = {"machine": machine, "settings": dict(settings), "arms": without_outcomes(results)}
     for folder in folders:
         write_page(folder / name, "\n\n".join(parts) + "\n", NOTES, content)
-        curves = {found["title"]: found["losses"] for found in results.values()}
-        draw(curves, bars).savefig(folder / f"{name}.png", dpi=150)
+        figure.savefig(folder / f"{name}.png", dpi=150)
 
 
 def without_outcomes(value: Any) -> Any:
@@ -239,11 +318,16 @@ def points(change: Mapping[str, Any]) -> str:
 
 
 def add_arguments(parser: ArgumentParser, run_dir: str, arms: Sequence[str]) -> None:
-    """What both commands take."""
-    parser.add_argument("--run_dir", default=run_dir, metavar="DIR", help=f"default {run_dir}")
-    parser.add_argument("--size", choices=("smoke", "small"), default="small", help="default small")
+    """What the commands take whose arms are trained for as many steps each, whichever of them are."""
+    add_common_arguments(parser, run_dir)
     parser.add_argument("--only", nargs="+", choices=arms, metavar="ARM", help=f"of {', '.join(arms)}; default all")
     parser.add_argument("--steps", type=int, metavar="N", help="of every arm, in place of the size's")
+
+
+def add_common_arguments(parser: ArgumentParser, run_dir: str) -> None:
+    """What all commands with arms take."""
+    parser.add_argument("--run_dir", default=run_dir, metavar="DIR", help=f"default {run_dir}")
+    parser.add_argument("--size", choices=("smoke", "small"), default="small", help="default small")
     parser.add_argument("--per_kind", type=int, metavar="N", help="questions of each kind, in place of the size's")
     parser.add_argument("--write", action="store_true", help="also write the results beside the command's file")
 
@@ -256,7 +340,7 @@ def run_study(study: Callable[[argparse.Namespace], None], arguments: argparse.N
       UserError: numbers below 1; and as `study`.
     """
     for name in ("steps", "per_kind"):
-        value = getattr(arguments, name)
+        value = getattr(arguments, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value} must be at least 1")
     prepare_process()

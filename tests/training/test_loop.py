@@ -26,7 +26,7 @@ from vita_jax.data.tokenizer import load_tokenizer
 from vita_jax.errors import UserError
 from vita_jax.training import loop
 from vita_jax.training.checkpoint import checkpoint_folder, complete_steps, load_params, read_meta
-from vita_jax.training.experiment import tokenizer_folder
+from vita_jax.training.experiment import CheckpointConfig, tokenizer_folder
 from vita_jax.training.metrics import MetricsWriter, Progress, format_duration, format_rate, read_metrics
 from vita_jax.training.stages import flatten
 
@@ -169,6 +169,18 @@ def test_stop_signal_saves_and_the_run_goes_on(finished, tmp_path):
     assert complete_steps(checkpoint_folder(tmp_path, "joint")) == [4]
     assert "going on from step 4" in run(config)
     assert_same_run(tmp_path, finished[0])
+
+
+def test_milestones_stay_and_change_nothing(finished, tmp_path):
+    saved = CheckpointConfig(every_steps=2, keep=1, milestones=(1, 3, 50))
+    run(experiment(tmp_path, checkpoint=saved))
+    assert {name: complete_steps(checkpoint_folder(tmp_path, name)) for name in ("naming", "joint")} == {
+        "naming": [1, 3, 4],
+        "joint": [1, 3, 6],
+    }
+    assert_same_run(tmp_path, finished[0])
+    with pytest.raises(UserError, match="checkpoint.milestones=0: must be at least 1"):
+        run(experiment(tmp_path, checkpoint=CheckpointConfig(milestones=(4, 0))))
 
 
 def test_a_finished_run_does_nothing_and_the_hook_is_called_once(finished):

@@ -25,7 +25,7 @@ import os
 import signal
 import threading
 import zlib
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import FrameType
 from typing import Any
@@ -154,12 +154,12 @@ class StageCheckpoints:
     call each method.
 
     Writing happens in the background; `save` waits only for the previous one. Old checkpoints are removed once a newer
-    one is complete.
+    one is complete, but those of the steps `milestones`.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, milestones: Sequence[int] = ()) -> None:
         self.folder = absolute(folder)
-        self.keep = keep
+        self.keep, self.milestones = keep, milestones
         self._in_flight: int | None = None
         # Orbax logs tracebacks of errors in its background thread, which it raises as well.
         logging.getLogger("absl").addFilter(_not_raised_anyway)
@@ -212,7 +212,8 @@ class StageCheckpoints:
         with self._named_errors():
             self._manager.wait_until_finished()
             for step in on_first(lambda: complete_steps(self.folder)[: -self.keep]):
-                self._manager.delete(step)
+                if step not in self.milestones:
+                    self._manager.delete(step)
 
     def restore(
         self, step: int, abstract_params: Any, abstract_opt_state: Any, meta: dict[str, Any] | None = None

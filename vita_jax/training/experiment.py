@@ -117,10 +117,14 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Every how many steps a stage saves (its end is always saved), and how many of its checkpoints are kept."""
+    """Every how many steps a stage saves (its end is always saved), and how many of its checkpoints are kept.
+
+    After the steps `milestones` it saves as well, and those stay for good.
+    """
 
     every_steps: int = 200
     keep: int = 2
+    milestones: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,6 +354,7 @@ def _validate_parts(config: ExperimentConfig) -> None:
     for field, value in (
         ("checkpoint.every_steps", config.checkpoint.every_steps),
         ("checkpoint.keep", config.checkpoint.keep),
+        ("checkpoint.milestones", min(config.checkpoint.milestones, default=1)),
         ("log.every_steps", config.log.every_steps),
         ("mesh.max_whole_mib", config.mesh.max_whole_mib),
     ):

@@ -290,7 +290,7 @@ def run_stage(run: Run, plan: StagePlan) -> None:
     folder = checkpoint_folder(run.config.run_dir, stage.name)
     # Before the checkpoints are opened, which all processes do together.
     meta = on_first(lambda: newest_usable(folder, lambda line: run.stream.write(f"{stage.title}: {line}\n")))
-    with StageCheckpoints(folder, run.config.checkpoint.keep) as checkpoints:
+    with StageCheckpoints(folder, run.config.checkpoint.keep, run.config.checkpoint.milestones) as checkpoints:
         if meta is not None and meta["finished"]:
             run.stream.write(f"{stage.title}: already finished\n")
         else:
@@ -387,7 +387,8 @@ def train_stage(
     with Watchdog(config.guard, run_dir, stage) as watchdog, StepTrace(config.profile, run_dir, stage.name) as trace:
         for step in range(first, stage.steps):
             stop = run.agreed(run.stop.received or 0)
-            if step > saved and (step % config.checkpoint.every_steps == 0 or stop):
+            due = step % config.checkpoint.every_steps == 0 or step in config.checkpoint.milestones
+            if step > saved and (due or stop):
                 save(step)
                 saved = step
             if stop:

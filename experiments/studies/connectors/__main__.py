@@ -43,14 +43,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data_pipelines.quickstart.questions import KINDS
 from experiments.benchmarks.turns import format_table
 from experiments.llava import quickstart as llava
 from experiments.studies.arms import (
     Arm,
     add_arguments,
+    add_intervals,
     points,
     run_arms,
     run_study,
@@ -65,7 +64,6 @@ from vita_jax.data.tokenizer import load_tokenizer
 from vita_jax.errors import UserError
 from vita_jax.evaluation.answering import answer_items
 from vita_jax.evaluation.benchmarks import QUICKSTART
-from vita_jax.evaluation.bootstrap import interval
 from vita_jax.evaluation.comparison import compare_groups
 from vita_jax.evaluation.figures import score
 from vita_jax.evaluation.items import ITEMS, read_items, stratified
@@ -79,7 +77,6 @@ ARMS = ("linear", "two_matrices", "mlp", "perceiver", "perceiver_few", "gated")
 COMPARED = "mlp"  # what the others are compared with, question by question
 TYPED, TEXT = "typed", "text"
 RESULTS = Path(__file__).parent / "results"
-SEED = 0  # of the bootstrap
 
 
 def measure(arm: Arm, per_kind: int, shared: ExperimentConfig) -> dict[str, Any]:
@@ -106,14 +103,11 @@ def measure(arm: Arm, per_kind: int, shared: ExperimentConfig) -> dict[str, Any]
         context = example_context(arm.config, tokenizer)
         answers = answer_items(network, params, context, items, root)
     found = score(dataclasses.replace(QUICKSTART, groups=groups), items, answers, context.template)["groups"]
-    for group in found.values():
-        parts = [np.array(list(outcomes.values()), float) for outcomes in group["outcomes"].values()]
-        group["low"], group["high"] = interval(parts, SEED)
     return {
         "parameters": connector_parameters(model),
         "tokens": model.resampler.num_latents if gated else model.tokens_per_tile,
         "positions": 1 if gated else model.tokens_per_tile,
-        "groups": found,
+        "groups": add_intervals(found),
     }
 
 

@@ -10,6 +10,7 @@ An arm with its `arm.json` is neither trained nor asked again; one that was stop
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import shutil
@@ -32,8 +33,17 @@ from vita_jax.evaluation.results import save_result
 from vita_jax.parallel.process import prepare_process
 from vita_jax.parallel.rules import unbox
 from vita_jax.training import loop
-from vita_jax.training.checkpoint import CONFIG, StageCheckpoints, checkpoint_folder, load_params, snapshot_meta
-from vita_jax.training.experiment import ExperimentConfig
+from vita_jax.training.checkpoint import (
+    CONFIG,
+    StageCheckpoints,
+    checkpoint_folder,
+    complete_steps,
+    load_config,
+    load_params,
+    read_meta,
+    snapshot_meta,
+)
+from vita_jax.training.experiment import ExperimentConfig, data_folder, tokenizer_folder
 from vita_jax.training.families import ModelConfig, make_model
 from vita_jax.training.metrics import read_metrics
 from vita_jax.training.objectives import init_model
@@ -80,11 +90,53 @@ def train_shared(config: ExperimentConfig, prepare: Callable[[ExperimentConfig],
     loop.claim_run_dir(config, loop.REQUESTED)
     prepare(config)
     loop.run(config)
-    start = Path(config.run_dir) / START
+    return save_start(config, parts, Path(config.run_dir) / START)
+
+
+def open_run(run: str, stages: Sequence[str]) -> ExperimentConfig:
+    """The configuration of a run that is only read, with its folders as they are now.
+
+    Args:
+      run: its folder.
+      stages: that have to be finished.
+
+    Raises:
+      UserError: one of them is not, or the run's data is gone.
+    """
+    for stage in stages:
+        folder = checkpoint_folder(run, stage)
+        steps = complete_steps(folder)
+        if not steps or not read_meta(folder / str(steps[-1]))["finished"]:
+            raise UserError(
+                f"--run {run}: its stage {stage!r} is not finished; train one with "
+                "`python -m vita_jax.train --config=experiments/quickstart.py`, or give another"
+            )
+    config, place = load_config(folder)
+    config = dataclasses.replace(config, run_dir=str(place))
+    if not data_folder(config).is_dir():
+        raise UserError(f"--run {run}: its data {data_folder(config)} is gone; build it again, or give another run")
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, folder=str(data_folder(config))),
+        tokenizer=dataclasses.replace(config.tokenizer, folder=str(tokenizer_folder(config))),
+    )
+
+
+def save_start(config: ExperimentConfig, parts: Mapping[str, str], start: Path) -> str:
+    """A checkpoint of some components of a run and of nothing else, unless it is there; returns its folder.
+
+    Args:
+      config: of the run, which is only read.
+      parts: component of the model -> the stage whose checkpoint has it as it is wanted.
+      start: where it is written.
+
+    Raises:
+      UserError: a stage has no checkpoint.
+    """
     if not (start / CONFIG).is_file():
         shutil.rmtree(start, ignore_errors=True)  # what a killed process left
-        stages = {part: checkpoint_folder(config.run_dir, stage) for part, stage in parts.items()}
-        params = {part: load_params(folder).params[part] for part, folder in stages.items()}
+        loaded = {name: load_params(checkpoint_folder(config.run_dir, name)).params for name in set(parts.values())}
+        params = {part: loaded[name][part] for part, name in parts.items()}
         stage = config.stages[0]
         meta = snapshot_meta(config, stage, stage.steps, [0, 0], None, 0.0)
         with StageCheckpoints(checkpoint_folder(start, stage.name), keep=1) as checkpoints:
@@ -224,9 +276,9 @@ def draw(curves: Mapping[str, Sequence[Sequence[float]]], bars: Mapping[str, Bar
     return figure
 
 
-def with_interval(found: Mapping[str, Any]) -> str:
-    """`63.1 % (60.0 to 66.2)` of figures with "accuracy", "low" and "high"."""
-    return f"{100 * found['accuracy']:.1f} % ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
+def with_interval(found: Mapping[str, Any], of: str = "accuracy") -> str:
+    """`63.1 % (60.0 to 66.2)` of figures with a share under that name, "low" and "high"."""
+    return f"{100 * found[of]:.1f} % ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
 
 
 def points(change: Mapping[str, Any]) -> str:
@@ -238,7 +290,7 @@ def points(change: Mapping[str, Any]) -> str:
 
 
 def add_arguments(parser: ArgumentParser, run_dir: str, arms: Sequence[str]) -> None:
-    """What both commands take."""
+    """What the commands take."""
     parser.add_argument("--run_dir", default=run_dir, metavar="DIR", help=f"default {run_dir}")
     parser.add_argument("--size", choices=("smoke", "small"), default="small", help="default small")
     parser.add_argument("--only", nargs="+", choices=arms, metavar="ARM", help=f"of {', '.join(arms)}; default all")

@@ -76,6 +76,8 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
                 assert name in usage, option
         return
     module = importlib.import_module(words[2])
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"{words[2]}.__main__")
     if hasattr(module, "run_with_config"):
         monkeypatch.setattr(module, "run_with_config", lambda command, usage, argv: check_config(usage, argv))
     else:

@@ -10,7 +10,6 @@ An arm with its `arm.json` is neither trained nor asked again; one that was stop
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import json
 import shutil
@@ -33,17 +32,8 @@ from vita_jax.evaluation.results import save_result
 from vita_jax.parallel.process import prepare_process
 from vita_jax.parallel.rules import unbox
 from vita_jax.training import loop
-from vita_jax.training.checkpoint import (
-    CONFIG,
-    StageCheckpoints,
-    checkpoint_folder,
-    complete_steps,
-    load_config,
-    load_params,
-    read_meta,
-    snapshot_meta,
-)
-from vita_jax.training.experiment import ExperimentConfig, data_folder, tokenizer_folder
+from vita_jax.training.checkpoint import CONFIG, StageCheckpoints, checkpoint_folder, load_params, snapshot_meta
+from vita_jax.training.experiment import ExperimentConfig
 from vita_jax.training.families import ModelConfig, make_model
 from vita_jax.training.metrics import read_metrics
 from vita_jax.training.objectives import init_model
@@ -90,53 +80,17 @@ def train_shared(config: ExperimentConfig, prepare: Callable[[ExperimentConfig],
     loop.claim_run_dir(config, loop.REQUESTED)
     prepare(config)
     loop.run(config)
-    return save_start(config, parts, Path(config.run_dir) / START)
+    return write_start(config, Path(config.run_dir) / START, parts)
 
 
-def open_run(run: str, stages: Sequence[str]) -> ExperimentConfig:
-    """The configuration of a run that is only read, with its folders as they are now.
-
-    Args:
-      run: its folder.
-      stages: that have to be finished.
-
-    Raises:
-      UserError: one of them is not, or the run's data is gone.
-    """
-    for stage in stages:
-        folder = checkpoint_folder(run, stage)
-        steps = complete_steps(folder)
-        if not steps or not read_meta(folder / str(steps[-1]))["finished"]:
-            raise UserError(
-                f"--run {run}: its stage {stage!r} is not finished; train one with "
-                "`python -m vita_jax.train --config=experiments/quickstart.py`, or give another"
-            )
-    config, place = load_config(folder)
-    config = dataclasses.replace(config, run_dir=str(place))
-    if not data_folder(config).is_dir():
-        raise UserError(f"--run {run}: its data {data_folder(config)} is gone; build it again, or give another run")
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, folder=str(data_folder(config))),
-        tokenizer=dataclasses.replace(config.tokenizer, folder=str(tokenizer_folder(config))),
-    )
-
-
-def save_start(config: ExperimentConfig, parts: Mapping[str, str], start: Path) -> str:
-    """A checkpoint of some components of a run and of nothing else, unless it is there; returns its folder.
-
-    Args:
-      config: of the run, which is only read.
-      parts: component of the model -> the stage whose checkpoint has it as it is wanted.
-      start: where it is written.
-
-    Raises:
-      UserError: a stage has no checkpoint.
+def write_start(config: ExperimentConfig, start: Path, parts: Mapping[str, str]) -> str:
+    """Writes a checkpoint of some components, unless it is there, and returns its folder; arguments as
+    `train_shared`, `start` is the folder.
     """
     if not (start / CONFIG).is_file():
         shutil.rmtree(start, ignore_errors=True)  # what a killed process left
-        loaded = {name: load_params(checkpoint_folder(config.run_dir, name)).params for name in set(parts.values())}
-        params = {part: loaded[name][part] for part, name in parts.items()}
+        stages = {part: checkpoint_folder(config.run_dir, stage) for part, stage in parts.items()}
+        params = {part: load_params(folder).params[part] for part, folder in stages.items()}
         stage = config.stages[0]
         meta = snapshot_meta(config, stage, stage.steps, [0, 0], None, 0.0)
         with StageCheckpoints(checkpoint_folder(start, stage.name), keep=1) as checkpoints:
@@ -290,7 +244,7 @@ def points(change: Mapping[str, Any]) -> str:
 
 
 def add_arguments(parser: ArgumentParser, run_dir: str, arms: Sequence[str]) -> None:
-    """What the commands take."""
+    """What both commands take."""
     parser.add_argument("--run_dir", default=run_dir, metavar="DIR", help=f"default {run_dir}")
     parser.add_argument("--size", choices=("smoke", "small"), default="small", help="default small")
     parser.add_argument("--only", nargs="+", choices=arms, metavar="ARM", help=f"of {', '.join(arms)}; default all")

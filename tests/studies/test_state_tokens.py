@@ -11,7 +11,8 @@ from data_pipelines.quickstart.scans import load_scan_splits
 from data_pipelines.speech.clips import read_wav
 from data_pipelines.speech.noises import root_mean_square
 from data_pipelines.speech.voices import training_voices
-from experiments.studies.arms import RESULT, open_run
+from experiments.studies.arms import RESULT
+from experiments.studies.finished_run import open_run
 from experiments.studies.state_tokens import __main__ as study
 from experiments.studies.state_tokens import sounds
 from experiments.studies.state_tokens.negatives import MIXES, build_negatives

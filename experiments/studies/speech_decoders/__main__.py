@@ -48,14 +48,14 @@ from experiments.studies.arms import (
     Arm,
     add_arguments,
     component_sizes,
-    open_run,
     points,
     run_arms,
     run_study,
-    save_start,
     with_interval,
     write_results,
+    write_start,
 )
+from experiments.studies.finished_run import add_run, arm_config, open_run
 from experiments.studies.speech_decoders.voice import (
     ANSWERS,
     GROUPS,
@@ -80,7 +80,7 @@ from vita_jax.models.codec.generator import context_frames
 from vita_jax.models.speech.config import SpeechDecoderConfig
 from vita_jax.parallel.huge_pages import restart_with_huge_pages
 from vita_jax.training.checkpoint import load_params
-from vita_jax.training.experiment import CheckpointConfig, ExperimentConfig, tokenizer_folder
+from vita_jax.training.experiment import ExperimentConfig, tokenizer_folder
 
 NAME, STREAMS = "speech_decoders", "streams"
 RESULTS = Path(__file__).parent / "results"
@@ -138,7 +138,7 @@ def save_frozen(config: ExperimentConfig, run_dir: str) -> str:
         raise UserError(f"{config.run_dir}: the study needs a model that speaks; its config needs `codec` and `speech`")
     parts = {part: CODEC if part == CODEC else LANGUAGE_STAGE for part in component_sizes(config.model)}
     del parts[SPEECH]
-    return save_start(config, parts, Path(run_dir) / START)
+    return write_start(config, Path(run_dir) / START, parts)
 
 
 def make_arms(config: ExperimentConfig, run_dir: str, start: str, steps: int | None = None) -> list[Arm]:
@@ -151,21 +151,12 @@ def make_arms(config: ExperimentConfig, run_dir: str, start: str, steps: int | N
     """
     stage = config.stage(STAGE)
     stage = dataclasses.replace(stage, start_from=start, steps=steps or stage.steps)
-    return [
-        Arm(
-            name,
-            TITLES[name],
-            dataclasses.replace(
-                config,
-                name=f"{NAME}_{name}",
-                run_dir=str(Path(run_dir) / name),
-                model=dataclasses.replace(config.model, speech=speech),
-                checkpoint=CheckpointConfig(every_steps=500, keep=1),
-                stages=(stage,),
-            ),
-        )
-        for name, speech in arm_speech(config.model.speech).items()
-    ]
+
+    def arm(name: str, speech: SpeechDecoderConfig) -> Arm:
+        own = arm_config(config, f"{NAME}_{name}", str(Path(run_dir) / name), stage)
+        return Arm(name, TITLES[name], dataclasses.replace(own, model=dataclasses.replace(own.model, speech=speech)))
+
+    return [arm(name, speech) for name, speech in arm_speech(config.model.speech).items()]
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------
@@ -325,9 +316,7 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m experiments.studies.speech_decoders", description="Compares speech decoders.", epilog=__doc__
     )
-    parser.add_argument(
-        "--run", default="runs/quickstart", metavar="RUN", help="a finished quickstart; default runs/quickstart"
-    )
+    add_run(parser)
     add_arguments(parser, "runs/speech_decoders", tuple(TITLES))
     return parser
 

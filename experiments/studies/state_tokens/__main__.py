@@ -40,13 +40,13 @@ from experiments.quickstart import NEGATIVES as NEGATIVES_SOURCE
 from experiments.studies.arms import (
     Arm,
     add_arguments,
-    open_run,
     points,
     run_arms,
     run_study,
     with_interval,
     write_results,
 )
+from experiments.studies.finished_run import add_run, arm_config, open_run
 from experiments.studies.state_tokens.negatives import MIXES, RECORDS, build_negatives
 from experiments.studies.state_tokens.sounds import CONDITIONS, NEGATIVES, QUERIES, SPLIT, build_sounds
 from vita_jax.command_line import ArgumentParser, progress_line, run_command
@@ -62,7 +62,7 @@ from vita_jax.evaluation.subject import Subject, benchmark_folder
 from vita_jax.models.state_head import INPUT_CLASSES
 from vita_jax.parallel.huge_pages import restart_with_huge_pages
 from vita_jax.training.checkpoint import checkpoint_folder, load_params
-from vita_jax.training.experiment import CheckpointConfig, ExperimentConfig, tokenizer_folder
+from vita_jax.training.experiment import ExperimentConfig, tokenizer_folder
 
 NAME = "state_tokens"
 RESULTS = Path(__file__).parent / "results"
@@ -121,14 +121,7 @@ def make_arms(config: ExperimentConfig, run_dir: str, steps: int) -> list[Arm]:
         )
         start = str(checkpoint_folder(config.run_dir, BEFORE))
         trained = dataclasses.replace(stage, sources=sources, steps=steps, start_from=start)
-        own_config = dataclasses.replace(
-            config,
-            name=f"{NAME}_{name}",
-            run_dir=str(Path(run_dir) / name),
-            checkpoint=CheckpointConfig(every_steps=500, keep=1),
-            stages=(trained,),
-        )
-        return Arm(name, title, own_config)
+        return Arm(name, title, arm_config(config, f"{NAME}_{name}", str(Path(run_dir) / name), trained))
 
     return [arm(name, mix.title) for name, mix in MIXES.items()]
 
@@ -297,9 +290,7 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m experiments.studies.state_tokens", description="State tokens under noise.", epilog=__doc__
     )
-    parser.add_argument(
-        "--run", default="runs/quickstart", metavar="RUN", help="a finished quickstart; default runs/quickstart"
-    )
+    add_run(parser)
     add_arguments(parser, "runs/state_tokens", tuple(MIXES))
     return parser
 

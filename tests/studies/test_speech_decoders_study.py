@@ -29,11 +29,12 @@ def test_decoders_of_the_arms():
 
 
 def test_settings_cut_the_sound_in_every_way():
-    settings = study.stream_settings(400, full=3)
-    assert {"2, 40, full", "40, 40, full", "8, 8, full", "8, 40, 0", "8, 40, 10", study.WHOLE} <= set(settings)
-    assert "8, 40, 4" not in settings, "as good as full"
-    assert all(options.quiet_level is None for options in settings.values())
-    assert settings["2, 40, full"].first_chunks == (2, 4, 8, 16, 32) and settings[study.WHOLE].first_chunks == ()
+    settings = study.stream_settings(full=3)
+    assert {"2, 40, full, 20", "2, 40, full, 5", "8, 8, full, 20", "8, 40, 10, 20", study.WHOLE} <= set(settings)
+    assert "8, 40, 4, 20" not in settings, "as good as full"
+    assert all(options.stream.quiet_level is None for options in settings.values())
+    assert settings["2, 40, full, 5"].stream.first_chunks == (2, 4, 8, 16, 32)
+    assert settings["2, 40, full, 5"].steps_per_call == 5 and settings[study.WHOLE].stream.first_chunks == ()
 
 
 class Hears:
@@ -101,16 +102,17 @@ def test_a_run_leaves_tables_and_trains_once(run, tmp_path, monkeypatch, capsys)
     content = json.loads((tmp_path / "speech_decoders.json").read_text(encoding="utf-8"))
     assert list(content["arms"]) == ["nar_ar", "ar"] and "streams" not in content["arms"]["ar"]
     streams = content["arms"]["nar_ar"]["streams"]
-    assert list(streams) == ["8, 40, full", "8, 20, full", "8, 40, 0", study.WHOLE]
-    for name in ("8, 40, full", "8, 20, full", study.WHOLE):
+    exact = ["8, 40, full, 20", "8, 20, full, 20", "8, 40, full, 5", study.WHOLE]
+    assert list(streams) == [*exact[:2], "8, 40, 0, 20", *exact[2:]]
+    for name in exact:
         assert streams[name]["largest"] < 1e-5 and streams[name]["mel_distance"] < 1e-2, name
-    assert streams["8, 40, 0"]["largest"] > 1e-4, "the codec sees beyond a chunk"
+    assert streams["8, 40, 0, 20"]["largest"] > 1e-4, "the codec sees beyond a chunk"
     assert all(found["first_ms"] > 0 and found["real_time_factor"] > 0 for found in streams.values())
     for found in content["arms"].values():
         assert {group: part["n"] for group, part in found["read"].items()} == {"answers": 1, "held-out texts": 1}
     page = (tmp_path / "speech_decoders.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("|")]
-    assert rows == ["decoders", "---", "NAR + AR", "AR", "first chunk, later, context", "---", *streams]
+    assert rows == ["decoders", "---", "NAR + AR", "AR", "first chunk, later, context, call", "---", *streams]
     for name in ("speech_decoders.png", "streams.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and name in page
     before = [(tmp_path / name / RESULT).read_bytes() for name in ("nar_ar", "ar")]

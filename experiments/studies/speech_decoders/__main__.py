@@ -20,9 +20,10 @@ answers to the benchmark's spoken questions, and texts that are held out; the ru
     real time      seconds of work by seconds of sound, and what of it is the decoders' and the codec's
 
 Then `nar_ar` says some of the texts with its sound cut in other ways: frames (40 a second in the quickstart) of the
-first chunk and of the later ones (each is twice the one before until then), and frames of context that are decoded on
-both sides of a chunk. Beside the same tokens decoded at once stand the largest difference of two samples (which lie in
--1 .. 1) and the distance of the log-mel spectra. Nothing is played, so work never waits for a player.
+first chunk and of the later ones (each is twice the one before until then), frames of context that are decoded on both
+sides of a chunk, and tokens (one a frame) that are drawn in one call. Beside the same tokens decoded at once stand the
+largest difference of two samples (which lie in -1 .. 1) and the distance of the log-mel spectra. Nothing is played, so
+work never waits for a player.
 
 The same command goes on where it was stopped; arms that are finished are not trained again. With the quickstart's small
 run about 20 minutes of two CPU cores. Leaves `<run_dir>/speech_decoders.md`, `.json`, `.png` and `streams.png`, with
@@ -58,6 +59,7 @@ from experiments.studies.arms import (
 from experiments.studies.finished_run import add_run, arm_config, open_run
 from experiments.studies.speech_decoders.voice import (
     ANSWERS,
+    AS_SERVED,
     GROUPS,
     HELD_OUT,
     latency_figures,
@@ -89,7 +91,7 @@ LANGUAGE_STAGE = "audio_sft"  # that trained everything but the voice
 BASE = "nar_ar"
 TITLES = {BASE: "NAR + AR", "ar": "AR", "ar_deep": "AR, more layers"}
 # Frames. What is not varied is as the conversations of `vita_jax` have it (`TALKING`).
-FIRST, CHUNK = 8, 40
+FIRST, CHUNK, CALL = 8, 40, AS_SERVED.steps_per_call
 FIRST_CHUNKS, CHUNKS, CONTEXTS = (2, 4, 8, 16, 40), (8, 20, 80), (0, 1, 2, 4, ORIGINAL_CONTEXT)
 WHOLE = "at once"
 
@@ -109,7 +111,7 @@ class Size:
     streamed: int
 
 
-SIZES = {"small": Size(None, 16, 24), "smoke": Size(3, 1, 2)}
+SIZES = {"small": Size(None, 16, 64), "smoke": Size(3, 1, 2)}
 
 
 # ---- arms -----------------------------------------------------------------------------------------------------------
@@ -162,23 +164,24 @@ def make_arms(config: ExperimentConfig, run_dir: str, start: str, steps: int | N
 # ---- figures --------------------------------------------------------------------------------------------------------
 
 
-def stream_settings(frames: int, full: int) -> dict[str, StreamOptions]:
-    """Name -> how the sound is cut.
+def stream_settings(full: int) -> dict[str, SpeakOptions]:
+    """Name -> how tokens are drawn and the sound is cut.
 
     Args:
-      frames: more than a text ever has.
       full: frames of context with which streamed sound is that of all tokens decoded at once.
     """
 
-    def cut(first: int, chunk: int, context: int | None = None) -> tuple[str, StreamOptions]:
+    def cut(first: int, chunk: int, context: int | None = None, call: int = CALL) -> tuple[str, SpeakOptions]:
         around = "full" if context is None else str(context)
         options = StreamOptions(chunk=chunk, context=context, quiet_level=None, first_chunk=first)
-        return f"{first}, {chunk}, {around}", options
+        return f"{first}, {chunk}, {around}, {call}", SpeakOptions(steps_per_call=call, stream=options)
 
     contexts = [context for context in CONTEXTS if context < full or context == ORIGINAL_CONTEXT]
     settings = [cut(first, CHUNK) for first in FIRST_CHUNKS] + [cut(FIRST, chunk) for chunk in CHUNKS]
     settings += [cut(FIRST, CHUNK, context) for context in contexts]
-    return {**dict(settings), WHOLE: StreamOptions(chunk=frames, quiet_level=None)}
+    settings += [cut(first, CHUNK, None, CALL // 4) for first in FIRST_CHUNKS if first <= FIRST]
+    longest = StreamOptions(chunk=AS_SERVED.max_tokens, quiet_level=None)
+    return {**dict(settings), WHOLE: SpeakOptions(stream=longest)}
 
 
 def measure(arm: Arm, per_kind: int, run: ExperimentConfig, streamed: int) -> dict[str, Any]:
@@ -205,7 +208,7 @@ def measure(arm: Arm, per_kind: int, run: ExperimentConfig, streamed: int) -> di
         "latency": latency_figures(stream_all(speakers, some, tokenizer), rate),
     }
     if arm.name == BASE:
-        settings = stream_settings(SpeakOptions().max_tokens, context_frames(model.codec))
+        settings = stream_settings(context_frames(model.codec))
         figures[STREAMS] = stream_figures(model, params, own_voices, settings, some, tokenizer, recogniser)
     return figures
 
@@ -213,17 +216,12 @@ def measure(arm: Arm, per_kind: int, run: ExperimentConfig, streamed: int) -> di
 # ---- the page -------------------------------------------------------------------------------------------------------
 
 
-def number(value: float | None, form: str) -> str:
-    """The number in that form, or "-" where there is none."""
-    return "-" if value is None else format(value, form)
-
-
 def latency_cells(found: Mapping[str, float | None]) -> tuple[str, str]:
     """First sound and real-time factor."""
     if found["first_ms"] is None:
         return "-", "-"
     parts = f"{found['real_time_factor']:.3f} ({found['decoder']:.3f}, {found['codec']:.3f})"
-    return f"{found['first_ms']:.0f}, {found['first_ms_most']:.0f} ms", parts
+    return f"{found['first_ms']:.1f}, {found['first_ms_most']:.1f} ms", parts
 
 
 def table_of_arms(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -252,26 +250,25 @@ def table_of_streams(streams: Mapping[str, Mapping[str, Any]]) -> str:
         misread = ", ".join(f"{100 * part['misread']['rate']:.1f} %" for part in read)
         differs = (f"{found['largest']:.1e}", f"{found['mel_distance']:.4f}")
         rows.append((name, *latency_cells(found), *differs, exact, misread))
-    head = ("first chunk, later, context", "first sound", "real time (decoders, codec)", "largest difference")
+    head = ("first chunk, later, context, call", "first sound", "real time (decoders, codec)", "largest difference")
     head = (*head, "log-mel distance", f"exactly ({ANSWERS}, {HELD_OUT})", "misread")
     return format_table(head, rows, markdown=True)
 
 
 def draw_streams(streams: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Time to the first sound against the distance to sound that is decoded at once."""
+    """Time to the first sound, and the distance to sound that is decoded at once, of every way that gave a sound."""
+    said = {name: found for name, found in streams.items() if found["first_ms"] is not None}
     with matplotlib.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(7, 4.4), layout="constrained")
-        axes = figure.subplots()
-        for name, found in streams.items():
-            if found["first_ms"] is None:
-                continue
-            axes.plot(found["first_ms"], found["mel_distance"], "o", color="#8fb0e8")
-            axes.annotate(
-                name, (found["first_ms"], found["mel_distance"]), (4, 3), textcoords="offset points", rotation=25
-            )
-        axes.set(xlabel="first sound, ms (median)", ylabel="log-mel distance to the sound decoded at once")
-        axes.margins(0.15)
-        axes.spines[["top", "right"]].set_visible(False)
+        figure = Figure(figsize=(9, 1.2 + 0.22 * len(said)), layout="constrained")
+        panels = {"first_ms": "first sound, ms (median)", "mel_distance": "log-mel distance to sound decoded at once"}
+        for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+            axes.barh(range(len(said)), [found[key] for found in said.values()], color="#8fb0e8")
+            axes.set_yticks(range(len(said)), list(said))
+            axes.set_title(title, fontsize=9, loc="left")
+            axes.grid(color="#e3e7ee", linewidth=0.8, axis="x")
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right"]].set_visible(False)
+        axes.invert_yaxis()
     return figure
 
 

@@ -19,7 +19,7 @@ from vita_jax.evaluation.sets import evenly
 from vita_jax.evaluation.subject import benchmark_folder
 from vita_jax.evaluation.voice import TEXTS, read_texts
 from vita_jax.evaluation.waves import mel_distances
-from vita_jax.inference.codec_stream import CodecStreamer, StreamOptions
+from vita_jax.inference.codec_stream import CodecStreamer
 from vita_jax.inference.speak import Speaker, SpeakOptions, piece_ids
 from vita_jax.inference.timings import AR_DECODER, CODEC, FIRST_SAMPLE, SPEECH_ENDS, Timeline
 from vita_jax.models.codec.codec import Codec
@@ -205,7 +205,7 @@ def stream_figures(
     config: VitaConfig,
     params: Mapping[str, Any],
     voices: Mapping[str, np.ndarray],
-    settings: Mapping[str, StreamOptions],
+    settings: Mapping[str, SpeakOptions],
     texts: Sequence[Text],
     tokenizer: Tokenizer,
     recogniser: Recogniser,
@@ -213,7 +213,7 @@ def stream_figures(
     """Streams the texts in every setting.
 
     Args:
-      settings: name -> how the sound is cut.
+      settings: name -> how tokens are drawn and the sound is cut.
 
     Returns:
       Name -> `latency_figures`, "read": see `read_back`; and beside the same texts decoded at once "largest": the
@@ -223,7 +223,7 @@ def stream_figures(
     rate, losses = config.codec.sampling_rate, config.codec_training.losses
     figures = {}
     for name, options in settings.items():
-        speakers = make_speakers(config, params, voices, SpeakOptions(stream=options))
+        speakers = make_speakers(config, params, voices, options)
         streamed = stream_all(speakers, texts, tokenizer)
         waves = [entry.wave for entry in streamed]
         pairs = [(one, other) for one, other in zip(whole, waves, strict=True) if len(one)]

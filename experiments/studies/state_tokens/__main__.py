@@ -15,7 +15,8 @@ the stage `speech_alignment` of one finished run, with as many negatives of othe
 The run is only read. Equal for all arms: where they start, the other sources with their shares and order, the number of
 negatives and their share of the examples, steps, batches, rate, seed; and the sounds that are asked, all held out, see
 `sounds.py`. Hums, coloured noise and clicks are in no arm's negatives. The same command goes on where it was stopped;
-arms that are finished are not trained again. With the quickstart's small run about 20 minutes of two CPU cores.
+arms that are finished are not trained again. Size `small` is laid out for about 20 minutes of two CPU cores with the
+quickstart's small run.
 
 Leaves `<run_dir>/state_tokens.md`, `.json` and `.png`, with `--write` also in `results/` beside this file. Figures are
 shares answered with the noise state (state token), or classed as noise (input head), with 95 % bootstrap intervals; the

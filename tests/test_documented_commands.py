@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -75,9 +75,8 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             elif name.startswith("--"):
                 assert name in usage, option
         return
-    module = importlib.import_module(words[2])
-    if hasattr(module, "__path__"):
-        module = importlib.import_module(f"{words[2]}.__main__")
+    package = importlib.util.find_spec(words[2]).submodule_search_locations is not None
+    module = importlib.import_module(f"{words[2]}.__main__" if package else words[2])
     if hasattr(module, "run_with_config"):
         monkeypatch.setattr(module, "run_with_config", lambda command, usage, argv: check_config(usage, argv))
     else:

@@ -45,7 +45,8 @@ INSTALL = f"""\
 git -C ROOT archive --format=tar.gz --output=TMP/vita_jax_vita.tar.gz HEAD
 gcloud compute tpus tpu-vm scp TMP/vita_jax_vita.tar.gz vita:vita_jax.tar.gz --zone=us-central1-a --worker=all
 {SSH} --worker=all '--command=mkdir -p vita_jax && touch vita_jax.list \
-&& (cd vita_jax && xargs rm -f <../vita_jax.list) && tar -tzf vita_jax.tar.gz | grep -v /$ >vita_jax.list; tar -xzf vita_jax.tar.gz -C vita_jax && cd vita_jax \
+&& (cd vita_jax && xargs rm -f <../vita_jax.list) && tar -tzf vita_jax.tar.gz | grep -v /$ >vita_jax.list; \
+tar -xzf vita_jax.tar.gz -C vita_jax && cd vita_jax \
 && bash launch/setup.sh --get-python tpu gcs'
 """
 START = f"""\

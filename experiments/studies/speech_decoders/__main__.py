@@ -25,9 +25,9 @@ sides of a chunk, and tokens (one a frame) that are drawn in one call. Beside th
 largest difference of two samples (which lie in -1 .. 1) and the distance of the log-mel spectra. Nothing is played, so
 work never waits for a player.
 
-The same command goes on where it was stopped; arms that are finished are not trained again. Size `small` is laid out for
-about 20 minutes of two CPU cores with the quickstart's small run. Leaves `<run_dir>/speech_decoders.md`, `.json`, `.png`
-and `streams.png`, with `--write` also in `results/` beside this file.
+The same command goes on where it was stopped; arms that are finished are not trained again. Size `small` is laid out
+for about 20 minutes of two CPU cores with the quickstart's small run. Leaves `<run_dir>/speech_decoders.md`, `.json`,
+`.png` and `streams.png`, with `--write` also in `results/` beside this file.
 """
 
 from __future__ import annotations

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,9 @@ QUESTIONS_SHARE = 0.1
 ANSWERS_SHARE = 0.15
 WORDS_SHARE = 0.3
 # What a sound that is not for the model is, among the negatives.
-NEGATIVE_MIX = {SPEECH: 0.5, "second_speaker": 0.12, "babble": 0.13, "synthetic": 0.25}
+NEGATIVE_MIX: Mapping[str, float] = MappingProxyType(
+    {SPEECH: 0.5, "second_speaker": 0.12, "babble": 0.13, "synthetic": 0.25}
+)
 NEGATIVE_SECONDS = (0.6, 2.5)
 NEGATIVE_LONGEST = 3.6  # with silence around it still as long as the longest sentence
 PICTURE_SHARE = 0.4  # of the negatives
@@ -240,13 +243,16 @@ def noise_clip(folder: Folder, kind: str, language: str, split: Split, varied: b
     return audio, "" if kind == "babble" else " / ".join(text for text, _ in parts)
 
 
-def plan_negatives(folder: Folder, scans: ScanSplit, count: int) -> None:
+def plan_negatives(folder: Folder, scans: ScanSplit, count: int, mix: Mapping[str, float] = NEGATIVE_MIX) -> None:
     """Sounds that are not for the model, alone or after a picture; `inserted_id` is the index of the refusal.
 
     Half of those with a picture come after a question that is answered.
+
+    Args:
+      mix: kind -> share, of 1 in all: kinds of `noise_clip`, and "synthetic" for any of `SYNTHETIC_KINDS`.
     """
     rng = folder.rng
-    kinds, shares = list(NEGATIVE_MIX), list(NEGATIVE_MIX.values())
+    kinds, shares = list(mix), list(mix.values())
     for index in range(count):
         kind = str(rng.choice(kinds, p=shares))
         if kind == "synthetic":

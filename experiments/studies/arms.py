@@ -304,9 +304,9 @@ def draw(curves: Mapping[str, Sequence[Sequence[float]]], bars: Mapping[str, Bar
     return figure
 
 
-def with_interval(found: Mapping[str, Any]) -> str:
-    """`63.1 % (60.0 to 66.2)` of figures with "accuracy", "low" and "high"."""
-    return f"{100 * found['accuracy']:.1f} % ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
+def with_interval(found: Mapping[str, Any], of: str = "accuracy") -> str:
+    """`63.1 % (60.0 to 66.2)` of figures with a share under that name, "low" and "high"."""
+    return f"{100 * found[of]:.1f} % ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
 
 
 def points(change: Mapping[str, Any]) -> str:

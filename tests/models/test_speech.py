@@ -255,7 +255,9 @@ def test_text_vectors_become_consecutive_rows() -> None:
         text_rows(jnp.zeros((1, 2, 8)), 3)
 
 
-@pytest.mark.parametrize("config", [vita_1_5_speech(), vita_1_5_speech(nar_layers=4, prefix=True)])
+@pytest.mark.parametrize(
+    "config", [vita_1_5_speech(), vita_1_5_speech(nar_layers=4, prefix=True), vita_1_5_speech(nar_layers=0)]
+)
 def test_full_size_table_covers_every_parameter(config: SpeechDecoderConfig) -> None:
     one = jnp.zeros((1,), jnp.int32)
     batch = SpeechBatch(jnp.zeros((1, 2, config.hidden_size)), one + 2, jnp.zeros((1, 2), jnp.int32), one + 2)
@@ -294,8 +296,22 @@ def test_published_config_is_read() -> None:
         config_from_published([512, 1024, args | {"idim": 512}])
     with pytest.raises(UserError, match="list of three"):
         config_from_published([args])
-    with pytest.raises(UserError, match="nar_layers"):
-        SpeechDecoderConfig(num_codes=4, hidden_size=8, intermediate_size=8, num_heads=2, num_layers=1)
+    sizes = {"num_codes": 4, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "num_layers": 1}
+    for wrong in ({}, {"nar_layers": -1}):
+        with pytest.raises(UserError, match="nar_layers"):
+            SpeechDecoderConfig(**sizes, **wrong)
+    with pytest.raises(UserError, match="initial_head"):
+        SpeechDecoderConfig(**sizes, nar_layers=0, initial_head=True)
+
+
+def test_without_nar_layers_the_text_itself_is_the_prompt() -> None:
+    config = replace(CONFIG, nar_layers=0)
+    batch, model = make_batch(), SpeechDecoder(config)
+    own = nn.unbox(model.init(jax.random.key(0), batch)["params"])
+    assert "nar" not in own
+    prompt = model.apply({"params": own}, batch.features, batch.feature_lengths, method=SpeechDecoder.prompt)
+    np.testing.assert_array_equal(prompt[:, 1:], batch.features)
+    np.testing.assert_array_equal(prompt[0, 0], own["ar"]["embed_tokens"]["embedding"][config.bos])
 
 
 def test_state_labels_lie_beyond_the_ignored_value() -> None:

@@ -388,9 +388,10 @@ def _speech_decoder(config: VitaConfig, stage: Stage) -> Work:
     text = stage.row_length * (config.language.hidden_size // speech.hidden_size)
     prompt, spoken = text + 1, stage.codec_frames + 1  # with BOS and SOS
     nar, both = ("speech/nar/",), ("speech/nar/", "speech/ar/")
-    yield Use("speech/nar/layers/", "speech nar", rows * text, nar)
     per_pair = 4.0 * speech.hidden_size
-    yield Product("speech attention", rows * per_pair * speech.num_nar_layers * text**2, nar)
+    if speech.num_nar_layers:
+        yield Use("speech/nar/layers/", "speech nar", rows * text, nar)
+        yield Product("speech attention", rows * per_pair * speech.num_nar_layers * text**2, nar)
     if speech.initial_head:
         yield Use("speech/nar/initial_head/", "speech nar", rows * text, nar)
     yield Use("speech/ar/layers/", "speech ar", rows * (prompt + spoken), both)

@@ -29,7 +29,8 @@ class SpeechDecoderConfig:
       intermediate_size: f, width of the feed-forwards.
       num_heads: n; d / n must be even.
       num_layers: layers of the AR stack, and of the prefix stack.
-      nar_layers: layers of the NAR stack; None gives the original's `num_layers // 2`.
+      nar_layers: layers of the NAR stack; None gives the original's `num_layers // 2`. 0 is no NAR decoder: the AR
+        decoder reads the rows of text themselves.
       prefix: builds the third stack, which reads hidden states of the language model into the AR stack's cache.
       initial_head: builds a linear layer that reads a first guess of the speech tokens from the NAR output (the
         papers describe such a distribution; the released weights have none).
@@ -52,8 +53,13 @@ class SpeechDecoderConfig:
     def __post_init__(self) -> None:
         if self.hidden_size % (2 * self.num_heads):
             raise UserError(f"hidden_size {self.hidden_size} must be a multiple of {2 * self.num_heads}, 2 * num_heads")
-        if self.num_nar_layers < 1:
-            raise UserError(f"nar_layers {self.num_nar_layers} must be at least 1; set it, or num_layers to 2 or more")
+        if self.num_nar_layers < (1 if self.nar_layers is None else 0):
+            raise UserError(
+                f"nar_layers is {self.nar_layers} with num_layers {self.num_layers}; give the NAR decoder 1 or more, "
+                "or 0 to go without"
+            )
+        if self.initial_head and not self.num_nar_layers:
+            raise UserError("initial_head reads the NAR output, but nar_layers is 0; set one of them")
 
     @property
     def bos(self) -> int:

@@ -40,14 +40,17 @@ def text_rows(embeddings: jax.Array, width: int) -> jax.Array:
 
 
 class NarDecoder(nn.Module):
-    """The stack. Parameters: `layers/...` (l ...), and `initial_head/{kernel, bias}` where the config has one."""
+    """The stack. Parameters: `layers/...` (l ...), and `initial_head/{kernel, bias}` where the config has one. Without
+    layers it is the identity and has none.
+    """
 
     config: SpeechDecoderConfig
     dtype: jnp.dtype = jnp.float32
 
     def setup(self) -> None:
         c = self.config
-        self.layers = block_stack(c.stack(c.num_nar_layers), self.dtype)
+        if c.num_nar_layers:
+            self.layers = block_stack(c.stack(c.num_nar_layers), self.dtype)
         if c.initial_head:
             self.initial_head = Dense((c.num_codes,), ("embed", "vocab"), dtype=self.dtype)
 
@@ -62,6 +65,8 @@ class NarDecoder(nn.Module):
           (b s d).
         """
         c = self.config
+        if not c.num_nar_layers:
+            return features.astype(self.dtype)
         real = length_mask(lengths, features.shape[1]).astype(jnp.int32)
         rotary = rotary_tables(positions_of(features), c.hidden_size // c.num_heads, c.stack(1).rope_theta)
         layers = jnp.arange(c.num_nar_layers, dtype=jnp.int32)

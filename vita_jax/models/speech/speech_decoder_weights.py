@@ -12,7 +12,7 @@ def weight_table(config: SpeechDecoderConfig) -> Table:
     c, hidden = config, (config.hidden_size,)
     rules: tuple[Rule, ...] = (
         copy("embedding.weight", "ar/embed_tokens/embedding", (c.vocab_size, c.hidden_size)),
-        *layer_rules(c.stack(c.num_nar_layers), "layers_pre_nn", "nar/layers"),
+        *(layer_rules(c.stack(c.num_nar_layers), "layers_pre_nn", "nar/layers") if c.num_nar_layers else ()),
         *layer_rules(c.stack(c.num_layers), "layers", "ar/layers"),
         *norm("norm", "ar/norm", c.hidden_size, bias=False),
         *linear("out_fnn", "ar/head", hidden, (c.vocab_size,)),

@@ -13,9 +13,9 @@ about the order of digits in clips, about scenes in words, and spoken ones about
 Without `--run` what both start from is trained here: language model, tower and speech encoder with its adapter; with it
 a run of the quickstart lends them, its data and its tokenizer. `--share` is the part of the quickstart's steps (without
 `--run` also of its training data) that is trained. With `--run` and without `--share` the stages of that run are
-measured as they are and only the other arm is trained: 7,400 steps, 20 to 25 minutes of two CPU cores. The other two
-are laid out for 15 minutes, and as much again for data where no run lends any. The same command goes on where it was
-stopped; what is finished is neither trained nor asked again.
+measured as they are and only the other arm is trained: 7,400 steps, an estimated 25 minutes of two CPU cores. The
+other two are laid out for 15 to 20, to which making the data comes where no run lends any. The same command goes on
+where it was stopped; what is finished is neither trained nor asked again.
 
 Equal for both arms: the weights they start from, but see below; steps; positions of rows within rounding; sources, and
 the share of all records that each gives; the parts that are trained at all; optimiser and schedule, but for stages that

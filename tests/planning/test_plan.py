@@ -209,7 +209,11 @@ print(json.dumps({
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "name"),
-    [("experiments/vita_1_5/stage_1_3.py", "v5e:8x8"), ("experiments/vita_1_0/stage_3.py", "v5p:4x4x8")],
+    [
+        ("experiments/vita_1_5/stage_1_3.py", "v5e:8x8"),
+        ("experiments/vita_1_0/stage_3.py", "v5p:4x4x8"),
+        ("experiments/flamingo/pretrain.py", "v5e:4x8"),
+    ],
 )
 def test_full_size_stages_fit_their_slices(file, name):
     """By the TPU compiler, in a process of its own, which it locks."""

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.data.media import png_bytes
@@ -42,12 +42,22 @@ def heard_of(stage):
 
 WORDS = st.lists(st.sampled_from(["red", "seven,", "no.", "green", "forty-two", "it."]), max_size=12).map(" ".join)
 LINES = st.builds(Line, st.sampled_from(["audio", "audio", "noise", "noise", "text", None]), WORDS, st.integers(0, 60))
+UNANSWERED = Line("audio", "", 0)
 # (silence before it, seconds, line): silences are clearly a pause or clearly an end.
 SAID = st.lists(
     st.tuples(st.sampled_from([0.1, 0.7, 1.1, 3.0]), st.sampled_from([0.05, 0.3, 0.9, 1.6]), LINES), max_size=6
 )
 
 
+@example(  # a slow voice is interrupted while its only piece is still being made
+    [(0.1, 0.05, UNANSWERED)] * 3
+    + [(0.7, 0.05, Line("audio", "red red red red red red red", 0)), (0.1, 0.05, UNANSWERED)]
+    + [(0.7, 0.3, UNANSWERED)],
+    0.005,
+    0.6,
+    False,
+    [],
+)
 @given(
     SAID,
     st.sampled_from([0.005, 0.02, 0.11]),
@@ -328,7 +338,7 @@ def test_playback_by_the_clock_and_by_reports():
     assert playback.heard(31.0) == "one two three four."  # a fifth of a second is not five words
     playback.reported = 0.6
     assert playback.heard(31.0) == "one " and playback.ahead(31.0) == pytest.approx(1.6)
-    assert expected_seconds("two words 红色") == pytest.approx(2 * 0.33 + 2 * 0.2)
+    assert expected_seconds("two words 红色") == pytest.approx(2 * 0.6 + 2 * 0.4)
 
 
 @pytest.mark.parametrize(

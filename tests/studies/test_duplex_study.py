@@ -61,7 +61,7 @@ def test_the_study_with_the_kept_weights(tmp_path, capsys):
     assert len(played) >= 5 and sum(len(tally["responses"]) for tally in played) >= 5
     assert all(tally["swapped"][0] == tally["swapped"][1] for tally in played), "the stream that listened answers"
     page = (tmp_path / "results.md").read_text()
-    assert "| interrupted |" in page and "two whole models" in capsys.readouterr().out
+    assert "\n| interrupted " in page and "two whole models" in capsys.readouterr().out
 
 
 def test_memory_of_the_full_size_model():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,8 @@ from vita_jax.inference.scene import Moment, Scene, SceneImage, SceneSound
 
 SPLIT, SPLIT_SEED, SEED = "held_out", 0, 777
 FOLLOWING = ("count", "kth", "largest", "read", "colour")  # kinds of the question after the description
+# Descriptions are said in two seconds, so whoever interrupts asks briefly and fast, and pictures have all four digits.
+INTERRUPTING, HASTY_WPM, DIGITS = "count", 220, 4
 NOISE_SECONDS = (0.8, 2.0)
 ANSWER, INTERRUPTION = "first question", "last question"
 
@@ -36,9 +38,9 @@ KINDS = {
 }
 _WHEN = {
     "in turn": Moment(0.5, "done"),
-    "interrupted": Moment(0.3, "first sound"),
+    "interrupted": Moment(0.0, "first sound"),
     "early": Moment(0.0, "recognised"),
-    "twice": Moment(0.3, "first sound"),
+    "twice": Moment(0.0, "first sound"),
     "sound": Moment(0.1, "first sound"),
     "other people": Moment(0.1, "first sound"),
 }
@@ -73,13 +75,13 @@ def draw_scenes(folder: Path, per_kind: int) -> Iterator[Drawn]:
 def _draw(
     kind: str, index: int, rng: np.random.Generator, scans: ScanSplit, speaker: Synthesizer, folder: Path
 ) -> Drawn:
-    drawn, language = sample_scene(rng), LANGUAGES[index % len(LANGUAGES)]
+    drawn, language = sample_scene(rng, num_digits=DIGITS), LANGUAGES[index % len(LANGUAGES)]
     pixels, _ = draw_sheet(drawn, scans, rng)
     picture = folder / f"{kind.replace(' ', '_')}_{index}.png"
     Image.fromarray(pixels).save(picture)
 
-    def said(text: str) -> np.ndarray:
-        parts = ((text, draw_delivery(held_out_voices(language), rng)),)
+    def said(text: str, **changes: int) -> np.ndarray:
+        parts = ((text, replace(draw_delivery(held_out_voices(language), rng), **changes)),)
         return waveform_of(Clip("", (SEED, index), SPEECH, parts, varied=False), speaker)
 
     first = ask(drawn, "caption", language, rng)
@@ -92,11 +94,12 @@ def _draw(
         statement = draw_statement(language, "held_out", rng)
         sounds.append(SceneSound(kind, _WHEN[kind], said(statement), meant=False))
     else:
-        last = ask(drawn, FOLLOWING[index // len(LANGUAGES) % len(FOLLOWING)], language, rng)
+        asked = FOLLOWING[index // len(LANGUAGES) % len(FOLLOWING)] if kind == "in turn" else INTERRUPTING
+        last, haste = ask(drawn, asked, language, rng), {} if kind == "in turn" else {"rate_wpm": HASTY_WPM}
         if kind == "twice":
             between = ask(drawn, "caption", language, rng)
-            sounds.append(SceneSound("between", _WHEN[kind], said(between.text)))
-            sounds.append(SceneSound(INTERRUPTION, Moment(0.3, "first sound", nth=2), said(last.text)))
+            sounds.append(SceneSound("between", _WHEN[kind], said(between.text, **haste)))
+            sounds.append(SceneSound(INTERRUPTION, Moment(0.0, "first sound", nth=2), said(last.text, **haste)))
         else:
-            sounds.append(SceneSound(INTERRUPTION, _WHEN[kind], said(last.text)))
+            sounds.append(SceneSound(INTERRUPTION, _WHEN[kind], said(last.text, **haste)))
     return Drawn(kind, Scene(tuple(sounds), (SceneImage(Moment(0.0), picture),)), last.kind, last.answer)

@@ -6,7 +6,7 @@
     python -m experiments.plans --output /tmp/plans.md
 
 Every stage is compiled in a process of its own, by `python -m vita_jax.plan`. Lines of stages that are planned again
-replace the old ones; the others stay.
+replace the old ones; the others stay. The document is docs/plans.md.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ HEAD = """\
 Written by `python -m experiments.plans`: the training step of every stage, compiled by XLA's TPU compiler for the slice
 that its configuration recommends. `rows` are packed rows of a step x tokens of a row / micro-batches; `state`, `peak`
 and `headroom` are of one device; a step takes at least the time given, and MFU is at most the share given.
-How these numbers are computed is said in docs/plan.md.
+How these numbers are computed is said in [planning](plan.md#what-each-number-is).
 """
 
 
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m experiments.plans", description=__doc__)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="names of stage files, such as stage_1_3")
     parser.add_argument("--missing", action="store_true", help="leave the lines that the document has as they are")
-    parser.add_argument("--output", default="plans.md", metavar="FILE", help="the document")
+    parser.add_argument("--output", default="docs/plans.md", metavar="FILE", help="default docs/plans.md")
     return run_command(plan_all, parser, argv)
 
 

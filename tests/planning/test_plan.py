@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 
@@ -186,6 +187,32 @@ def test_the_command_prints_a_plan_and_keeps_a_table(tmp_path, capsys):
     assert "1.1 vision alignment on h100:32: 32 chips, mesh fsdp 32" in printed
     assert len(table.read_text(encoding="utf-8").splitlines()) == 2 + 2
     assert plan.main(["--help"]) == 0
+
+
+MESHES = """
+import jax
+jax.config.update("jax_platforms", "cpu")
+from experiments import plans
+from vita_jax.parallel.mesh import make_mesh
+from vita_jax.planning.topology import open_topology
+
+for slices in (plans.SLICES_1_5, plans.SLICES_1_0, plans.SLICES_LLAVA, plans.SLICES_FLAMINGO):
+    for name, layout in slices.items():
+        if name != plans.DEVICE:
+            mesh = make_mesh(getattr(layout, "mesh", layout), open_topology(name).devices)
+            print(name, len(set(mesh.devices.flat)), max(mesh.devices.shape))
+"""
+
+
+@pytest.mark.slow
+def test_every_recommended_slice_has_room_for_its_mesh():
+    """Axes of a mesh need not be axes of the machine: eight experts lie on a torus of 16 x 16."""
+    done = subprocess.run([sys.executable, "-c", MESHES], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["v6e:16x16", "256", "32"] in lines and ["v5p:4x4x8", "128", "16"] in lines and len(lines) >= 11
+    for name, devices, _ in lines:
+        assert int(devices) == math.prod(int(side) for side in name.partition(":")[2].split("x"))
 
 
 COMPILE = """

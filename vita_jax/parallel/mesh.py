@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vita_jax.errors import UserError
@@ -74,10 +75,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """The mesh over `devices` (default: all of them). Use it with `with jax.set_mesh(mesh):`.
 
     Axis types are Auto: Linen layers with partitioned initialisers do not trace under explicit axes.
+
+    Raises:
+      UserError: `mesh_shape` does, or the devices are of several slices of TPUs.
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = mesh_shape(config, len(devices))
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    slices = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
+    if len(slices) > 1:
+        raise UserError(f"the devices are of {len(slices)} slices, but a mesh has room for one; start on one slice")
+    # Only where no axis of the machine is as long: 8 experts on a torus of 16 x 16.
+    arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:

@@ -26,6 +26,7 @@ from experiments.vita_1_0.curriculum import SLICES as SLICES_1_0
 from experiments.vita_1_5.curriculum import SLICES as SLICES_1_5
 from vita_jax.command_line import ArgumentParser, run_command
 from vita_jax.config import load_config_file
+from vita_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "one"  # the slice of any single device
@@ -73,7 +74,7 @@ def key_of(planned: Planned, slice: str) -> str:
 
 
 def plan_line(planned: Planned, slice: str) -> str:
-    """The table's line of one stage on one slice. Raises RuntimeError if the command fails."""
+    """The table's line of one stage on one slice. Raises UserError with the command's last words if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "table.md"
         command = [sys.executable, "-m", "vita_jax.plan", f"--config={planned.path}", f"--config.slice={slice}"]
@@ -84,7 +85,8 @@ def plan_line(planned: Planned, slice: str) -> str:
             cwd=ROOT,
         )
         if done.returncode not in (0, 1) or not table.is_file():
-            raise RuntimeError(f"{planned.path.name} on {slice}: {done.stderr.strip()[-2000:]}")
+            said = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1].removeprefix("error: ")
+            raise UserError(f"{planned.path.name} on {slice}: {said}")
         head, rule, line = table.read_text(encoding="utf-8").splitlines()
     return line
 
@@ -109,19 +111,28 @@ def write_table(output: Path, lines: dict[str, str]) -> None:
 
 
 def plan_all(arguments: object) -> int:
-    """Plans what is asked for; the table is written after every line, so that a run can be stopped."""
+    """Plans what is asked for; the table is written after every line, so that a run can be stopped.
+
+    A stage that cannot be planned is named and left out; the status is 1 then.
+    """
     output = Path(arguments.output)
     lines = read_lines(output)
+    failed = False
     chosen = [planned for planned in stage_files() if not arguments.stages or planned.path.stem in arguments.stages]
     for planned in chosen:
         for slice in planned.slices:
             if arguments.missing and key_of(planned, slice) in lines:
                 continue
-            line = f"| {planned.model} {plan_line(planned, slice)}"
+            try:
+                line = f"| {planned.model} {plan_line(planned, slice)}"
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                failed = True
+                continue
             lines[" | ".join(cell.strip() for cell in line.split("|")[1:4])] = line
             write_table(output, lines)
             print(line, flush=True)
-    return 0
+    return int(failed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ import pytest
 
 from experiments import plans
 from vita_jax.config import load_config_file
+from vita_jax.errors import UserError
 
 
 @pytest.fixture
@@ -37,3 +38,24 @@ def test_missing_lines_are_planned_and_the_others_kept(planned, tmp_path, capsys
     lines = plans.read_lines(tmp_path / "plans.md")
     assert "number 13" in "".join(lines.values()) and "number 1 |" not in "".join(lines.values())
     assert capsys.readouterr().out.count("| VITA-1.5 ") == 3 + 3 + 3
+
+
+def test_a_stage_that_cannot_be_planned_is_named_and_the_others_go_on(monkeypatch, tmp_path, capsys):
+    def line(entry: plans.Planned, slice: str) -> str:
+        if slice == "v5e:8x8":
+            raise UserError(f"{entry.path.name} on {slice}: no room")
+        return f"| 1.1 | {slice} | a number |"
+
+    monkeypatch.setattr(plans, "plan_line", line)
+    output = tmp_path / "plans.md"
+    assert plans.main(["stage_1_1", f"--output={output}"]) == 1
+    assert {key.rpartition(" | ")[2] for key in plans.read_lines(output)} == {"v6e:4x8", "v5p:4x4x2"}
+    assert capsys.readouterr().err.splitlines() == ["error: stage_1_1.py on v5e:8x8: no room"]
+
+
+def test_what_a_failed_plan_said_last_is_the_error(monkeypatch):
+    said = plans.subprocess.CompletedProcess([], 2, stdout="", stderr="some\nerror: no such slice\n")
+    monkeypatch.setattr(plans.subprocess, "run", lambda *_, **__: said)
+    entry = next(iter(plans.stage_files()))
+    with pytest.raises(UserError, match="stage_1_1.py on v5e:8x8: no such slice"):
+        plans.plan_line(entry, "v5e:8x8")

@@ -36,6 +36,9 @@ from vita_jax.training.optimizer import MOMENTS, OptimizerConfig
 from vita_jax.training.stages import OPTIMIZERS, Stage, starts_of
 from vita_jax.training.trace import ProfileConfig, validate_profile
 
+# Frames of a clip for a Flamingo that was trained on none and tells none apart: as many as in the paper's training.
+CLIP_FRAMES = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class DTypePolicy:
@@ -214,6 +217,12 @@ def data_folder(config: ExperimentConfig) -> Path:
 def tokenizer_folder(config: ExperimentConfig) -> Path:
     """Where the tokenizer of the run is read from."""
     return place(config.run_dir) / "tokenizer" if config.tokenizer.folder is None else place(config.tokenizer.folder)
+
+
+def clip_frames(config: ExperimentConfig) -> int:
+    """Frames of a clip that a Flamingo is shown: as in its run's data, else as many as its resampler tells apart."""
+    trained = [data.frames for stage in config.stages for data in stage.sets if data.frames > 1]
+    return max(trained, default=config.model.resampler.max_frames or CLIP_FRAMES)
 
 
 def build_model(config: ExperimentConfig) -> Model:

@@ -84,6 +84,8 @@ class DataConfig:
       asr: a user's own manifest of transcribed speech, see `vita_jax.data.speech_pairs`.
       speech: a user's own manifest of a voice and its texts.
       max_bad_fraction: share of records that may be unusable before the run stops.
+      cut_text: conversations without media that are longer than a row lose their end, as in the original, and do not
+        count as unusable.
       num_threads: threads that read and decode, if there are no workers.
       num_workers: processes that do instead, for each lane of this process; 0 = none. Either may change when a run goes
         on.
@@ -99,6 +101,7 @@ class DataConfig:
     asr: str | None = None
     speech: str | None = None
     max_bad_fraction: float = 0.01
+    cut_text: bool = False
     num_threads: int = 2
     num_workers: int = 0
     lanes: int | None = None
@@ -250,6 +253,7 @@ def example_context(config: ExperimentConfig, tokenizer: Tokenizer, stage: Stage
         options=config.prompt,
         audio=None if model.audio is None else AudioContext(config.audio, model.audio.num_tokens),
         state_labels=model.state_head.place if stage is not None and stage.state_labels else None,
+        cut_text=config.data.cut_text,
     )
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +14,15 @@ import pytest
 from tests.exchange.public import TOKENIZERS, random_tensors, tokenizer_rows
 from tests.exchange.test_bad_input import rewrite
 from tests.exchange.test_vita import assert_same_tensors, quiet
-from tests.training.llava import llava_config
+from tests.training import tiny
+from tests.training.llava import llava_config, llava_experiment
 from vita_jax import convert
-from vita_jax.conversion.tables import flatten
+from vita_jax.conversion.tables import flatten, import_params
 from vita_jax.conversion.torch_files import TensorFiles, write_tensors
+from vita_jax.data.images import ImageConfig
+from vita_jax.data.llava_prompts import LlavaPromptOptions
 from vita_jax.errors import UnsupportedOption, UserError
-from vita_jax.exchange.exporting import export_checkpoint, open_checkpoint
+from vita_jax.exchange.exporting import Stored, export_checkpoint, open_checkpoint
 from vita_jax.exchange.importing import fitting_table, import_released
 from vita_jax.exchange.inspecting import open_and_verify
 from vita_jax.exchange.released import guess_model, read_released
@@ -46,7 +50,7 @@ def public_llava(
     config = tiny_llava(projector)
     tensors = random_tensors(weight_table(config, layout, tower=tower), dtype)
     write_tensors(folder, tensors.items(), max_shard_bytes=12_000)
-    fields = config_to_hf(config, layout) | {"image_aspect_ratio": "pad"}
+    fields = config_to_hf(config, layout, aspect="pad")
     if not tower:
         fields = {name: value for name, value in fields.items() if name != "vision_config"}
         fields["mm_vision_tower"] = f"somebody/{CLIP}"
@@ -59,6 +63,15 @@ def public_llava(
     for file in TOKENIZER.iterdir():
         shutil.copyfile(file, folder / file.name)
     return config
+
+
+def trained(run_dir: Path, projector: str = "mlp2x_gelu", tokenizer: Path = TOKENIZER, **fields: Any) -> Stored:
+    """What a run of ours ends with, which no public folder was the start of."""
+    model = tiny_llava(projector)
+    tensors = random_tensors(weight_table(model), "float32")
+    shutil.copytree(tokenizer, run_dir / "tokenizer")
+    config = llava_experiment(run_dir, model=model, **fields)
+    return Stored(import_params(weight_table(model), tensors), config, "tuning", 1, run_dir)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +107,25 @@ def test_from_one_layout_to_another(tmp_path, layout, other):
     released = read_released("llava", tmp_path / "other")
     assert released.config == config and f"layout {other}" in released.notes
     assert open_and_verify(tmp_path / "run", "llava", tmp_path / "other", quiet) == len(released.tensors)
+
+
+@pytest.mark.parametrize("layout", ["original", "hf"])
+def test_what_decides_the_inputs_goes_along(tmp_path, layout):
+    """How a run was shown pictures and asked is in its export, though no public folder said it before."""
+    for aspect, markers in (("pad", True), ("square", False)):
+        folder, run = tmp_path / f"{aspect}_out", tmp_path / f"{aspect}_run"
+        image, options = ImageConfig.clip(tiny.TILE, aspect), LlavaPromptOptions(image_markers=markers)
+        export_checkpoint(trained(tmp_path / aspect, image=image, prompt=options), folder, layout=layout)
+        released = read_released("llava", folder)
+        assert any("<im_start> and <im_end> around every picture" in note for note in released.notes) == markers
+        import_released(released, run)
+        config = open_checkpoint(run).config
+        assert (config.image, config.prompt) == (image, options)
+    fields = json.loads((folder / "config.json").read_text())
+    assert (fields["image_aspect_ratio"], fields["mm_use_im_start_end"]) == ("square", False)
+    (folder / "config.json").write_text(json.dumps(fields | {"image_aspect_ratio": "anyres"}))
+    with pytest.raises(UnsupportedOption, match="image_aspect_ratio 'anyres' is of v1.6"):
+        read_released("llava", folder)
 
 
 def test_the_command_goes_there_and_back(tmp_path, capsys):

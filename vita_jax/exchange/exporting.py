@@ -138,7 +138,7 @@ def parts_of(stored: Stored, layout: str | None = None) -> list[Part]:
     """
     params, model = stored.params, stored.config.model
     if isinstance(model, LlavaConfig):
-        return [_llava(model, params, layout or ("hf" if of_transformers(stored) else "original"))]
+        return [_llava(stored, layout or ("hf" if of_transformers(stored) else "original"))]
     if layout is None and isinstance(model, FlamingoConfig):
         return [_flamingo(model, params)]
     if layout is not None:
@@ -165,11 +165,15 @@ def of_transformers(stored: Stored) -> bool:
     return file.is_file() and "text_config" in read_json(file)
 
 
-def _llava(model: LlavaConfig, params: Mapping[str, Any], layout: str) -> Part:
-    table, stored = llava_weights.weight_table(model, layout), flatten(params)
+def _llava(stored: Stored, layout: str) -> Part:
+    model, params, config = stored.config.model, stored.params, stored.config
+    table = llava_weights.weight_table(model, layout)
     if set(params) == set(WHOLE):
-        dtype = {"torch_dtype": str(stored["language/norm/scale"].dtype)}
-        return Part("", table, params, {CONFIG: _json({**llava_weights.config_to_hf(model, layout), **dtype})})
+        fields = llava_weights.config_to_hf(
+            model, layout, aspect=config.image.aspect, image_markers=config.prompt.image_markers
+        )
+        dtype = {"torch_dtype": str(flatten(params)["language/norm/scale"].dtype)}
+        return Part("", table, params, {CONFIG: _json({**fields, **dtype})})
     (name, *others) = params
     if others:
         raise UserError(f"the checkpoint holds {name}, {', '.join(others)}, which together are no public checkpoint")

@@ -102,7 +102,7 @@ def experiment_of(
         tokenizer=TokenizerConfig(vocab_size=model.language.vocab_size),
         template=template or family.template(model),
         system_texts=system_texts or family.system_texts,
-        prompt=family.prompts(),
+        prompt=family.prompts(image_markers=True) if released.image_markers else family.prompts(),
         data=DataConfig(),
         stages=(past_stage(f"imported {released.model}", model),),
         audio=AudioConfig(),

@@ -19,6 +19,7 @@ from vita_jax import config as config_lib
 from vita_jax.conversion.tables import Table
 from vita_jax.conversion.torch_files import TensorInfo, TensorSource
 from vita_jax.conversion.torch_pickles import open_tensors
+from vita_jax.data.llava_prompts import IMAGE_END, IMAGE_START
 from vita_jax.errors import UserError
 from vita_jax.models import flamingo_weights, llava_weights
 from vita_jax.models.audio import tower_weights
@@ -59,6 +60,7 @@ class Released:
       tensors: by the names of the table.
       notes: what the user should know about how it was read.
       aspect: as in `vita_jax.data.images.ImageConfig`.
+      image_markers: as in `vita_jax.data.llava_prompts.LlavaPromptOptions`.
     """
 
     model: str
@@ -68,6 +70,7 @@ class Released:
     tensors: TensorSource
     notes: tuple[str, ...] = ()
     aspect: str = "square"
+    image_markers: bool = False
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -239,8 +242,11 @@ def _llava(folder: Path, tensors: TensorSource) -> Released:
         clip = clip_weights.weight_table(config.vision).prefixed(path="vision/")
         table, tensors = table + clip + Table((), CLIP_TEXT), Joined(tensors, open_tensors(folder / name))
         notes.append(f"the vision tower is that of {name}")
-    aspect = "pad" if values.get("image_aspect_ratio") == "pad" else "square"
-    return Released("llava", folder, config, table, tensors, tuple(notes), aspect)
+    markers = bool(values.get(llava_weights.MARKERS))
+    if markers:
+        notes.append(f"{llava_weights.MARKERS}: prompts will have {IMAGE_START} and {IMAGE_END} around every picture")
+    aspect = llava_weights.aspect_from_hf(values)
+    return Released("llava", folder, config, table, tensors, tuple(notes), aspect, markers)
 
 
 def _clip(folder: Path, tensors: TensorSource) -> Released:

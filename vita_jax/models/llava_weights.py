@@ -50,6 +50,8 @@ LAYOUTS: dict[str, Layout] = {
 HF_PROJECTOR = {"0.": "linear_1.", "2.": "linear_2."}
 HF_PROJECTOR_TYPE = "mlp2x_gelu"
 PROJECTOR_MARK = "mm_projector."
+# How pictures become square, and whether markers stand around them; transformers passes over both.
+ASPECT, MARKERS = "image_aspect_ratio", "mm_use_im_start_end"
 # Buffers that hold nothing but what follows from the config.
 IGNORED = (r".*rotary_emb\.inv_freq", r".*embeddings\.position_ids")
 
@@ -178,6 +180,14 @@ def config_from_hf(values: Mapping[str, Any], vision: Mapping[str, Any] | None =
     )
 
 
+def aspect_from_hf(values: Mapping[str, Any]) -> str:
+    """`ImageConfig.aspect` from the fields of a `config.json`. Raises UnsupportedOption for the tiles of v1.6."""
+    said = values.get(ASPECT) or "square"  # a null is written, too
+    if said not in ("square", "pad"):
+        raise UnsupportedOption(f"config.json: {ASPECT} {said!r} is of v1.6; only 'square' and 'pad' are offered")
+    return said
+
+
 def _config_from_transformers(values: Mapping[str, Any]) -> LlavaConfig:
     if values.get("projector_hidden_act", "gelu") != "gelu":
         raise UnsupportedOption(f"config.json: projector_hidden_act {values['projector_hidden_act']!r}; only 'gelu' is")
@@ -206,12 +216,21 @@ def _named_tower(name: str) -> ViTConfig:
     )
 
 
-def config_to_hf(config: LlavaConfig, layout: str = "original") -> dict[str, Any]:
+def config_to_hf(
+    config: LlavaConfig, layout: str = "original", *, aspect: str = "square", image_markers: bool = False
+) -> dict[str, Any]:
     """The fields of a `config.json`, as `config_from_hf` reads them.
 
     For the original layout the tower's sizes are under `vision_config`, which the original passes over.
+
+    Args:
+      config: of the model.
+      layout: key of `LAYOUTS`.
+      aspect: of the pictures, as in `vita_jax.data.images.ImageConfig`.
+      image_markers: of the prompts, as in `vita_jax.data.llava_prompts.LlavaPromptOptions`.
     """
     language, vision = decoder_weights.config_to_hf(config.language), clip_weights.config_to_hf(config.vision)
+    inputs = {ASPECT: aspect, MARKERS: image_markers}
     if layout == "original":
         return {
             **language,
@@ -224,9 +243,9 @@ def config_to_hf(config: LlavaConfig, layout: str = "original") -> dict[str, Any
             "mm_vision_select_layer": config.select_layer,
             "mm_vision_select_feature": config.select_feature,
             "mm_patch_merge_type": "flat",
-            "mm_use_im_start_end": False,
             "mm_use_im_patch_token": False,
             "use_mm_proj": True,
+            **inputs,
         }
     return {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -237,4 +256,5 @@ def config_to_hf(config: LlavaConfig, layout: str = "original") -> dict[str, Any
         "vision_feature_layer": config.select_layer,
         "vision_feature_select_strategy": {"patch": "default", "cls_patch": "full"}[config.select_feature],
         "image_seq_length": config.tokens_per_tile,
+        **inputs,
     }

@@ -40,6 +40,8 @@ from vita_jax.models.vita_weights import weight_table
 from vita_jax.training.families import ModelConfig
 
 CONFIG, TRAIN, MODEL_JSON = "config.json", "train.yaml", "model.json"
+# Of how transformers prepares pictures; nothing of it is read but whether they are padded.
+PROCESSORS = PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 # Heads beside the speech encoder in its own file; the original passes over them, too.
 OTHER_HEADS = r"(ctc|decoder|criterion|predictor)\b.*"
 FLAMINGO = "flamingo"  # our sizes of a Flamingo, in the `config.json` of an export
@@ -245,8 +247,16 @@ def _llava(folder: Path, tensors: TensorSource) -> Released:
     markers = bool(values.get(llava_weights.MARKERS))
     if markers:
         notes.append(f"{llava_weights.MARKERS}: prompts will have {IMAGE_START} and {IMAGE_END} around every picture")
-    aspect = llava_weights.aspect_from_hf(values)
+    aspect = llava_weights.aspect_from_hf(values, _image_processor(folder))
     return Released("llava", folder, config, table, tensors, tuple(notes), aspect, markers)
+
+
+def _image_processor(folder: Path) -> dict[str, Any]:
+    """How transformers prepares pictures; its newer releases write that into the file of the whole processor."""
+    if (folder / PREPROCESSOR).is_file():
+        return read_json(folder / PREPROCESSOR)
+    whole = read_json(folder / PROCESSOR) if (folder / PROCESSOR).is_file() else {}
+    return whole.get("image_processor") or {}
 
 
 def _clip(folder: Path, tensors: TensorSource) -> Released:

@@ -180,9 +180,18 @@ def config_from_hf(values: Mapping[str, Any], vision: Mapping[str, Any] | None =
     )
 
 
-def aspect_from_hf(values: Mapping[str, Any]) -> str:
-    """`ImageConfig.aspect` from the fields of a `config.json`. Raises UnsupportedOption for the tiles of v1.6."""
-    said = values.get(ASPECT) or "square"  # a null is written, too
+def aspect_from_hf(values: Mapping[str, Any], processor: Mapping[str, Any]) -> str:
+    """`ImageConfig.aspect`.
+
+    Args:
+      values: content of a `config.json`.
+      processor: of transformers' `preprocessor_config.json`, for folders whose `config.json` does not say.
+
+    Raises:
+      UnsupportedOption: the tiles of v1.6.
+    """
+    pads = "Llava" in str(processor.get("image_processor_type")) and processor.get("do_pad")
+    said = values.get(ASPECT) or ("pad" if pads else "square")  # a null is written, too
     if said not in ("square", "pad"):
         raise UnsupportedOption(f"config.json: {ASPECT} {said!r} is of v1.6; only 'square' and 'pad' are offered")
     return said

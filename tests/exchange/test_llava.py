@@ -291,6 +291,17 @@ def test_models_that_are_no_llava_of_ours(public):
         refuse(folder, message, UnsupportedOption)
 
 
+@pytest.mark.parametrize("projector", ["transformer.mm_projector.weight", "transformer.mm_projector.0.weight"])
+def test_a_llava_with_mpt_is_refused_by_name(tmp_path, capsys, projector):
+    names = ["transformer.wte.weight", "transformer.blocks.0.attn.Wqkv.weight", "transformer.norm_f.weight", projector]
+    write_tensors(tmp_path, [(name, np.zeros((2, 2), np.float32)) for name in names])
+    (tmp_path / "config.json").write_text('{"model_type": "llava_mpt", "d_model": 2}')
+    with pytest.raises(UnsupportedOption, match="its language model is MPT .* only LLaVA with a LLaMA is offered"):
+        read_released("llava", tmp_path)
+    assert convert.main(["inspect", str(tmp_path)]) == 2
+    assert "its language model is MPT" in capsys.readouterr().err
+
+
 def test_layouts_that_a_model_has_not(public, tmp_path):
     import_released(read_released("llava", public), tmp_path / "run")
     with pytest.raises(UserError, match="layout 'torch' is unknown; use one of original, hf"):

@@ -166,8 +166,8 @@ def guess_model(folder: str | Path) -> str:
         return "flamingo"
     sparse = has("block_sparse_moe")
     original = llava_weights.LAYOUTS["original"]
-    if has("multi_modal_projector.") or (EMBEDDING in names and has(original.tower)):
-        return "llava"
+    if has("multi_modal_projector.") or (EMBEDDING in names and has(original.tower)) or llava_weights.is_mpt(names):
+        return "llava"  # which says what it does not read
     if EMBEDDING in names:
         if has(original.projector) and not has("model.vision_tower."):
             return "llava"  # its tower is in CLIP's own files

@@ -60,6 +60,7 @@ def layout_of(names: Iterable[str]) -> str:
     """The key of `LAYOUTS` that names of a checkpoint are in.
 
     Raises:
+      UnsupportedOption: names of a LLaVA with another language model.
       UserError: names of another model.
     """
     names = set(names)
@@ -73,8 +74,17 @@ def layout_of(names: Iterable[str]) -> str:
         return "hf" if has("vision_tower.vision_model.") else "hf_5"
     if has("model.layers.") and (has("model.mm_projector.") or has(LAYOUTS["original"].tower)):
         return "original"
+    if is_mpt(names):
+        raise UnsupportedOption("its language model is MPT (transformer.wte, ...); only LLaVA with a LLaMA is offered")
     some = ", ".join(sorted(names)[:3])
     raise UserError(f"the tensors ({some}, ...) are not those of a LLaVA: no projector beside a language model")
+
+
+def is_mpt(names: Iterable[str]) -> bool:
+    """Whether they are those of an original LLaVA with MPT."""
+    names = set(names)
+    projector = any(name.startswith("transformer.mm_projector.") for name in names)
+    return projector and any(name.startswith(("transformer.wte.", "transformer.blocks.")) for name in names)
 
 
 def has_tower(names: Iterable[str], layout: str = "original") -> bool:

@@ -21,6 +21,7 @@ from vita_jax.conversion.torch_files import TensorInfo, TensorSource
 from vita_jax.conversion.torch_pickles import open_tensors
 from vita_jax.data.llava_prompts import IMAGE_END, IMAGE_START
 from vita_jax.errors import UserError
+from vita_jax.exchange.llava_lora import ADAPTER_CONFIG, is_lora_folder, lora_sources
 from vita_jax.models import flamingo_weights, llava_weights
 from vita_jax.models.audio import tower_weights
 from vita_jax.models.codec import codec_weights
@@ -147,17 +148,26 @@ def read_released(model: str, folder: str | Path) -> Released:
         raise UserError(f"--model {model!r} is unknown; use one of {', '.join(MODELS)}")
     if not folder.exists():
         raise UserError(f"{folder} does not exist")
-    tensors = open_tensors(folder)
+    tensors = _open(folder)
     try:
         return MODELS[model](folder, tensors)
     except UserError as error:
         raise type(error)(f"{folder} as --model {model}: {error}") from error
 
 
+def _open(folder: Path) -> TensorSource:
+    if not is_lora_folder(folder):
+        return open_tensors(folder)
+    try:
+        return Joined(*lora_sources(folder, read_json(folder / ADAPTER_CONFIG)))
+    except UserError as error:
+        raise type(error)(f"{folder}: {error}") from error
+
+
 def guess_model(folder: str | Path) -> str:
     """The model that a public folder most likely holds. Raises `UserError` if its names are those of none."""
     folder = Path(folder)
-    names = set(open_tensors(folder))
+    names = set(_open(folder))
 
     def has(start: str) -> bool:
         return any(start in name for name in names)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.exchange.public import TOKENIZERS, random_tensors, tokenizer_rows
 from tests.training.flamingo import flamingo_config
@@ -129,6 +130,24 @@ def test_other_language_models_are_refused_by_name(tmp_path, capsys, names, mode
     arguments = ["import", "--model", "flamingo", "--from", str(tmp_path), "--to", str(tmp_path / "run")]
     assert convert.main(arguments) == 2
     assert model in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "checkpoint.pt"])
+def test_a_download_that_was_interrupted(tmp_path, capsys, name):
+    public_flamingo(tmp_path / "public")
+    file = tmp_path / "public" / "model.safetensors"
+    if name == "checkpoint.pt":
+        tensors = {key: torch.from_numpy(np.array(array)) for key, array in dict(TensorFiles(file)).items()}
+        file.unlink()
+        file = file.with_name(name)
+        torch.save({"model_state_dict": tensors}, file)
+    whole = file.read_bytes()
+    for size in (len(whole) - 10, len(whole) // 2, 5):
+        file.write_bytes(whole[:size])
+        arguments = ["import", "--model", "flamingo", "--from", str(tmp_path / "public"), "--to", str(tmp_path / "run")]
+        assert convert.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and str(file) in error and not (tmp_path / "run").exists()
 
 
 def test_a_folder_without_the_language_models_config(tmp_path):

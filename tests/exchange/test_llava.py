@@ -263,6 +263,17 @@ def test_a_download_that_was_interrupted(public):
     refuse(public, "there is no config.json")
 
 
+def test_a_download_of_clip_that_was_interrupted(tmp_path):
+    """Of the tower in an original's folder."""
+    public_llava(tmp_path / "public", "original", tower=False)
+    file = tmp_path / "public" / CLIP / "model.safetensors"
+    for size in (-10, 5):
+        file.write_bytes(file.read_bytes()[:size])
+        refuse(tmp_path / "public", f"{CLIP}/model.safetensors: not a complete safetensors file")
+    file.rename(file.with_name("pytorch_model.bin"))
+    refuse(tmp_path / "public", f"{CLIP}/pytorch_model.bin .*(damaged|not a complete file of torch.save)")
+
+
 def test_other_rows_of_the_vocabulary_are_taken_from_the_tensors(public):
     fields = json.loads((public / "config.json").read_text())
     fields["text_config"]["vocab_size"] = 32064

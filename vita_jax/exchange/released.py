@@ -48,6 +48,7 @@ OTHER_HEADS = r"(ctc|decoder|criterion|predictor)\b.*"
 FLAMINGO = "flamingo"  # our sizes of a Flamingo, in the `config.json` of an export
 LLAVAS = (llava_v1_5_7b, llava_v1_5_13b)
 # CLIP's text half, and what joins it to the tower.
+CLIP_OUT = "visual_projection.weight"
 CLIP_TEXT = (r"text_model\..*", r"(text|visual)_projection\.weight", r"logit_scale")
 
 
@@ -274,7 +275,8 @@ def _clip(folder: Path, tensors: TensorSource) -> Released:
     vision, whole = clip_weights.config_from_hf(read_json(folder / CONFIG)), llava_v1_5_7b()
     config = replace(whole, vision=vision, projector=replace(whole.projector, input_size=vision.hidden_size))
     table = clip_weights.weight_table(vision).prefixed(path="vision/") + Table((), CLIP_TEXT)
-    return Released("clip", folder, config, table, tensors)
+    notes = (f"{CLIP_OUT} is left out: models read the tower before it",) if CLIP_OUT in tensors else ()
+    return Released("clip", folder, config, table, tensors, notes)
 
 
 def _llava_projector(folder: Path, tensors: TensorSource) -> Released:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.exchange.public import TOKENIZERS, random_tensors, tokenizer_rows
 from tests.training.flamingo import flamingo_config
@@ -105,16 +106,48 @@ def test_sizes_are_those_of_the_tensors(preset):
         config_of_tensors(without, base)
 
 
-def test_mpt_is_refused_by_name(tmp_path, capsys):
-    """Before anything else is asked for: its folder may have no config.json."""
-    name = "lang_encoder.transformer.blocks.0.decoder_layer.norm_1.weight"
-    tensors = {"perceiver.latents": np.zeros((2, 4), np.float32), name: np.zeros(4, np.float32)}
+@pytest.mark.parametrize(
+    ("names", "model"),
+    [
+        (["transformer.wte.weight", "transformer.blocks.0.decoder_layer.norm_1.weight"], "MPT"),
+        # What training saves: the table, and blocks by either name.
+        (["gated_cross_attn_layers.0.attn_gate", "transformer.wte.weight"], "MPT or GPT-J"),
+        (["gpt_neox.embed_in.weight", "gated_cross_attn_layers.1.ff_gate"], "GPT-NeoX"),
+        (["model.decoder.embed_tokens.weight"], "OPT"),
+        # Layers by their second names.
+        (["old_decoder_blocks.0.norm_1.weight", "old_decoder_blocks.0.attn.Wqkv.weight"], "MPT"),
+        (["old_decoder_blocks.0.attention.query_key_value.bias"], "GPT-NeoX"),
+    ],
+)
+def test_other_language_models_are_refused_by_name(tmp_path, capsys, names, model):
+    """Before anything else is asked for: their folders may have no config.json."""
+    tensors = {"perceiver.latents": np.zeros((2, 4), np.float32)}
+    tensors |= {f"module.lang_encoder.{name}": np.zeros(4, np.float32) for name in names}
     write_tensors(tmp_path, tensors.items())
-    with pytest.raises(UnsupportedOption, match=r"language model is MPT .* only Flamingo around a LLaMA is offered"):
+    assert guess_model(tmp_path) == "flamingo"
+    with pytest.raises(UnsupportedOption, match=rf"model is {model} \(.* only Flamingo around a LLaMA is offered"):
         read_released("flamingo", tmp_path)
     arguments = ["import", "--model", "flamingo", "--from", str(tmp_path), "--to", str(tmp_path / "run")]
     assert convert.main(arguments) == 2
-    assert "MPT" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert model in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "checkpoint.pt"])
+def test_a_download_that_was_interrupted(tmp_path, capsys, name):
+    public_flamingo(tmp_path / "public")
+    file = tmp_path / "public" / "model.safetensors"
+    if name == "checkpoint.pt":
+        tensors = {key: torch.from_numpy(np.array(array)) for key, array in dict(TensorFiles(file)).items()}
+        file.unlink()
+        file = file.with_name(name)
+        torch.save({"model_state_dict": tensors}, file)
+    whole = file.read_bytes()
+    for size in (len(whole) - 10, len(whole) // 2, 5):
+        file.write_bytes(whole[:size])
+        arguments = ["import", "--model", "flamingo", "--from", str(tmp_path / "public"), "--to", str(tmp_path / "run")]
+        assert convert.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and str(file) in error and not (tmp_path / "run").exists()
 
 
 def test_a_folder_without_the_language_models_config(tmp_path):

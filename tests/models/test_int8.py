@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 import qwix
 
-from vita_jax.conversion.tables import export_params, flatten, unflatten
+from tests.exchange.public import random_tensors
+from tests.training.llava import llava_config
+from vita_jax.conversion.tables import export_params, flatten, import_params, unflatten
 from vita_jax.errors import UserError
-from vita_jax.models import int8, lora
+from vita_jax.models import int8, llava_weights, lora
 from vita_jax.models.int8 import change_params, int8_weights, num_weights, weight_bytes
 from vita_jax.models.language.decoder import Decoder, DecoderConfig, make_cache
 from vita_jax.models.language.decoder_weights import weight_table
+from vita_jax.models.llava import Llava
 from vita_jax.models.lora import LoraConfig, find_sites, init_adapters
+from vita_jax.models.vita import VitaInputs
 from vita_jax.nn.layers import Dense
 from vita_jax.ops.expert_parallel import ExpertAxes, apply_sharded_experts
 from vita_jax.ops.experts import ExpertLinear, Experts
@@ -192,6 +196,35 @@ def test_what_does_not_go_with_integers_is_refused():
             ExpertAxes(),
             experts_per_token=1,
         )
+
+
+def test_of_a_llava_the_language_model_alone_becomes_integers():
+    """And what is said of a picture is what the integers stand for."""
+    config = llava_config()
+    table = llava_weights.weight_table(config)
+    tensors = {name: 0.5 * array for name, array in random_tensors(table, "float32").items()}
+    params = import_params(table, tensors)
+    integers = flatten(change_params(params, int8_weights(table)))
+    small = {path for path, leaf in integers.items() if leaf.dtype == np.int8}
+    layers = [f"attention/{name}_proj" for name in "qkvo"] + [f"mlp/{name}_proj" for name in ("gate", "up", "down")]
+    assert small == {"language/lm_head/kernel", *(f"language/layers/{layer}/kernel" for layer in layers)}
+    stand_for = dict(flatten(params))
+    for site in find_sites(table, (lora.LANGUAGE_MODEL, r"^language/lm_head$")):
+        path, inputs = f"{site.path}/kernel", tuple(len(site.stack) + i for i in range(len(site.inputs)))
+        stand_for[path] = integers[path] * np.expand_dims(integers[f"{path}_scale"], inputs)
+    picture = np.random.default_rng(0).integers(0, 256, (1, 1, 8, 8, 3), dtype=np.uint8)
+    row = {"tokens": [[3, 0, 0, 0, 0, 5]], "positions": [list(range(6))], "segment_ids": [[1] * 6]}
+    row = {name: np.array(value, np.int32) for name, value in row.items()}
+    batch = VitaInputs(tiles=picture, feature_index=np.array([[-1, 0, 1, 2, 3, -1]], np.int32), **row)
+
+    @jax.jit
+    def logits(params: dict) -> jax.Array:
+        hidden = Llava(config).apply({"params": params}, batch)
+        return Llava(config).apply({"params": params}, hidden, method="logits")
+
+    got, want = (logits(unflatten(iter(leaves.items()))) for leaves in (integers, stand_for))
+    np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+    assert np.abs(got - logits(params)).max() > 1e-3
 
 
 def test_a_missing_library_is_named(monkeypatch):

@@ -17,6 +17,7 @@ from vita_jax.conversion.torch_pickles import open_tensors
 from vita_jax.errors import UserError
 from vita_jax.exchange.exporting import Stored
 from vita_jax.exchange.importing import ORIGINAL, STAGE, STEP, past_stage, seal
+from vita_jax.exchange.llava_lora import ADAPTER_CONFIG, ADAPTER_FILES, OTHER_WEIGHTS
 from vita_jax.exchange.released import read_json
 from vita_jax.models.lora import detach, linear_sites, merge
 from vita_jax.models.lora_weights import export_adapters, import_adapters, peft_table
@@ -26,11 +27,6 @@ from vita_jax.training.checkpoint import checkpoint_folder
 from vita_jax.training.families import weight_table
 from vita_jax.training.param_store import ParamWriter
 from vita_jax.training.portable import TOKENIZER, WRITTEN, new_folder
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-# What the original's training saves beside the adapters; parts of it come in as models of their own.
-OTHER_WEIGHTS = "non_lora_trainables.bin"
 
 
 def table_of(stored: Stored) -> Table:
@@ -97,7 +93,8 @@ def import_lora(base: Stored, folder: str | Path, run_dir: str | Path, *, merged
         past = past_stage(f"{base.config.name} with adapters", base.config.model)
         seal(partial, replace(base.config, run_dir=str(run_dir), stages=(past,)))
     if (folder / OTHER_WEIGHTS).is_file():
-        return [f"{OTHER_WEIGHTS} is not read; what it holds comes in as --model projector or audio_adapter"]
+        parts = "projector, audio_adapter or, with the adapters, llava"
+        return [f"{OTHER_WEIGHTS} is not read; what it holds comes in as --model {parts}"]
     return []
 
 

@@ -30,6 +30,7 @@ from vita_jax.conversion.torch_files import write_tensors
 from vita_jax.conversion.views import Source, joined
 from vita_jax.data.tokenizer import load_tokenizer
 from vita_jax.errors import UnsupportedOption, UserError
+from vita_jax.exchange.for_transformers import prepare
 from vita_jax.exchange.importing import GENERATION, ORIGINAL, Progress
 from vita_jax.exchange.released import CONFIG, FLAMINGO, MODEL_JSON, TRAIN, read_json
 from vita_jax.models import flamingo_weights, llava_weights
@@ -110,6 +111,7 @@ class Part:
     """A folder of the export: where it is below the export's, what it holds, and the small files beside it.
 
     stacks: names of the table -> where they stand in the files, if that differs; see `conversion.views.joined`.
+    complete: whether `texts` are all small files of the folder, the tokenizer's included.
     """
 
     place: str
@@ -117,6 +119,7 @@ class Part:
     params: Mapping[str, Any]
     texts: Mapping[str, str]
     stacks: Mapping[str, Source] | None = None
+    complete: bool = False
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """(torch name, array) of all."""
@@ -138,7 +141,7 @@ def parts_of(stored: Stored, layout: str | None = None) -> list[Part]:
     """
     params, model = stored.params, stored.config.model
     if isinstance(model, LlavaConfig):
-        return [_llava(model, params, layout or ("hf" if of_transformers(stored) else "original"))]
+        return [_llava(stored, layout or ("hf" if of_transformers(stored) else "original"))]
     if layout is None and isinstance(model, FlamingoConfig):
         return [_flamingo(model, params)]
     if layout is not None:
@@ -165,11 +168,19 @@ def of_transformers(stored: Stored) -> bool:
     return file.is_file() and "text_config" in read_json(file)
 
 
-def _llava(model: LlavaConfig, params: Mapping[str, Any], layout: str) -> Part:
-    table, stored = llava_weights.weight_table(model, layout), flatten(params)
+def _llava(stored: Stored, layout: str) -> Part:
+    model, params, config = stored.config.model, stored.params, stored.config
+    table = llava_weights.weight_table(model, layout)
     if set(params) == set(WHOLE):
-        dtype = {"torch_dtype": str(stored["language/norm/scale"].dtype)}
-        return Part("", table, params, {CONFIG: _json({**llava_weights.config_to_hf(model, layout), **dtype})})
+        inputs = {"aspect": config.image.aspect, "image_markers": config.prompt.image_markers}
+        dtype = {"torch_dtype": str(flatten(params)["language/norm/scale"].dtype)}
+        if layout == "original" or of_transformers(stored):
+            fields = llava_weights.config_to_hf(model, layout, **inputs)
+            return Part("", table, params, {CONFIG: _json({**fields, **dtype})})
+        ready = prepare(params, config, stored.run_dir / TOKENIZER)
+        fields = {**llava_weights.config_to_hf(ready.model, layout, **inputs), **ready.fields, **dtype}
+        table = llava_weights.weight_table(ready.model, layout)
+        return Part("", table, ready.params, {CONFIG: _json(fields), **ready.texts}, complete=True)
     (name, *others) = params
     if others:
         raise UserError(f"the checkpoint holds {name}, {', '.join(others)}, which together are no public checkpoint")
@@ -274,7 +285,8 @@ def export_checkpoint(
     folder = on_disk(folder, WRITTEN)
     on_disk(stored.run_dir, "a run that is exported")
     parts = parts_of(stored, layout)
-    total = sum(leaf.dtype.itemsize * int(np.prod(leaf.shape)) for leaf in flatten(stored.params).values())
+    leaves = (leaf for part in parts for leaf in flatten(part.params).values())
+    total = sum(leaf.dtype.itemsize * int(np.prod(leaf.shape)) for leaf in leaves)
     count = Counter(total, progress)
     with new_folder(folder) as partial:
         for part in parts:
@@ -304,6 +316,8 @@ class Counter:
 
 def _small_files(stored: Stored, folder: Path, parts: Sequence[Part]) -> None:
     """The public files that the run was imported with, else the tokenizer's own and a generation config."""
+    if any(part.complete for part in parts):
+        return
     original = stored.run_dir / ORIGINAL
     if original.is_dir():
         shutil.copytree(original, folder, dirs_exist_ok=True)

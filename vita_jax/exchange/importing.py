@@ -24,7 +24,7 @@ from vita_jax.data.loader import SourceConfig
 from vita_jax.data.templates import SystemTexts
 from vita_jax.errors import UserError
 from vita_jax.exchange.released import CONFIG as RELEASED_CONFIG
-from vita_jax.exchange.released import MODEL_JSON, TRAIN, Released, find_file, read_json
+from vita_jax.exchange.released import MODEL_JSON, PROCESSORS, TRAIN, Released, find_file, read_json
 from vita_jax.exchange.tokenizers import TOKENIZER_FILES, make_tokenizer
 from vita_jax.training.checkpoint import CONFIG, checkpoint_folder, snapshot_meta, write_manifest
 from vita_jax.training.experiment import DataConfig, DTypePolicy, ExperimentConfig, TokenizerConfig
@@ -37,8 +37,6 @@ STAGE, STEP = "imported", 0
 ORIGINAL, JOURNAL = "original", "journal.json"
 GENERATION = "generation_config.json"
 ALLOWANCES = ("missing", "unexpected", "misshapen")
-# Of how transformers prepares pictures; nothing of it is read.
-PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being read
 
@@ -102,7 +100,7 @@ def experiment_of(
         tokenizer=TokenizerConfig(vocab_size=model.language.vocab_size),
         template=template or family.template(model),
         system_texts=system_texts or family.system_texts,
-        prompt=family.prompts(),
+        prompt=family.prompts(image_markers=True) if released.image_markers else family.prompts(),
         data=DataConfig(),
         stages=(past_stage(f"imported {released.model}", model),),
         audio=AudioConfig(),

@@ -19,7 +19,9 @@ from vita_jax import config as config_lib
 from vita_jax.conversion.tables import Table
 from vita_jax.conversion.torch_files import TensorInfo, TensorSource
 from vita_jax.conversion.torch_pickles import open_tensors
+from vita_jax.data.llava_prompts import IMAGE_END, IMAGE_START
 from vita_jax.errors import UserError
+from vita_jax.exchange.llava_lora import ADAPTER_CONFIG, is_lora_folder, lora_sources
 from vita_jax.models import flamingo_weights, llava_weights
 from vita_jax.models.audio import tower_weights
 from vita_jax.models.codec import codec_weights
@@ -39,11 +41,14 @@ from vita_jax.models.vita_weights import weight_table
 from vita_jax.training.families import ModelConfig
 
 CONFIG, TRAIN, MODEL_JSON = "config.json", "train.yaml", "model.json"
+# Of how transformers prepares pictures; nothing of it is read but whether they are padded.
+PROCESSORS = PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 # Heads beside the speech encoder in its own file; the original passes over them, too.
 OTHER_HEADS = r"(ctc|decoder|criterion|predictor)\b.*"
 FLAMINGO = "flamingo"  # our sizes of a Flamingo, in the `config.json` of an export
 LLAVAS = (llava_v1_5_7b, llava_v1_5_13b)
 # CLIP's text half, and what joins it to the tower.
+CLIP_OUT = "visual_projection.weight"
 CLIP_TEXT = (r"text_model\..*", r"(text|visual)_projection\.weight", r"logit_scale")
 
 
@@ -59,6 +64,7 @@ class Released:
       tensors: by the names of the table.
       notes: what the user should know about how it was read.
       aspect: as in `vita_jax.data.images.ImageConfig`.
+      image_markers: as in `vita_jax.data.llava_prompts.LlavaPromptOptions`.
     """
 
     model: str
@@ -68,6 +74,7 @@ class Released:
     tensors: TensorSource
     notes: tuple[str, ...] = ()
     aspect: str = "square"
+    image_markers: bool = False
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -142,17 +149,26 @@ def read_released(model: str, folder: str | Path) -> Released:
         raise UserError(f"--model {model!r} is unknown; use one of {', '.join(MODELS)}")
     if not folder.exists():
         raise UserError(f"{folder} does not exist")
-    tensors = open_tensors(folder)
+    tensors = _open(folder)
     try:
         return MODELS[model](folder, tensors)
     except UserError as error:
         raise type(error)(f"{folder} as --model {model}: {error}") from error
 
 
+def _open(folder: Path) -> TensorSource:
+    if not is_lora_folder(folder):
+        return open_tensors(folder)
+    try:
+        return Joined(*lora_sources(folder, read_json(folder / ADAPTER_CONFIG)))
+    except UserError as error:
+        raise type(error)(f"{folder}: {error}") from error
+
+
 def guess_model(folder: str | Path) -> str:
     """The model that a public folder most likely holds. Raises `UserError` if its names are those of none."""
     folder = Path(folder)
-    names = set(open_tensors(folder))
+    names = set(_open(folder))
 
     def has(start: str) -> bool:
         return any(start in name for name in names)
@@ -161,8 +177,8 @@ def guess_model(folder: str | Path) -> str:
         return "flamingo"
     sparse = has("block_sparse_moe")
     original = llava_weights.LAYOUTS["original"]
-    if has("multi_modal_projector.") or (EMBEDDING in names and has(original.tower)):
-        return "llava"
+    if has("multi_modal_projector.") or (EMBEDDING in names and has(original.tower)) or llava_weights.is_mpt(names):
+        return "llava"  # which says what it does not read
     if EMBEDDING in names:
         if has(original.projector) and not has("model.vision_tower."):
             return "llava"  # its tower is in CLIP's own files
@@ -239,8 +255,19 @@ def _llava(folder: Path, tensors: TensorSource) -> Released:
         clip = clip_weights.weight_table(config.vision).prefixed(path="vision/")
         table, tensors = table + clip + Table((), CLIP_TEXT), Joined(tensors, open_tensors(folder / name))
         notes.append(f"the vision tower is that of {name}")
-    aspect = "pad" if values.get("image_aspect_ratio") == "pad" else "square"
-    return Released("llava", folder, config, table, tensors, tuple(notes), aspect)
+    markers = bool(values.get(llava_weights.MARKERS))
+    if markers:
+        notes.append(f"{llava_weights.MARKERS}: prompts will have {IMAGE_START} and {IMAGE_END} around every picture")
+    aspect = llava_weights.aspect_from_hf(values, _image_processor(folder))
+    return Released("llava", folder, config, table, tensors, tuple(notes), aspect, markers)
+
+
+def _image_processor(folder: Path) -> dict[str, Any]:
+    """How transformers prepares pictures; its newer releases write that into the file of the whole processor."""
+    if (folder / PREPROCESSOR).is_file():
+        return read_json(folder / PREPROCESSOR)
+    whole = read_json(folder / PROCESSOR) if (folder / PROCESSOR).is_file() else {}
+    return whole.get("image_processor") or {}
 
 
 def _clip(folder: Path, tensors: TensorSource) -> Released:
@@ -248,7 +275,8 @@ def _clip(folder: Path, tensors: TensorSource) -> Released:
     vision, whole = clip_weights.config_from_hf(read_json(folder / CONFIG)), llava_v1_5_7b()
     config = replace(whole, vision=vision, projector=replace(whole.projector, input_size=vision.hidden_size))
     table = clip_weights.weight_table(vision).prefixed(path="vision/") + Table((), CLIP_TEXT)
-    return Released("clip", folder, config, table, tensors)
+    notes = (f"{CLIP_OUT} is left out: models read the tower before it",) if CLIP_OUT in tensors else ()
+    return Released("clip", folder, config, table, tensors, notes)
 
 
 def _llava_projector(folder: Path, tensors: TensorSource) -> Released:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,15 @@ import tokenizers
 from vita_jax.data.sentencepiece_file import Piece, PieceType, is_byte_pair, keeps_text, read_pieces
 from vita_jax.data.tokenizer import (
     CHAT_SYMBOLS,
+    END_OF_TEXT,
     JSON_CONFIG_FILE,
     JSON_FILE,
     SENTENCEPIECE_FILE,
     SPACE_MARK,
+    TURN_END,
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
     load_tokenizer,
 )
 from vita_jax.errors import UnsupportedOption, UserError
@@ -147,6 +152,30 @@ def tokenizer_of_sentencepiece(folder: Path) -> tokenizers.Tokenizer:
         raise UnsupportedOption(f"{source} is a unigram model; only byte-pair models are read, give a {JSON_FILE}")
     if not keeps_text(proto):
         raise UnsupportedOption(f"{source} normalises its text; only models that keep it are read, give a {JSON_FILE}")
+    prefix, strip = [tokenizers.normalizers.Prepend(SPACE_MARK)], [tokenizers.decoders.Strip(" ", 1, 0)]
+    return _of_pieces(pieces, _listed_tokens(folder), prefix, strip)
+
+
+def as_json_tokenizer(tokenizer: Tokenizer) -> JsonTokenizer:
+    """The tokenizer, with one of ours as the `tokenizer.json` that it could be. Only the character that sentencepiece
+    writes a space as is another in it: it is a space.
+    """
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return tokenizer
+    pieces = read_pieces(tokenizer.proto, "the tokenizer")
+    special = {id_: {"content": text, "special": True} for text, id_ in tokenizer.special_tokens.items()}
+    definition = _of_pieces(pieces, special, [], []).to_str()
+    names = {"pad_token": END_OF_TEXT, "eos_token": TURN_END, "unk_token": pieces[0].text, "add_bos_token": False}
+    return JsonTokenizer.from_text(definition, json.dumps(names))
+
+
+def _of_pieces(
+    pieces: Sequence[Piece],
+    listed: Mapping[int, dict[str, Any]],
+    first_normalizers: list[tokenizers.normalizers.Normalizer],
+    last_decoders: list[tokenizers.decoders.Decoder],
+) -> tokenizers.Tokenizer:
+    """The tokenizer of byte-pair pieces in the order of their ids; `listed`: further added tokens by id."""
     ids = {piece.text: id_ for id_, piece in enumerate(pieces)}
     joined = {piece.text for piece in pieces if piece.type == PieceType.NORMAL}
     merges = [
@@ -164,9 +193,9 @@ def tokenizer_of_sentencepiece(folder: Path) -> tokenizers.Tokenizer:
         tokenizers.models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=has_bytes)
     )
     normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE_MARK), normalizers.Replace(" ", SPACE_MARK)])
+    tokenizer.normalizer = normalizers.Sequence([*first_normalizers, normalizers.Replace(" ", SPACE_MARK)])
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), *last_decoders]
     )
     special = (PieceType.UNKNOWN, PieceType.CONTROL)
     own = [
@@ -174,7 +203,7 @@ def tokenizer_of_sentencepiece(folder: Path) -> tokenizers.Tokenizer:
         for id_, piece in enumerate(pieces)
         if piece.type in (*special, PieceType.USER_DEFINED)
     ]
-    _add_tokens(tokenizer, sorted({**dict(own), **_listed_tokens(folder)}.items()), SENTENCEPIECE_FILE)
+    _add_tokens(tokenizer, sorted({**dict(own), **listed}.items()), SENTENCEPIECE_FILE)
     return tokenizer
 
 

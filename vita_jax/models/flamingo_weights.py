@@ -41,12 +41,20 @@ ALIASES = (
     (re.compile(r"lang_encoder\.old_decoder_blocks\.(\d+)\.(.*)"), "decoder_layer"),
     (re.compile(r"lang_encoder\.gated_cross_attn_layers\.(\d+)\.(.*)"), "gated_cross_attn_layer"),
 )
-# Where other language models keep their layers.
+# Where other language models keep their layers and tables, and what is in a layer of theirs; what training saves has
+# the tables alone, and second names of layers do not say whose they are.
 OTHER_MODELS = {
     "transformer.blocks.": "MPT",
     "gpt_neox.layers.": "GPT-NeoX",
     "model.decoder.layers.": "OPT",
     "transformer.h.": "GPT-J",
+    "gpt_neox.embed_in.": "GPT-NeoX",
+    "model.decoder.embed_tokens.": "OPT",
+    "old_decoder_blocks.0.attn.Wqkv.": "MPT",
+    "old_decoder_blocks.0.attention.query_key_value.": "GPT-NeoX",
+    "old_decoder_blocks.0.self_attn_layer_norm.": "OPT",
+    "old_decoder_blocks.0.attn.q_proj.": "GPT-J",
+    "transformer.wte.": "MPT or GPT-J",
 }
 HEAD_WIDTH = 64
 # Buffers that follow from the config, and what training saves of a frozen tower because its name has "embed" in it.
@@ -102,9 +110,9 @@ def view(tensors: Mapping[str, np.ndarray]) -> View:
     """
     sources: dict[str, Source] = {}
     aliases: dict[str, Source] = {}
+    _check_language_model([name.removeprefix("module.") for name in tensors])
     for name, source in clip_weights.open_clip_sources(tensors).items():
         plain = name.removeprefix("module.")
-        _check_language_model(plain)
         canonical = _canonical(plain)
         target = sources if canonical == plain else aliases
         if canonical in target:
@@ -204,9 +212,11 @@ def _canonical(name: str) -> str:
     return name
 
 
-def _check_language_model(name: str) -> None:
+def _check_language_model(names: Iterable[str]) -> None:
+    names = list(names)
     for start, model in OTHER_MODELS.items():
-        if name.startswith(LANGUAGE_PREFIX + start):
+        name = next((name for name in names if name.startswith(LANGUAGE_PREFIX + start)), None)
+        if name is not None:
             raise UnsupportedOption(
                 f"the checkpoint's language model is {model} ({name}), whose layers are not this decoder's; only "
                 "Flamingo around a LLaMA is offered"

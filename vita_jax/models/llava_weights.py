@@ -50,6 +50,8 @@ LAYOUTS: dict[str, Layout] = {
 HF_PROJECTOR = {"0.": "linear_1.", "2.": "linear_2."}
 HF_PROJECTOR_TYPE = "mlp2x_gelu"
 PROJECTOR_MARK = "mm_projector."
+# How pictures become square, and whether markers stand around them; transformers passes over both.
+ASPECT, MARKERS = "image_aspect_ratio", "mm_use_im_start_end"
 # Buffers that hold nothing but what follows from the config.
 IGNORED = (r".*rotary_emb\.inv_freq", r".*embeddings\.position_ids")
 
@@ -58,6 +60,7 @@ def layout_of(names: Iterable[str]) -> str:
     """The key of `LAYOUTS` that names of a checkpoint are in.
 
     Raises:
+      UnsupportedOption: names of a LLaVA with another language model.
       UserError: names of another model.
     """
     names = set(names)
@@ -71,8 +74,17 @@ def layout_of(names: Iterable[str]) -> str:
         return "hf" if has("vision_tower.vision_model.") else "hf_5"
     if has("model.layers.") and (has("model.mm_projector.") or has(LAYOUTS["original"].tower)):
         return "original"
+    if is_mpt(names):
+        raise UnsupportedOption("its language model is MPT (transformer.wte, ...); only LLaVA with a LLaMA is offered")
     some = ", ".join(sorted(names)[:3])
     raise UserError(f"the tensors ({some}, ...) are not those of a LLaVA: no projector beside a language model")
+
+
+def is_mpt(names: Iterable[str]) -> bool:
+    """Whether they are those of an original LLaVA with MPT."""
+    names = set(names)
+    projector = any(name.startswith("transformer.mm_projector.") for name in names)
+    return projector and any(name.startswith(("transformer.wte.", "transformer.blocks.")) for name in names)
 
 
 def has_tower(names: Iterable[str], layout: str = "original") -> bool:
@@ -178,6 +190,23 @@ def config_from_hf(values: Mapping[str, Any], vision: Mapping[str, Any] | None =
     )
 
 
+def aspect_from_hf(values: Mapping[str, Any], processor: Mapping[str, Any]) -> str:
+    """`ImageConfig.aspect`.
+
+    Args:
+      values: content of a `config.json`.
+      processor: of transformers' `preprocessor_config.json`, for folders whose `config.json` does not say.
+
+    Raises:
+      UnsupportedOption: the tiles of v1.6.
+    """
+    pads = "Llava" in str(processor.get("image_processor_type")) and processor.get("do_pad")
+    said = values.get(ASPECT) or ("pad" if pads else "square")  # a null is written, too
+    if said not in ("square", "pad"):
+        raise UnsupportedOption(f"config.json: {ASPECT} {said!r} is of v1.6; only 'square' and 'pad' are offered")
+    return said
+
+
 def _config_from_transformers(values: Mapping[str, Any]) -> LlavaConfig:
     if values.get("projector_hidden_act", "gelu") != "gelu":
         raise UnsupportedOption(f"config.json: projector_hidden_act {values['projector_hidden_act']!r}; only 'gelu' is")
@@ -206,12 +235,21 @@ def _named_tower(name: str) -> ViTConfig:
     )
 
 
-def config_to_hf(config: LlavaConfig, layout: str = "original") -> dict[str, Any]:
+def config_to_hf(
+    config: LlavaConfig, layout: str = "original", *, aspect: str = "square", image_markers: bool = False
+) -> dict[str, Any]:
     """The fields of a `config.json`, as `config_from_hf` reads them.
 
     For the original layout the tower's sizes are under `vision_config`, which the original passes over.
+
+    Args:
+      config: of the model.
+      layout: key of `LAYOUTS`.
+      aspect: of the pictures, as in `vita_jax.data.images.ImageConfig`.
+      image_markers: of the prompts, as in `vita_jax.data.llava_prompts.LlavaPromptOptions`.
     """
     language, vision = decoder_weights.config_to_hf(config.language), clip_weights.config_to_hf(config.vision)
+    inputs = {ASPECT: aspect, MARKERS: image_markers}
     if layout == "original":
         return {
             **language,
@@ -224,9 +262,9 @@ def config_to_hf(config: LlavaConfig, layout: str = "original") -> dict[str, Any
             "mm_vision_select_layer": config.select_layer,
             "mm_vision_select_feature": config.select_feature,
             "mm_patch_merge_type": "flat",
-            "mm_use_im_start_end": False,
             "mm_use_im_patch_token": False,
             "use_mm_proj": True,
+            **inputs,
         }
     return {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -237,4 +275,5 @@ def config_to_hf(config: LlavaConfig, layout: str = "original") -> dict[str, Any
         "vision_feature_layer": config.select_layer,
         "vision_feature_select_strategy": {"patch": "default", "cls_patch": "full"}[config.select_feature],
         "image_seq_length": config.tokens_per_tile,
+        **inputs,
     }

@@ -150,7 +150,7 @@ def test_clip_alone_is_where_a_llava_starts_from(tmp_path):
     config = public_llava(tmp_path / "public", "original", tower=False)
     clip = tmp_path / "public" / CLIP
     assert guess_model(clip) == "clip"
-    import_released(read_released("clip", clip), tmp_path / "run")
+    assert convert.main(["import", "--model", "clip", "--from", str(clip), "--to", str(tmp_path / "run")]) == 0
     stored = open_checkpoint(tmp_path / "run")
     assert set(stored.params) == {"vision"} and stored.config.model.vision == config.vision
     export_checkpoint(stored, tmp_path / "back")

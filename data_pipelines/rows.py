@@ -175,7 +175,10 @@ def measure(
         if len(clips) and max(clips) > stage.clip_frames:
             bad["sound too long"] += 1
             continue
-        sizes.append(Size(len(example["tokens"]), len(example["tiles"]), len(clips)))
+        size = Size(len(example["tokens"]), len(example["tiles"]), len(clips))
+        if context.cut_text and not size.tiles and not size.clips:
+            size = dataclasses.replace(size, positions=min(size.positions, stage.row_length))
+        sizes.append(size)
     return sizes, bad
 
 

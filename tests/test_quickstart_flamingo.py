@@ -3,6 +3,7 @@ commands."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import get_args
@@ -11,13 +12,15 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.flamingo.curriculum import full_model
 from experiments.flamingo.quickstart import Ablation
 from tests.test_smoke import command
 from vita_jax.config import load_config_file
 from vita_jax.data.interleaved import END_OF_CHUNK, IMAGE
 from vita_jax.data.tokenizer import load_tokenizer
+from vita_jax.errors import UserError
 from vita_jax.training.checkpoint import load_params
-from vita_jax.training.experiment import validate
+from vita_jax.training.experiment import clip_frames, validate
 from vita_jax.training.stages import flatten
 
 FILE = "experiments/flamingo/quickstart.py"
@@ -88,6 +91,18 @@ def test_fine_tuning_unfreezes_the_tower_on_larger_pictures():
     assert config.stages[0].trainable[0] == "^vision/" and "^language/" not in config.stages[0].trainable
     assert config.model.vision.image_size == config.image.image_size == 336
     assert config.stages[0].start_from == "runs/x" and config.tokenizer.folder == "runs/x/tokenizer"
+    assert config.model == dataclasses.replace(full_model("9b"), vision=config.model.vision)
+
+
+def test_fine_tuning_takes_up_what_the_start_was_trained_as():
+    options = {"start": "runs/x", "ablation": "every_2", "video": "true", "frames": "8"}
+    config = load_config_file("experiments/flamingo/finetune.py", options)
+    validate(config, num_devices=8)
+    trained = load_config_file("experiments/flamingo/pretrain.py", {"ablation": "every_2", "video": "true"})
+    assert config.model == dataclasses.replace(trained.model, vision=config.model.vision)
+    assert clip_frames(config) == config.stages[0].sets[0].frames == 8
+    with pytest.raises(UserError, match="frames=8, but model.resampler.max_frames=0"):
+        validate(load_config_file("experiments/flamingo/finetune.py", {**options, "video": "false"}), 8)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,9 @@
         --config.start=runs/quickstart_flamingo --config.data.folder=runs/quickstart_flamingo/data
 
 The task is a folder `task` of documents (data_pipelines.build records --layout documents, or pairs), each a picture or
-several with their texts: `Question:... Short answer:...`, as it will be asked. As in the paper (arXiv 2204.14198,
+several with their texts: `Question:... Short answer:...`, as it will be asked. With `--config.frames=8` their media are
+clips. `--config.video=true` is for a start that was trained with clips, `--config.ablation` for one of another model
+than the default, as `pretrain.py` was told. As in the paper (arXiv 2204.14198,
 appendix B.2) the language model stays frozen, the tower trains along, and pictures are larger: 224 -> 336 pixels here,
 CLIP's other size, for 320 -> 480; the tower's positions are resized as the run starts. Rates of the paper were searched
 for each task; 1e-5, half a cosine, is where to begin.
@@ -18,7 +20,7 @@ import dataclasses
 from typing import Literal
 
 from experiments.flamingo.curriculum import LOOKING, Scale, SliceName, full_model, one_stage, smoke_model
-from experiments.flamingo.quickstart import SMALL, small_model, with_new_tokens
+from experiments.flamingo.quickstart import SMALL, Ablation, small_model, with_new_tokens
 from vita_jax.data.interleaved import DOCUMENT_TOKENS
 from vita_jax.data.loader import SourceConfig
 from vita_jax.data.mixture import DataSet
@@ -28,9 +30,10 @@ from vita_jax.training.stages import Stage
 SIDES = {"smoke": 48, "small": 48, "full": 336}  # pixels
 
 
-def stage(size: str, start: str) -> Stage:
-    """The stage; every document is used, in full."""
-    rows, source = (32, "task") if size == "full" else (4, "pages")
+def stage(size: str, start: str, frames: int) -> Stage:
+    """The stage; every document is used, in full, with media of so many frames."""
+    source = "task" if size == "full" else "pages" if frames == 1 else "clips"
+    rows = 32 if size == "full" else 4
     task = DataSet(
         "task",
         (SourceConfig(source),),
@@ -40,6 +43,7 @@ def stage(size: str, start: str) -> Stage:
         max_images=9,
         drop_single=0.0,
         row_length=DOCUMENT_TOKENS,
+        frames=frames,
     )
     return Stage(
         "finetuning",
@@ -61,6 +65,9 @@ def get_config(
     start: str = "runs/flamingo_9b",
     size: Literal["smoke", "small", "full"] = "full",
     scale: Scale = "9b",
+    ablation: Ablation = "none",
+    video: bool = False,
+    frames: int = 1,
     slice: SliceName = "v5p:2x2x2",
 ) -> ExperimentConfig:
     """The run.
@@ -68,14 +75,18 @@ def get_config(
     Args:
       start: a trained Flamingo of this scale, or of the quickstart's size.
       size: "smoke" and "small" are the quickstart's models.
+      ablation, video: as the start was trained; the quickstart's models all know clips.
+      frames: of the task's clips; 1 for pictures.
       slice: what it is laid out for.
     """
     side = SIDES[size]
-    model = full_model(scale, image_size=side) if size == "full" else smoke_model(image_size=side)
+    model = full_model(scale, ablation, video, side) if size == "full" else smoke_model(ablation, side)
     if size == "small":
-        model = small_model(SMALL)
+        model = small_model(SMALL, ablation)
         model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, image_size=side))
-    config = one_stage(stage(size, start), model, f"flamingo_{scale}_finetuned", size, slice, f"{start}/tokenizer")
+    config = one_stage(
+        stage(size, start, frames), model, f"flamingo_{scale}_finetuned", size, slice, f"{start}/tokenizer"
+    )
     return dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, folder=f"{start}/tokenizer"))
 
 

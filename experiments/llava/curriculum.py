@@ -4,6 +4,7 @@
     v1_stage_2.py      instruction tuning   projector and language model, conversations
     v1_5_stage_1.py    alignment            the projector, captions (LAION, CC, SBU)
     v1_5_stage_2.py    instruction tuning   projector and language model, the mixture of 665,000
+    scienceqa.py       after v1_stage_1     projector and language model, school questions
 
 `--config.scale=13b` takes the larger model. Each is a run of its own, `runs/llava/<version>_<scale>/<stage>`; the first
 starts from public weights, Vicuna (v1: LLaMA's first; v1.5: v1.5) and CLIP ViT-L/14 (224 or 336 pixels):
@@ -17,9 +18,9 @@ stages name: captions, conversations.
 Hyper-parameters are those of the papers (arXiv 2304.08485, 2310.03744) and their scripts: AdamW 0.9, 0.999, 1e-8, no
 decay, clipping at 1, cosine with 3 % warm-up, bfloat16. The tower is frozen in every stage. Rows are packed: one of the
 first stage holds four captions with their pictures, so a quarter of the batch in rows is the batch; how many
-conversations fit in a row of the second is a guess (`data_pipelines.rows` says it of yours). What is longer than a row
-is left out, where the scripts cut at 2048 positions. `--config.prompt.image_order=random` is the paper's order of
-question and picture in a first turn; the scripts put the picture first.
+conversations fit in a row of the second is a guess (`data_pipelines.rows` says it of yours). Text that is longer than a
+row loses its end, as in the scripts; a conversation with pictures is left out then. The paper's order of question and
+picture in a first turn is `--config.prompt.image_order=random`; the scripts put the picture first.
 
 LoRA as in the script of v1.5 is, each behind `--config.stages.tuning`: `.lora.rank=128`, `.lora.alpha=256`,
 `.learning_rate=2e-4`, `.trainable='["^projector/"]'`, `.learning_rate_scale='[["^projector/", 0.1]]'`.
@@ -122,7 +123,8 @@ def one_stage(
         template="vicuna_v1",
         # The original's is not repeated here; a run keeps its own.
         system_texts=SystemTexts("", "", "Somebody asks about pictures, and an assistant answers."),
-        data=DataConfig(folder="data/llava", num_workers=8 if full else 0),
+        # ShareGPT's conversations, 6 % of the second stage's, are often longer than 2,048 tokens.
+        data=DataConfig(folder="data/llava", num_workers=8 if full else 0, cut_text=True),
         stages=(stage,),
         prompt=LlavaPromptOptions(),
         seed=42,

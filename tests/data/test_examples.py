@@ -1,5 +1,7 @@
 """One record to the arrays of one example."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -177,6 +179,23 @@ def test_prompt_with_history(ctx):
         prompt_example(turns, [], ctx)
     with pytest.raises(UserError, match="^x.png: not a picture"):
         prompt_example("What?", [Media("image", "x.png", b"no picture")], ctx)
+
+
+def test_text_that_is_too_long_for_a_row_may_be_cut(ctx):
+    text = record("What?", "A long answer.", "And then?", "Another one.")
+    whole = training_example(text, ctx)
+    room = len(whole["tokens"]) - 3
+    cutting = dataclasses.replace(ctx, cut_text=True)
+    cut = training_example(text, cutting, limits=Limits(room, 3))
+    for name in ("tokens", "labels", "positions", "segment_ids", "feature_index"):
+        np.testing.assert_array_equal(cut[name], whole[name][:room], err_msg=name)
+    shown = record("<image>\nWhat?", "A long answer.", media=[picture(1)])
+    needed = len(training_example(shown, ctx)["tokens"])
+    for refused, rule in ((text, ctx), (shown, cutting)):
+        with pytest.raises(RecordError, match="raise row_length or shorten it"):
+            training_example(refused, rule, limits=Limits(min(room, needed - 1), 3))
+    with pytest.raises(RecordError, match="gives no token to learn from"):
+        training_example(text, cutting, limits=Limits(3, 3))
 
 
 def test_limits_say_which_one(ctx):

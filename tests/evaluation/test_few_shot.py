@@ -96,6 +96,14 @@ def test_every_query_is_asked_with_every_number_of_shots(evaluated):
         assert ("ranked" in line) == (line["task"] == "colour")
 
 
+def test_a_prompt_that_is_too_long_for_the_language_model_is_refused(subject):
+    config = subject.model.config
+    short = dataclasses.replace(config, language=dataclasses.replace(config.language, max_positions=12))
+    with pytest.raises(UserError, match=r"query 'colour0': its prompt of 2 shots has \d+ tokens, .* room for 8; ask"):
+        options = dataclasses.replace(OPTIONS, shots=(2,))
+        evaluate_few_shot(dataclasses.replace(subject, model=Flamingo(short)), options, tasks=["colour"])
+
+
 def log_likelihood(subject: FewShotSubject, line: dict, choice: str) -> float:
     """By a loop over the tokens of the choice, one pass each."""
     shown = [*(one for one in line["demonstrations"]), line["id"]]

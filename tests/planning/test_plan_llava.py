@@ -21,7 +21,6 @@ from vita_jax.planning.report import format_result
 from vita_jax.planning.search import estimate_stage
 from vita_jax.training.experiment import validate
 
-FILES = {name: f"experiments/llava/{name}.py" for name in ("v1_stage_1", "v1_stage_2", "v1_5_stage_1", "v1_5_stage_2")}
 SCALES = ("7b", "13b")
 ON = [name for name in SLICES if name != "one"]
 # arXiv 2304.08485 and 2310.03744: rate, side of a picture, positions that it takes.
@@ -30,7 +29,9 @@ PUBLISHED = {
     "v1_stage_2": (2e-5, 224, 256),
     "v1_5_stage_1": (1e-3, 336, 576),
     "v1_5_stage_2": (2e-5, 336, 576),
+    "scienceqa": (2e-5, 224, 256),
 }
+FILES = {name: f"experiments/llava/{name}.py" for name in PUBLISHED}
 
 
 @pytest.mark.parametrize(("name", "scale"), list(itertools.product(FILES, SCALES)))
@@ -44,6 +45,7 @@ def test_every_stage_is_valid_on_its_slices(name, scale):
         assert config.model.tokens_per_tile == tokens and stage.row_tiles * tokens < stage.row_length
         assert not any("vision" in pattern for pattern in stage.trainable)
         assert stage.template == ("plain" if "stage_1" in name else None) and config.template == "vicuna_v1"
+        assert config.data.cut_text
         assert config.image.aspect == ("pad" if name == "v1_5_stage_2" else "square")
     smoke = load_config_file(FILES[name], {"size": "smoke", "scale": scale})
     validate(smoke, 1)

@@ -73,6 +73,8 @@ class ExampleContext:
       cell_name_width: m, the most token ids one cell name may have.
       audio: how sounds become features; None for a model that does not hear.
       state_labels: where the labels of a state head stand, see `state_label_row`; None = there are none.
+      cut_text: a conversation without media that is too long for a row loses its end, as in the original, and is not
+        refused.
     """
 
     tokenizer: Tokenizer
@@ -86,13 +88,14 @@ class ExampleContext:
     cell_name_width: int = 8
     audio: AudioContext | None = None
     state_labels: Literal["answer", "audio"] | None = None
+    cut_text: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """What fits into one row: positions, tile slots, slots for sounds and their frames (of 10 ms).
 
-    An example beyond any of them is refused, never cut.
+    An example beyond any of them is refused; none is cut but text, see `ExampleContext.cut_text`.
     """
 
     row_length: int
@@ -434,9 +437,10 @@ def training_example(
         rows = [state_label_row(segment, part.turns, part.inserted_id, place) for segment, part in pairs]
     except UserError as error:
         raise RecordError(where, "conversations", str(error), "prompt") from error
-    length = sum(len(segment) for segment in segments)
     if limits is not None:
-        limits.check_length(length, len(segments), where)
+        if context.cut_text and not record.media and len(segments) == 1:
+            segments, rows = [segments[0].cut(limits.row_length)], [row[: limits.row_length] for row in rows]
+        limits.check_length(sum(len(segment) for segment in segments), len(segments), where)
     example = _join(segments, table, frames, context, limits.row_clips if limits is not None else 0)
     if place:
         example["state_labels"] = np.concatenate(rows)

@@ -110,6 +110,10 @@ class Spliced:
     feature_index: np.ndarray
     positions: np.ndarray
 
+    def cut(self, length: int) -> Spliced:
+        """Its first positions, at most so many."""
+        return Spliced(self.tokens[:length], self.labels[:length], self.feature_index[:length], self.positions[:length])
+
     def __len__(self) -> int:
         return len(self.tokens)
 

@@ -44,7 +44,7 @@ from vita_jax.inference.generate import LENGTH_BUCKETS, Params, bucket
 from vita_jax.inference.generate_flamingo import generate_flamingo
 from vita_jax.models.flamingo import Flamingo, FlamingoInputs
 from vita_jax.ops.losses import IGNORE_LABEL, shift_labels
-from vita_jax.training.experiment import ExperimentConfig, build_model, data_folder
+from vita_jax.training.experiment import ExperimentConfig, build_model, clip_frames, data_folder
 
 Progress = Callable[[int, int], None]
 Line = dict[str, Any]
@@ -84,13 +84,12 @@ FOLDER, RESULT, LINES = "few_shot", "few_shot.json", "few_shot.jsonl"
 
 def subject_of(config: ExperimentConfig, params: Params, tokenizer: Tokenizer, folder: Path | None) -> FewShotSubject:
     """A trained Flamingo; `folder`: of the queries, None for those in the data of its run."""
-    frames = [data.frames for stage in config.stages for data in stage.sets]
     return FewShotSubject(
         build_model(config),
         params,
         DocumentContext(tokenizer, config.image),
         data_folder(config) / FOLDER if folder is None else folder,
-        max([2, *frames]),
+        clip_frames(config),
     )
 
 
@@ -197,6 +196,7 @@ def answer_queries(
         make_prompt(query, shown, shots, context, options.separator)
         for query, shown in zip(queries, demonstrations, strict=True)
     ]
+    check_room(subject, queries, prompts, shots)
     stops = (context.end_of_chunk, context.eos)
     for places in batches_of(queries, prompts, subject.batch_size):
         batch = [prompts[place] for place in places]
@@ -217,6 +217,17 @@ def answer_queries(
             answer = clean_answer(context.tokenizer.decode(ids), bool(queries[place].question))
             shown = [one.id for one in demonstrations[place]]
             yield line_of(queries[place], shots, options.choice, shown, answer, ranked[row])
+
+
+def check_room(subject: FewShotSubject, queries: Sequence[Shot], prompts: Sequence[Prompt], shots: int) -> None:
+    """Raises UserError if a prompt with its answer is longer than what the language model was trained for."""
+    room = subject.model.config.language.max_positions - subject.max_new_tokens
+    for query, prompt in zip(queries, prompts, strict=True):
+        if len(prompt.ids) > room:
+            raise UserError(
+                f"query {query.id!r}: its prompt of {shots} shots has {len(prompt.ids)} tokens, the language model has "
+                f"room for {room}; ask for fewer shots"
+            )
 
 
 def line_of(

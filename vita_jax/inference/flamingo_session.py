@@ -23,10 +23,7 @@ from vita_jax.inference.generate_flamingo import generate_flamingo
 from vita_jax.inference.talk import talk
 from vita_jax.models.flamingo import Flamingo, FlamingoInputs
 from vita_jax.training.checkpoint import LoadedModel
-from vita_jax.training.experiment import ExperimentConfig, build_model, example_context
-
-# Frames of a clip where the run's data had none.
-FRAMES = 8
+from vita_jax.training.experiment import ExperimentConfig, build_model, clip_frames, example_context
 
 
 @dataclasses.dataclass
@@ -61,12 +58,6 @@ class FlamingoSession:
     def context(self) -> ExampleContext:
         """How a file is looked at before it is asked about."""
         return example_context(self.config, self.tokenizer)
-
-    @property
-    def frames(self) -> int:
-        """Of a clip: as in training, as far as it is known."""
-        known = [data.frames for stage in self.config.stages for data in stage.sets if data.frames > 1]
-        return max(known, default=FRAMES)
 
     def has(self, component: str) -> bool:
         """Whether the model has a component."""
@@ -120,7 +111,7 @@ class FlamingoSession:
         kinds = {item.kind for item in media}
         if len(kinds) > 1:
             raise UserError("a document has pictures or clips, not both; /reset begins a new one")
-        frames = self.frames if kinds == {"video"} else 1
+        frames = clip_frames(self.config) if kinds == {"video"} else 1
         ids = np.asarray(encode_tagged(text, context), np.int32)
         room = self.config.model.language.max_positions - self.max_new_tokens
         if len(ids) > room:

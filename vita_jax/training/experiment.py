@@ -36,6 +36,9 @@ from vita_jax.training.optimizer import MOMENTS, OptimizerConfig
 from vita_jax.training.stages import OPTIMIZERS, Stage, starts_of
 from vita_jax.training.trace import ProfileConfig, validate_profile
 
+# Frames of a clip for a Flamingo that was trained on none and tells none apart: as many as in the paper's training.
+CLIP_FRAMES = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class DTypePolicy:
@@ -81,6 +84,8 @@ class DataConfig:
       asr: a user's own manifest of transcribed speech, see `vita_jax.data.speech_pairs`.
       speech: a user's own manifest of a voice and its texts.
       max_bad_fraction: share of records that may be unusable before the run stops.
+      cut_text: conversations without media that are longer than a row lose their end, as in the original, and do not
+        count as unusable.
       num_threads: threads that read and decode, if there are no workers.
       num_workers: processes that do instead, for each lane of this process; 0 = none. Either may change when a run goes
         on.
@@ -96,6 +101,7 @@ class DataConfig:
     asr: str | None = None
     speech: str | None = None
     max_bad_fraction: float = 0.01
+    cut_text: bool = False
     num_threads: int = 2
     num_workers: int = 0
     lanes: int | None = None
@@ -216,6 +222,12 @@ def tokenizer_folder(config: ExperimentConfig) -> Path:
     return place(config.run_dir) / "tokenizer" if config.tokenizer.folder is None else place(config.tokenizer.folder)
 
 
+def clip_frames(config: ExperimentConfig) -> int:
+    """Frames of a clip that a Flamingo is shown: as in its run's data, else as many as its resampler tells apart."""
+    trained = [data.frames for stage in config.stages for data in stage.sets if data.frames > 1]
+    return max(trained, default=config.model.resampler.max_frames or CLIP_FRAMES)
+
+
 def build_model(config: ExperimentConfig) -> Model:
     """The network, computing in the dtype of the policy."""
     return make_model(config.model, dtype=jnp.dtype(config.dtypes.compute_dtype))
@@ -241,6 +253,7 @@ def example_context(config: ExperimentConfig, tokenizer: Tokenizer, stage: Stage
         options=config.prompt,
         audio=None if model.audio is None else AudioContext(config.audio, model.audio.num_tokens),
         state_labels=model.state_head.place if stage is not None and stage.state_labels else None,
+        cut_text=config.data.cut_text,
     )
 
 

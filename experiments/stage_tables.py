@@ -120,9 +120,10 @@ def vita_table(model: str, folder: str, before: str, lines: Mapping[str, str]) -
 
 
 def llava_table() -> str:
-    """Both versions; both sizes of a version take the same, or have a line each."""
+    """Both versions and ScienceQA; both sizes of a version take the same, or have a line each."""
     rows: list[tuple[str, ...]] = []
-    for path in sorted((ROOT / "experiments" / "llava").glob("*_stage_*.py")):
+    folder = ROOT / "experiments" / "llava"
+    for path in (*sorted(folder.glob("*_stage_*.py")), folder / "scienceqa.py"):
         facts: dict[tuple[str, ...], list[str]] = {}
         for scale in ("7b", "13b"):
             config = load_config_file(path, {"scale": scale})

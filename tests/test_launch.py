@@ -281,6 +281,36 @@ def test_a_list_of_packages_that_cannot_be_made_is_not_installed(empty_checkout:
     assert "-m pip" not in (root / "called").read_text() and not (python.parents[1] / "vita_jax_setup").exists()
 
 
+@pytest.fixture
+def empty_checkout(tmp_path: Path) -> Path:
+    """A folder with only the set-up script, so that it has no environment."""
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "setup.sh").write_bytes((ROOT / "launch" / "setup.sh").read_bytes())
+    return tmp_path / "launch" / "setup.sh"
+
+
+def test_a_machine_without_python_gets_a_clear_error(empty_checkout: Path, tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("dirname", "bash"):
+        (tools / tool).symlink_to(f"/usr/bin/{tool}")
+    refused = run("/bin/bash", str(empty_checkout), PATH=str(tools))
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: no Python >= 3.11 found on PATH")
+
+
+def test_an_unusable_python_is_named(empty_checkout: Path) -> None:
+    refused = run("bash", str(empty_checkout), PATH="/usr/bin:/bin", PYTHON="/nowhere/python")
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "PYTHON=/nowhere/python does not run" in refused.stderr
+
+
+def test_an_unknown_option_of_setup_is_an_error(empty_checkout: Path) -> None:
+    refused = run("bash", str(empty_checkout), "--dev", PATH="/usr/bin:/bin")
+    assert refused.returncode == 1
+    assert "unknown option --dev" in refused.stderr
+
+
 # What it is given -> what pip is then told to install.
 SETUPS = {
     (): "--editable ROOT",
@@ -311,36 +341,6 @@ def test_what_is_set_up(empty_checkout: Path) -> None:
             assert (done.returncode, done.stderr) == (0, ""), arguments
             called = [line for line in (root / "called").read_text().splitlines() if line.startswith("-m pip")]
             assert "".join(called[-1:]) == last
-
-
-@pytest.fixture
-def empty_checkout(tmp_path: Path) -> Path:
-    """A folder with only the set-up script, so that it has no environment."""
-    (tmp_path / "launch").mkdir()
-    (tmp_path / "launch" / "setup.sh").write_bytes((ROOT / "launch" / "setup.sh").read_bytes())
-    return tmp_path / "launch" / "setup.sh"
-
-
-def test_a_machine_without_python_gets_a_clear_error(empty_checkout: Path, tmp_path: Path) -> None:
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for tool in ("dirname", "bash"):
-        (tools / tool).symlink_to(f"/usr/bin/{tool}")
-    refused = run("/bin/bash", str(empty_checkout), PATH=str(tools))
-    assert refused.returncode == 1
-    assert refused.stderr.startswith("error: no Python >= 3.11 found on PATH")
-
-
-def test_an_unusable_python_is_named(empty_checkout: Path) -> None:
-    refused = run("bash", str(empty_checkout), PATH="/usr/bin:/bin", PYTHON="/nowhere/python")
-    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
-    assert "PYTHON=/nowhere/python does not run" in refused.stderr
-
-
-def test_an_unknown_option_of_setup_is_an_error(empty_checkout: Path) -> None:
-    refused = run("bash", str(empty_checkout), "--dev", PATH="/usr/bin:/bin")
-    assert refused.returncode == 1
-    assert "unknown option --dev" in refused.stderr
 
 
 def copied_quickstart(folder: Path) -> Path:

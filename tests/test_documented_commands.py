@@ -152,7 +152,8 @@ def is_named(option: str, value: str, found: list[Run]) -> bool:
         return any(value == file or value.endswith(f"/{file}") for file in files)
     if option == "--model" and found[0].module == "vita_jax.convert" and value not in words:
         return False
-    return any(word == option or word.startswith(f"{option}=") for word in words)
+    made = "--" in words and option.removeprefix("--") in words  # f"--{name}"
+    return made or any(word == option or word.startswith(f"{option}=") for word in words)
 
 
 def lacks(shown: Shown, all_runs: tuple[Run, ...]) -> str | None:

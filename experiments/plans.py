@@ -6,7 +6,8 @@
     python -m experiments.plans --output /tmp/plans.md
 
 Every stage is compiled in a process of its own, by `python -m vita_jax.plan`. Lines of stages that are planned again
-replace the old ones; the others stay. The document is docs/plans.md.
+replace the old ones; the others stay. The document is docs/plans.md; `python -m experiments.stage_tables` then brings
+its times into docs/stages.md.
 """
 
 from __future__ import annotations

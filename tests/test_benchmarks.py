@@ -25,6 +25,7 @@ def test_conversion_gives_every_tensor_its_bits_and_leaves_nothing(tmp_path):
         conversion.measure("small", tmp_path)
     table = conversion.format_steps("small", steps, different)
     assert "every tensor has its bits" in table and table.count("\n") == 4
+    assert conversion.main(["--model", "small", "--folder", str(tmp_path / "by command")]) == 0
 
 
 def test_changed_bits_are_found(tmp_path):
@@ -48,6 +49,7 @@ def test_every_modality_is_read_by_both_loaders():
     assert table.count("\n") == 5 and "one chip trains 4,026 tokens/s" in table
     with pytest.raises(UserError, match="'smell' is unknown"):
         next(loader.run(2, ["smell"]))
+    assert loader.main(["--records", "1", "--modalities", "text"]) == 0
 
 
 def test_ratios_are_taken_within_turns(monkeypatch):
@@ -131,7 +133,7 @@ def test_waiting_for_data_is_told_for_the_planned_step():
         next(input_stalls.run(["smell"], Reading(1), records=4, steps=2))
 
 
-def test_int8_is_held_against_floats(tmp_path):
+def test_int8_is_held_against_floats(tmp_path, monkeypatch):
     """Few questions: their answers are those of the model in floats, and what is compared is counted."""
     from experiments.benchmarks import int8  # it needs qwix
 
@@ -146,3 +148,5 @@ def test_int8_is_held_against_floats(tmp_path):
     assert both.weights < floats.weights - 2**21 and both.cache == floats.cache * (32 + 4) / (4 * 32)
     table = int8.format_figures(figures, markdown=True)
     assert table.count("\n") == 1 + len(floats.accuracy) + 5 and "int8 weights |" in table.splitlines()[0]
+    monkeypatch.setattr(int8, "measure", lambda folder, turns: figures)
+    assert int8.main(["--per-kind", "1", "--turns", "1"]) == 0

@@ -16,7 +16,7 @@ SHORT = ["--seconds", "1", "--before", "20", "--reply", "3", "--piece", "2", "--
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", [["--checkpoint", str(WEIGHTS)], ["--random", "small"]])
+@pytest.mark.parametrize("what", [["--checkpoint", str(WEIGHTS)], ["--random", "small", "--dtype", "bfloat16"]])
 def test_the_table_has_every_stage(what, capsys):
     streaming = "auto" if "--random" in what else "full"
     assert latency.main([*what, *SHORT, "--streaming", streaming]) == 0

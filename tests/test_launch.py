@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -64,16 +66,38 @@ SLICE = ("--slice=v5e:8x8", "--spot", "--cache", "gs://b/c")
 XPK = ("--cluster", "mine", "--zone", "us-east5-b", "--name", "vita", "--image", "r/vita:1")
 GPU = "export XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true XLA_PYTHON_CLIENT_MEM_FRACTION=0.92\n"
 RECORDS = ("--", "records", "--json", "my.jsonl", "--output", "built")
+STATUS = f"""\
+{QUEUED} describe vita --zone=us-central1-a '--format=value(state.state)'
+{SSH} --worker=0 '--command=bash vita_jax/launch/job.sh status vita_jax_job'
+"""
+BEAM = """\
+bash ROOT/launch/setup.sh
+exec ROOT/.venv/bin/python -m data_pipelines.build records --json my.jsonl --output built --runner FlinkRunner \
+--runner-option flink_master=f:8081 --runner-option parallelism=8 --runner-option environment_type="""
+FLINK = ("beam.sh", "flink", "--master=f:8081", "--parallelism=8")
 DRY_RUNS = {
+    ("quickstart.sh", "--config.size=smoke", "--config.run_dir=my run"): """\
+cd ROOT
+bash launch/setup.sh
+.venv/bin/python -m vita_jax.train --config=experiments/quickstart.py --config.size=smoke '--config.run_dir=my run'
+""",
+    ("quickstart.sh", "--talk", "--text", "How many?"): """\
+bash ROOT/launch/setup.sh
+exec ROOT/.venv/bin/python -m vita_jax.chat --checkpoint ROOT/experiments/quickstart/weights --text 'How many?'
+""",
     ("tpu_pod.sh", "create", *TPU, *SLICE): CREATE,
     ("tpu_pod.sh", "run", *TPU, *SLICE, *TRAIN): f"""\
 # if it is not there:
 {CREATE}# on a slice that is new:
 {INSTALL}{START}# every 60 s, until training has ended:
-{QUEUED} describe vita --zone=us-central1-a '--format=value(state.state)'
-{SSH} --worker=0 '--command=bash vita_jax/launch/job.sh status vita_jax_job'
-# if the slice is SUSPENDED, which is what a preemption does; then all of it again:
+{STATUS}# if the slice is SUSPENDED, which is what a preemption does; then all of it again:
 {QUEUED} delete vita --zone=us-central1-a --force --quiet
+""",
+    ("tpu_pod.sh", "install", *TPU): INSTALL,
+    ("tpu_pod.sh", "start", *TPU, "--cache=gs://b/c", *TRAIN): START,
+    ("tpu_pod.sh", "status", *TPU): STATUS,
+    ("tpu_pod.sh", "delete", *TPU, "--project=p"): f"""\
+{QUEUED} delete vita --zone=us-central1-a --project=p --force --quiet
 """,
     ("tpu_pod.sh", "logs", *TPU, "--worker=3", "--follow", "--internal-ip"): f"""\
 {SSH} --internal-ip --worker=3 '--command=bash vita_jax/launch/job.sh logs vita_jax_job --follow'
@@ -91,6 +115,9 @@ xpk workload create --cluster=mine --zone=us-east5-b --workload=vita --tpu-type=
 --docker-image=r/vita:1 --max-restarts=100 --termination-grace-period-seconds=300 \
 --env=JAX_COMPILATION_CACHE_DIR=gs://b/c --spot '--command=exec python -m vita_jax.train {IN_SSH} \
 --config.distributed.coordinator=auto'
+""",
+    ("xpk.sh", "status", *XPK, "--project=p"): """\
+xpk workload list --cluster=mine --zone=us-east5-b --project=p
 """,
     ("xpk.sh", "logs", *XPK, "--project=p"): """\
 gcloud container clusters get-credentials mine --region=us-east5 --project=p
@@ -127,12 +154,16 @@ bash launch/setup.sh cuda
 # detached, with the log in runs/mine.job/log.txt
 sleep 1
 """,
-    ("beam.sh", "flink", "--master=f:8081", "--parallelism=8", "--image", "r/beam:1", *RECORDS): """\
-bash ROOT/launch/setup.sh
-exec ROOT/.venv/bin/python -m data_pipelines.build records --json my.jsonl --output built --runner FlinkRunner \
---runner-option flink_master=f:8081 --runner-option parallelism=8 --runner-option environment_type=DOCKER \
---runner-option environment_config=r/beam:1
-""",
+    ("job.sh", "status", "runs/mine.job"): "cat runs/mine.job/exit_status\n",
+    ("job.sh", "stop", "runs/my job"): "kill -TERM \"$(cat 'runs/my job'/pid)\"\n",
+    ("job.sh", "logs", "runs/mine.job", "--follow"): "tail -n 50 -F runs/mine.job/log.txt\n",
+    (*FLINK, "--image", "r/beam:1", *RECORDS): f"{BEAM}DOCKER --runner-option environment_config=r/beam:1\n",
+    (*FLINK, "--environment=LOOPBACK", "--option", "flink_version=1.18", *RECORDS): (
+        f"{BEAM}LOOPBACK --runner-option flink_version=1.18\n"
+    ),
+    (*FLINK, "--environment=EXTERNAL", "--worker-pool=w:50000", *RECORDS): (
+        f"{BEAM}EXTERNAL --runner-option environment_config=w:50000\n"
+    ),
     ("beam.sh", "image", "--image=r/beam:1"): """\
 git -C ROOT archive HEAD | docker build --file launch/docker/beam.Dockerfile --build-arg PYTHON=3.11 --tag r/beam:1 -
 docker push r/beam:1
@@ -200,13 +231,32 @@ def test_options_of_beam_are_those_it_has() -> None:
     from apache_beam.options.pipeline_options import PipelineOptions
 
     given = {name for text in DRY_RUNS.values() for name in re.findall(r"--runner-option (\w+)=", text)}
-    assert len(given) == 4
+    assert given == {"flink_master", "parallelism", "environment_type", "environment_config", "flink_version"}
     assert given <= set(PipelineOptions([]).get_all_options())
 
 
-def test_images_have_a_pinned_base_and_no_root() -> None:
-    for path in sorted(ROOT.glob("launch/docker/*.Dockerfile")):
+IMAGES = sorted(ROOT.glob("launch/docker/*.Dockerfile"))
+# Versions of packages are those of requirements.txt and pyproject.toml; the user has a name that is made in the file.
+NOT_PINNED_HERE, NAMED_USER = "DL3013", "DL3066"
+
+
+def test_hadolint_finds_nothing() -> None:
+    checked = run(
+        str(Path(sys.executable).with_name("hadolint")),
+        *(f"--ignore={rule}" for rule in (NOT_PINNED_HERE, NAMED_USER)),
+        *map(str, IMAGES),
+    )
+    assert len(IMAGES) == 3 and (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+def test_images_have_a_pinned_base_no_root_and_copy_what_is_there() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for path in IMAGES:
         lines = path.read_text(encoding="utf-8").splitlines()
+        copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1] if name[:2] != "--"]
+        assert len(copied) >= 6 and all((ROOT / name).exists() for name in copied), path.name
+        (extra,) = [found for line in lines for found in re.findall(r'pip install "\.\[([a-z,]+)\]"', line)]
+        assert set(extra.split(",")) <= set(extras), path.name
         arguments = dict(line[4:].split("=", 1) for line in lines if line.startswith("ARG "))
         (base,) = [line[5:] for line in lines if line.startswith("FROM ")]
         for name, value in arguments.items():
@@ -261,19 +311,55 @@ def test_an_unknown_option_of_setup_is_an_error(empty_checkout: Path) -> None:
     assert "unknown option --dev" in refused.stderr
 
 
+# What it is given -> what pip is then told to install.
+SETUPS = {
+    (): "--editable ROOT",
+    ("tpu",): "--editable ROOT[tpu]",
+    ("cuda",): "--editable ROOT[cuda]",
+    ("convert",): "--editable ROOT[convert]",
+    ("serve", "convert"): "--editable ROOT[serve,convert]",
+    ("--get-python", "tpu", "gcs"): "--editable ROOT[tpu,gcs]",
+    ("--eval",): "--no-deps --editable ROOT",
+}
+
+
+def test_what_is_set_up(empty_checkout: Path) -> None:
+    """With a stand-in for the environment's Python; the second time nothing is installed."""
+    root = empty_checkout.parents[1]
+    for name in ("requirements.txt", "pyproject.toml"):
+        (root / name).write_text("numpy\n")
+    for arguments, installed in SETUPS.items():
+        for venv in (".venv", ".venv-eval"):
+            shutil.rmtree(root / venv, ignore_errors=True)
+            (root / venv / "bin").mkdir(parents=True)
+            (root / venv / "bin" / "python").write_text(f'#!/bin/bash\necho "$*" >>"{root}/called"\n')
+            (root / venv / "bin" / "python").chmod(0o755)
+        wanted = f"-m pip install --quiet --disable-pip-version-check {installed}".replace("ROOT", str(root))
+        for last in (wanted, ""):
+            (root / "called").write_text("")
+            done = run("bash", str(empty_checkout), *arguments, PATH="/usr/bin:/bin")
+            assert (done.returncode, done.stderr) == (0, ""), arguments
+            called = [line for line in (root / "called").read_text().splitlines() if line.startswith("-m pip")]
+            assert "".join(called[-1:]) == last
+
+
+def copied_quickstart(folder: Path) -> Path:
+    """The script in another checkout, which has nothing else."""
+    (folder / "launch").mkdir()
+    for name in ("quickstart.sh", "common.bash"):
+        (folder / "launch" / name).write_bytes((ROOT / "launch" / name).read_bytes())
+    return folder / "launch" / "quickstart.sh"
+
+
 def test_talking_without_kept_weights_says_how_to_get_some(tmp_path: Path) -> None:
-    script = tmp_path / "launch" / "quickstart.sh"
-    script.parent.mkdir()
-    script.write_bytes((ROOT / "launch" / "quickstart.sh").read_bytes())
+    script = copied_quickstart(tmp_path)
     refused = run("bash", str(script), "--talk", "--text", "a")
     assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
     assert refused.stderr.startswith("error: there are no kept weights in experiments/quickstart/weights; train")
 
 
 def test_talk_hands_its_options_to_chat(tmp_path: Path) -> None:
-    script = tmp_path / "launch" / "quickstart.sh"
-    script.parent.mkdir()
-    script.write_bytes((ROOT / "launch" / "quickstart.sh").read_bytes())
+    script = copied_quickstart(tmp_path)
     (tmp_path / "launch" / "setup.sh").write_text("exit 0\n")
     (tmp_path / "experiments" / "quickstart" / "weights").mkdir(parents=True)
     python = tmp_path / ".venv" / "bin" / "python"

@@ -31,6 +31,27 @@ def test_files_that_are_linked_are_there(name):
         assert not anchor or anchor in {heading.lower().replace(" ", "-") for heading in headings}, target
 
 
+def test_the_first_page_in_chinese_says_as_much():
+    """As many sections, the same commands, and the same figures in tables."""
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
+    assert len(re.findall(r"^## ", english, re.MULTILINE)) == len(re.findall(r"^## ", chinese, re.MULTILINE)) >= 10
+    found = []
+    for text in (english, chinese):
+        lines = text.splitlines()
+        commands = [re.sub(r" *#.*", "", line) for line in lines if re.match(r" {4,}(\S*python -m|launch/\w|--)", line)]
+        commands = [re.sub(r'--text ".*"', "--text", command) for command in commands]
+        cells = [line for line in lines if line.startswith("| ")]
+        found.append((commands, [re.findall(r"[\d.]+ %|\d+:\d\d", line) for line in cells]))
+    assert found[0] == found[1]
+
+
+def test_every_study_is_listed():
+    table = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+    programs = sorted(path.parent.name for path in (ROOT / "experiments" / "studies").glob("*/__main__.py"))
+    rows = re.findall(r"^\| \[(\w+)\]\(\S+\) \| .+\? \| `python -m experiments\.studies\.(\w+)", table, re.MULTILINE)
+    assert sorted(rows) == [(name, name) for name in programs] and len(programs) >= 8
+
+
 def test_documents_that_are_named_are_there():
     """Programs and documents name pages as `docs/NAME.md`."""
     files = [

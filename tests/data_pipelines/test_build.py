@@ -167,8 +167,10 @@ def test_folders_by_set(tmp_path, capsys):
     entries = [{"set": key, "image": "a.png", "conversations": talk("<image>", key)} for key in ("first", "second")]
     source = write_json(tmp_path / "a.json", entries)
     table = write_json(tmp_path / "roots.json", {"first": "x", "second": "y"})
-    status = main(["records", "--json", str(source), "--folders", str(table), "--output", str(tmp_path / "out")])
-    assert status == 0 and "2 records, 2 rounds, 2 images" in capsys.readouterr().out
+    options = ["--shards", "2", "--runner-option", "direct_running_mode=in_memory"]
+    places = ["--json", str(source), "--folders", str(table), "--output", str(tmp_path / "out")]
+    assert main(["records", *places, *options]) == 0
+    assert "2 records, 2 rounds, 2 images" in capsys.readouterr().out
     assert [r.media[0].data for r in stored(tmp_path / "out")] == [png_bytes(16, 16, 1), png_bytes(16, 16, 2)]
     assert load_manifest(tmp_path / "out").command.startswith("python -m data_pipelines.build records --json ")
 

@@ -132,6 +132,13 @@ def test_coco_annotations(tmp_path):
     (entry,) = read_coco(said, write_json(tmp_path / "instances.json", content))
     words = described_picture(entry["picture"], "x").in_words(with_boxes=True)
     assert words == "A dog.\nA pet.\n\ndog: [0.100, 0.100, 0.500, 0.500]"
+    write_png(tmp_path / "7.jpg", 100, 50)
+    line = ["--coco-captions", str(said), "--coco-instances", str(tmp_path / "instances.json"), "--root", str(tmp_path)]
+    with stub_teacher(reply_to) as stub:
+        line += ["--output", str(tmp_path / "out"), "--teacher", stub.url, "--model", "stub"]
+        assert main([*line, "--kinds", "conversation=1"]) == 0
+    (record,) = json.loads((tmp_path / "out" / "records.json").read_text())
+    assert (record["image"], len(record["conversations"])) == ("7.jpg", 4)
     del boxes[0]["category_id"]
     with pytest.raises(UserError, match=r"annotations\[0\] has no 'category_id'"):
         list(read_coco(said, write_json(tmp_path / "instances.json", content)))

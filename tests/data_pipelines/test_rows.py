@@ -9,12 +9,15 @@ import pytest
 
 from data_pipelines.rows import Fill, Size, fill_of, least_budgets, main, measure, report
 from tests.data.batches import batches_of
+from tests.data.media import talk, write_json
 from tests.training.records import prepare_records, records_experiment
 from vita_jax.data.examples import Limits
 from vita_jax.data.tokenizer import load_tokenizer
 from vita_jax.errors import UserError
 from vita_jax.training.experiment import tokenizer_folder
 from vita_jax.training.loop import record_batches
+
+OWN_DATA = "--config=experiments/own_data.py"
 
 
 def test_sizes_are_packed_on_all_axes():
@@ -61,6 +64,14 @@ def test_what_is_measured_is_what_training_packs(tmp_path):
     assert fill_of(sizes * 10, limits, bins=8).positions == pytest.approx(used, abs=0.04)
     with pytest.raises(UserError, match="trains by 'cell_naming', not on packed rows"):
         measure(config, config.stage("naming"), tokenizer, 10)
+
+
+def test_the_command_measures_the_records_of_an_experiment(tmp_path, capsys):
+    records = [{"conversations": talk(f"How many, {number}?", "None.")} for number in range(8)]
+    fields = {"json": write_json(tmp_path / "a.json", records), "root": tmp_path}
+    line = [OWN_DATA, "--config.size=smoke", f"--config.run_dir={tmp_path / 'run'}", "--stage=own_data", "--records=6"]
+    assert main([*line, *(f"--config.data.{name}={value}" for name, value in fields.items())]) == 0
+    assert ": 6 records measured\n  positions of a record: mean " in capsys.readouterr().out
 
 
 def test_wrong_arguments_are_named(capsys):

@@ -13,6 +13,7 @@ from vita_jax import serve
 from vita_jax.serve import check_arguments, make_parser, read_token
 from vita_jax.serving import server
 from vita_jax.serving.limits import Limits, changed_limits
+from vita_jax.serving.tls import own_certificate
 
 TOKEN = "0123456789abcdef"
 
@@ -29,14 +30,19 @@ def test_it_says_where_and_what_it_serves(monkeypatch: pytest.MonkeyPatch, capsy
     service.close()
 
 
-def test_weights_and_cache_may_be_int8(monkeypatch: pytest.MonkeyPatch, capsys):
+def test_weights_and_cache_may_be_int8_and_strangers_need_a_token(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys):
     served = []
-    monkeypatch.setattr(server, "run", lambda app, service, listening, tls: served.append(service))
+    monkeypatch.setattr(server, "run", lambda app, service, listening, tls: served.append((service, tls)))
+    (tmp_path / "token.txt").write_text(TOKEN)
+    files = list(map(str, own_certificate(tmp_path, ["localhost"])))
+    secured = ["--token-file", str(tmp_path / "token.txt"), "--tls", "--certificate", files[0], "--key", files[1]]
+    secured += ["--host", "127.0.0.1", "--origin", "https://example.org"]
     arguments = ["--checkpoint", str(WEIGHTS), "--port", "0", "--cold", "--answers", "1", "--limit", "sessions=1"]
-    assert serve.main([*arguments, "--int8", "cache", "weights"]) == 0
-    weights, cache = capsys.readouterr().out.splitlines()[:2]
+    assert serve.main([*arguments, *secured, "--int8", "cache", "weights"]) == 0
+    weights, cache, where = capsys.readouterr().out.splitlines()[:3]
     assert "instead of" in weights and cache.startswith("cache of 3 x 2,048 positions: ") and "instead of" in cache
-    [service] = served
+    [(service, tls)] = served
+    assert tls == tuple(files) and where.partition(": ")[2].startswith("https://127.0.0.1:")
     session = service.session
     assert session.engine.cache_dtype == np.int8
     assert session.params["language"]["lm_head"]["kernel"].dtype == np.int8

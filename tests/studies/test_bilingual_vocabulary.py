@@ -92,7 +92,7 @@ def asked(run_dir: Path, *options: str) -> argparse.Namespace:
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bilingual")
-    study.study(asked(folder))
+    assert study.main(["--run_dir", str(folder), "--size", "smoke"]) == 0
     return folder
 
 

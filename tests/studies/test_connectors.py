@@ -114,7 +114,8 @@ def arms_of(run_dir: Path) -> dict[str, Arm]:
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("connectors")
-    connectors.study(asked(folder, "--only", "mlp", "gated"))
+    options = ["--run_dir", str(folder), "--size", "smoke", "--language", "frozen", "--only", "mlp", "gated"]
+    assert connectors.main(options) == 0
     return folder
 
 

@@ -56,8 +56,8 @@ def test_a_run_leaves_tables_and_a_plot(tmp_path, monkeypatch, capsys):
     # Fewer shots, fewer programs to compile.
     options = dataclasses.replace(flamingo.get_config("smoke").few_shot, shots=(0, 4))
     monkeypatch.setattr(flamingo, "FewShotOptions", lambda **fields: options)
-    arguments = ["--run_dir", str(tmp_path), "--size", "smoke", "--per_kind", "1"]
-    ablations.study(ablations.make_parser().parse_args([*arguments, "--only", "every_4"]))
+    arguments = ["--run_dir", str(tmp_path), "--size", "smoke", "--per_kind", "1", "--steps", "3"]
+    assert ablations.main([*arguments, "--only", "every_4"]) == 0
     start, after = (
         flatten(load_params(folder).params) for folder in (tmp_path / "shared" / "start", tmp_path / "every_4")
     )
@@ -71,7 +71,7 @@ def test_a_run_leaves_tables_and_a_plot(tmp_path, monkeypatch, capsys):
     # The arm it is compared with, as if it had been trained; nothing is trained again.
     monkeypatch.setattr(ablations, "run_arms", lambda *args: {"none": {**found, "title": "Flamingo"}, "every_4": found})
     capsys.readouterr()
-    ablations.study(ablations.make_parser().parse_args(arguments))
+    assert ablations.main(arguments) == 0
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(printed) == 4 + 3 and printed[0].count("|") == 1 + 2 + 7 + 2 and printed[4].count("|") == 1 + 1 + 7
     assert printed[6].count("+0.0 (") == 7  # compared with itself

@@ -139,7 +139,7 @@ def test_stages_of_a_run_are_measured_and_one_arm_is_trained(quickstart_run, tmp
     monkeypatch.setattr(study, "evaluate_params", asked)
     arguments = ["--run_dir", str(tmp_path / "study"), "--size", "smoke", "--run", str(quickstart_run)]
     before = sorted(path.name for path in quickstart_run.iterdir())
-    study.study(study.make_parser().parse_args(arguments))
+    assert study.main(arguments) == 0
     assert len(asked.calls) == 2 * (1 + 5 + 5) and sorted(path.name for path in quickstart_run.iterdir()) == before
     content = json.loads((tmp_path / "study" / "conflict.json").read_text(encoding="utf-8"))["arms"]
     found = {arm: [point["groups"]["text"]["accuracy"] for point in content[arm]["points"]] for arm in study.ARMS}
@@ -170,7 +170,7 @@ def test_stages_of_a_run_are_measured_and_one_arm_is_trained(quickstart_run, tmp
     # Once more: nothing is trained or asked, and the page is the same.
     metrics = (tmp_path / "study" / JOINT / "metrics.jsonl").read_bytes()
     capsys.readouterr()
-    study.study(study.make_parser().parse_args(arguments))
+    assert study.main(arguments) == 0
     assert "already finished" in capsys.readouterr().out and len(asked.calls) == 22
     assert (tmp_path / "study" / JOINT / "metrics.jsonl").read_bytes() == metrics
     assert (tmp_path / "study" / "conflict.md").read_text(encoding="utf-8").splitlines()[:30] == page.splitlines()[:30]

@@ -37,10 +37,10 @@ benchmarks that are read from --data FOLDER:
   aishell1     the folder data_aishell: character error rate
   query_noise  folders query and noise with sounds: which of them the model takes to be meant for it
   copies       any folder of sounds, copied through the codec: mel distance, STOI, PESQ, and --mos
-benchmarks of lmms-eval, which has an environment of its own (launch/setup.sh --eval); --data has tasks of your own:
+benchmarks of lmms-eval, which has an environment of its own (launch/setup.sh --eval), read from where that looks:
   mme mmbench mmbench_cn mmstar mmmu mathvista hallusionbench ai2d ocrbench mmvet scienceqa vqav2 textvqa okvqa vizwiz
   coco_captions flickr30k video_mme video_mme_subtitles mvbench tempcompass librispeech_{dev,test}_{clean,other}
-  wenetspeech_{net,meeting} mmlu gsm8k, and lmms:TASK for any other task
+  wenetspeech_{net,meeting} mmlu gsm8k, and lmms:TASK for any other task, also of your own in the folder --data
 Answers to questions of a file or a folder and of lmms-eval are kept as they are made: the same command goes on after a
 stop. docs/evaluation.md explains every number.
 
@@ -263,12 +263,22 @@ def evaluate_copies(arguments: argparse.Namespace) -> int:
 
 def evaluate_with_lmms_eval(arguments: argparse.Namespace, chosen: LmmsSet) -> int:
     """Measures a set that lmms-eval has, by its command line."""
+    from vita_jax.evaluation.library import ANY_TASK
     from vita_jax.evaluation.lmms.command import format_lmms, run_lmms_eval
     from vita_jax.evaluation.measured import write_measured
 
     for name in ("groups", "shots", "choice"):
         if getattr(arguments, name) is not None:
             raise UserError(f"--{name} is not for benchmarks of lmms-eval")
+    if arguments.data is not None:
+        if not arguments.benchmark.startswith(ANY_TASK):
+            raise UserError(
+                f"--data {arguments.data}: {arguments.benchmark} is read from where lmms-eval looks for it (HF_HOME), "
+                f"not from a folder; for a copy of yours put a task file there that includes lmms-eval's with another "
+                f"dataset_path (docs/evaluation.md), and give {ANY_TASK}TASK as the benchmark"
+            )
+        if not on_disk(arguments.data, "a folder with tasks").is_dir():
+            raise UserError(f"--data {arguments.data} is no folder; it has the task files of {arguments.benchmark}")
     stem = _stem(arguments)
     result, lines = run_lmms_eval(
         chosen,

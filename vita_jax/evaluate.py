@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vita_jax.command_line import ArgumentParser, add_int8, progress_line, run_command
 from vita_jax.errors import UserError
@@ -17,9 +17,10 @@ from vita_jax.storage import is_remote, on_disk, place
 
 if TYPE_CHECKING:
     from vita_jax.evaluation.answer_lines import Question, Scoring
-    from vita_jax.evaluation.asking import AskOptions
+    from vita_jax.evaluation.asking import AskOptions, KeptAnswers
     from vita_jax.evaluation.library import LmmsSet
     from vita_jax.evaluation.subject import Subject
+    from vita_jax.training.checkpoint import LoadedModel
     from vita_jax.training.experiment import ExperimentConfig
 
 # Of an answer to a question of a file.
@@ -103,6 +104,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit {arguments.limit} must be at least 1")
+    if arguments.output is not None and not arguments.output.endswith(".json"):
+        raise UserError(f"--output {arguments.output}: its name must end with .json; other files go beside it")
     if arguments.questions is not None or arguments.answers is not None:
         return answer_questions(arguments)
     for name in ("root", "scoring", "max_new_tokens"):
@@ -128,14 +131,16 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
 
     from vita_jax.data.tokenizer import load_tokenizer
     from vita_jax.evaluation.comparison import changes_again
+    from vita_jax.evaluation.opening import identity
     from vita_jax.evaluation.results import (
         FINAL,
         FIRST,
+        evaluation_path,
         format_result,
         format_stages,
         provenance,
-        save_result,
         save_stage_evaluation,
+        save_with_lines,
     )
     from vita_jax.evaluation.runner import evaluate_params
     from vita_jax.inference.quantization import int8_parts
@@ -157,11 +162,12 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
             raise UserError(
                 f"--benchmark {arguments.benchmark}: a Flamingo is measured by its few-shot tasks; leave it out"
             )
-        return evaluate_by_shots(arguments, config, loaded.params, is_run, output)
+        return evaluate_by_shots(arguments, config, loaded, is_run, output)
     for name in ("shots", "choice", "data"):
         if getattr(arguments, name) is not None:
             raise UserError(f"--{name} is for a Flamingo; this is a {family_of(config.model).title}")
     is_kept = is_run and arguments.limit is None and arguments.groups is None and not arguments.int8
+    home = evaluation_path(loaded.run_dir, FINAL, arguments.benchmark or FIRST) if is_kept else output
     result = evaluate_params(
         config,
         loaded.params,
@@ -172,6 +178,8 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
         progress=progress_line("answered"),
         keep_sounds=is_kept,
         cache_dtype=int8.cache_dtype,
+        kept=_kept_beside(home, config.name),
+        identity=identity(loaded, arguments.int8),
     )
     result |= provenance(config)
     if arguments.int8:
@@ -186,9 +194,26 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
     if written is not None:
         print(f"\nwritten: {written}")
     if output is not None:
-        save_result(result, output)
+        save_with_lines(result, output)
         print(f"written: {output}")
     return 0
+
+
+def _kept_beside(result: Path | None, model_name: str) -> KeptAnswers | None:
+    """The answers that are kept beside a result; None where nothing is written, or in a bucket, where no file grows.
+
+    Args:
+      result: its file.
+      model_name: whose; of a run that of its config, which it keeps wherever it is moved.
+
+    Raises:
+      UserError: as `KeptAnswers`.
+    """
+    from vita_jax.evaluation.asking import KeptAnswers, answers_file
+
+    return (
+        None if result is None or is_remote(result) else KeptAnswers(answers_file(result.with_suffix("")), model_name)
+    )
 
 
 def answer_questions(arguments: argparse.Namespace) -> int:
@@ -242,6 +267,7 @@ def evaluate_set(arguments: argparse.Namespace) -> int:
 
 def evaluate_copies(arguments: argparse.Namespace) -> int:
     """Measures the copies that a model's codec makes of a folder of sounds."""
+    from vita_jax.evaluation.asking import KeptAnswers, answers_file
     from vita_jax.evaluation.copies import format_copies, load_mos, measure_copies
     from vita_jax.evaluation.measured import write_measured
     from vita_jax.evaluation.results import provenance
@@ -253,8 +279,10 @@ def evaluate_copies(arguments: argparse.Namespace) -> int:
         raise UserError("--benchmark copies reads a folder, on one device and in floats: --data FOLDER and no more")
     stem, mos = _stem(arguments), None if arguments.mos is None else load_mos(arguments.mos)
     folder = on_disk(arguments.data, "the folder of --data")
-    subject, _ = _open(arguments, 1, 1)
-    result, lines = measure_copies(subject, folder, mos)
+    kept = KeptAnswers(answers_file(stem), arguments.checkpoint)
+    subject, options = _open(arguments, 1, 1)
+    identity = f"{options.identity} {arguments.mos}"
+    result, lines = measure_copies(subject, folder, kept, identity, mos, progress_line("copied"))
     result = {"benchmark": arguments.benchmark, "model": arguments.checkpoint, **result, **provenance(subject.config)}
     print(format_copies(result))
     print(f"\nwritten: {', '.join(map(str, write_measured(stem, result, lines, None)))}")
@@ -302,10 +330,7 @@ def _stem(arguments: argparse.Namespace) -> Path:
     from vita_jax.training.checkpoint import CONFIG
 
     if arguments.output is not None:
-        output = on_disk(arguments.output, "the result of this benchmark")
-        if output.suffix != ".json":
-            raise UserError(f"--output {output}: its name must end with .json; other files go beside it")
-        return output.with_suffix("")
+        return on_disk(arguments.output, "the result of this benchmark").with_suffix("")
     if not (place(arguments.checkpoint) / CONFIG).is_file():
         raise UserError(f"{arguments.checkpoint} is no run that keeps its results; say where by --output FILE.json")
     if is_remote(arguments.checkpoint):
@@ -370,44 +395,36 @@ def _says_states(subject: Subject) -> bool:
 
 
 def evaluate_by_shots(
-    arguments: argparse.Namespace, config: ExperimentConfig, params: Any, is_run: bool, output: Path | None
+    arguments: argparse.Namespace, config: ExperimentConfig, loaded: LoadedModel, is_run: bool, output: Path | None
 ) -> int:
     """Measures a Flamingo, prints, saves."""
     import dataclasses
 
-    from vita_jax.data.json_lines import write_json_lines
     from vita_jax.data.tokenizer import load_tokenizer
-    from vita_jax.evaluation.few_shot import (
-        LINES,
-        RESULT,
-        evaluate_few_shot,
-        format_few_shot,
-        subject_of,
-    )
-    from vita_jax.evaluation.results import provenance, save_result
+    from vita_jax.evaluation.few_shot import RESULT, evaluate_few_shot, format_few_shot, subject_of
+    from vita_jax.evaluation.opening import identity
+    from vita_jax.evaluation.results import provenance, save_with_lines
 
     changes = {"shots": tuple(arguments.shots)} if arguments.shots else {}
     changes |= {"choice": arguments.choice} if arguments.choice else {}
     folder = None if arguments.data is None else on_disk(arguments.data, "the folder of --data")
     tokenizer = load_tokenizer(place(config.run_dir) / "tokenizer")
+    is_kept = is_run and folder is None and arguments.limit is None and arguments.groups is None
+    home = place(config.run_dir) / "evaluation" / RESULT if is_kept else output
     result, lines = evaluate_few_shot(
-        subject_of(config, params, tokenizer, folder),
+        subject_of(config, loaded.params, tokenizer, folder),
         dataclasses.replace(config.few_shot, **changes),
         tasks=arguments.groups,
         limit=arguments.limit,
         progress=progress_line("answered"),
+        kept=_kept_beside(home, config.name),
+        identity=identity(loaded, ()),
     )
-    result |= provenance(config)
+    result |= {**provenance(config), "lines": lines}
     print(format_few_shot(result))
-    if is_run and folder is None and arguments.limit is None and arguments.groups is None:
-        kept = place(config.run_dir) / "evaluation"
-        save_result(result, kept / RESULT)
-        write_json_lines(kept / LINES, lines)
-        print(f"\nwritten: {kept / RESULT}, {kept / LINES}")
-    if output is not None:
-        save_result(result, output)
-        write_json_lines(output.with_suffix(".jsonl"), lines)
-        print(f"written: {output}")
+    for file in dict.fromkeys(path for path in (home, output) if path is not None):
+        save_with_lines(result, file)
+        print(f"written: {file}, {file.with_suffix('.jsonl')}")
     return 0
 
 

@@ -22,7 +22,7 @@ from vita_jax.data.speech_pairs import read_wave
 from vita_jax.data.spoken_words import answer_aloud, language_of
 from vita_jax.errors import UserError
 from vita_jax.evaluation.benchmarks import Group
-from vita_jax.evaluation.figures import Outcome, group_figures
+from vita_jax.evaluation.figures import Outcome, group_figures, outcome_lines
 from vita_jax.evaluation.items import Item, stratified
 from vita_jax.evaluation.recognition import Recogniser
 from vita_jax.evaluation.scoring import character_errors, is_refusal, normalise
@@ -85,6 +85,9 @@ def why_no_voice(subject: Subject, name: str) -> str | None:
     return None
 
 
+Lines = list[dict[str, Any]]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Said:
     """One thing that was said, and what was heard; without a wave where it could not be said."""
@@ -104,7 +107,7 @@ def voice_figures(
     groups: Sequence[Group],
     recogniser: Recogniser,
     answered: Sequence[tuple[Item, str]],
-) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[dict[str, dict[str, Any]], Lines, list[dict[str, Any]]]:
     """How much of each voice is read back without an error.
 
     Args:
@@ -114,8 +117,8 @@ def voice_figures(
 
     Returns:
       Figures by group, with "character_error_rate" and for copies "mel_distance"; a voice that had nothing to say has
-      none. And the sounds that were kept: {"title", "text", "heard", "file" (below `<run_dir>/evaluation`), "item" (id
-      of the question, or None), "question" (its file, or None)}.
+      none. Their lines. And the sounds that were kept: {"title", "text", "heard", "file" (below
+      `<run_dir>/evaluation`), "item" (id of the question, or None), "question" (its file, or None)}.
     """
     names = [group.name for group in groups]
     by_name = {group.name: group for group in groups}
@@ -144,7 +147,8 @@ def voice_figures(
         said["voice_answers"] = _answers(subject, speakers, recogniser, answered, rate)
         if said["voice_answers"]:
             figures["voice_answers"] = _figures(by_name["voice_answers"], said["voice_answers"])
-    return figures, _keep_sounds(subject, said, rate) if subject.keep_sounds else []
+    lines = [line for name in said for line in outcome_lines(by_name[name], [one.outcome for one in said[name]])]
+    return figures, lines, _keep_sounds(subject, said, rate) if subject.keep_sounds else []
 
 
 def _sampling_rate(subject: Subject) -> int:
@@ -180,8 +184,8 @@ def _speak(speakers: Mapping[str, Speaker], subject: Subject, texts: Sequence[tu
 def _outcome(entry: HeldOutText | Item, text: str, heard: str, said: bool = True) -> Outcome:
     errors = character_errors(heard, text)
     right = said and normalise_transcript(heard) == normalise_transcript(text)
-    digits = entry.num_digits if isinstance(entry, Item) else 0
-    return Outcome(entry.id, entry.kind, entry.language, right, digits, errors)
+    digits, asked = (entry.num_digits, entry.question) if isinstance(entry, Item) else (0, "")
+    return Outcome(entry.id, entry.kind, entry.language, right, digits, errors, asked, text=heard, truth=text)
 
 
 def _read_back(

@@ -402,6 +402,7 @@ def evaluate_by_shots(
 
     from vita_jax.data.tokenizer import load_tokenizer
     from vita_jax.evaluation.few_shot import RESULT, evaluate_few_shot, format_few_shot, subject_of
+    from vita_jax.evaluation.measured import few_shot_figures, write_pictures
     from vita_jax.evaluation.opening import identity
     from vita_jax.evaluation.results import provenance, save_with_lines
 
@@ -420,11 +421,13 @@ def evaluate_by_shots(
         kept=_kept_beside(home, config.name),
         identity=identity(loaded, ()),
     )
-    result |= {**provenance(config), "lines": lines}
+    result |= {**provenance(config), "limit": arguments.limit, "lines": lines}
     print(format_few_shot(result))
+    own = few_shot_figures(result, config.name)
     for file in dict.fromkeys(path for path in (home, output) if path is not None):
         save_with_lines(result, file)
-        print(f"written: {file}, {file.with_suffix('.jsonl')}")
+        pictures = write_pictures(file.with_suffix(""), {"title": "few-shot tasks", **result}, own)
+        print(f"written: {', '.join(map(str, (file, file.with_suffix('.jsonl'), *pictures)))}")
     return 0
 
 

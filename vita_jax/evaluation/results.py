@@ -53,14 +53,19 @@ def save_with_lines(result: Mapping[str, Any], path: Path) -> None:
     save_result({name: value for name, value in result.items() if name != "lines"}, path)
 
 
-def provenance(config: ExperimentConfig) -> dict[str, Any]:
-    """What a result came from: {"config": all of it, "version", "commit": of this package's checkout, or None where it
-    is none, "changed": whether files of the checkout differ from that commit}.
+def provenance(config: Any) -> dict[str, Any]:
+    """What a result came from: {"config": all of it, and `code_version`}."""
+    return {**code_version(), "config": to_dict(config)}
+
+
+def code_version() -> dict[str, Any]:
+    """{"version", "commit": of this package's checkout, or None where it is none, "changed": whether files of the
+    checkout differ from that commit}.
     """
     checkout = Path(__file__).parents[2]
     commit = _git(checkout, "rev-parse", "HEAD") if (checkout / ".git").exists() else None
     changed = bool(commit and _git(checkout, "status", "--porcelain", "--untracked-files=no"))
-    return {"version": __version__, "commit": commit, "changed": changed, "config": to_dict(config)}
+    return {"version": __version__, "commit": commit, "changed": changed}
 
 
 def _git(checkout: Path, *arguments: str) -> str | None:

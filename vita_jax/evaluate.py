@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Of an answer to a question of a file.
 MAX_NEW_TOKENS = 256
+# Sounds that a model writes down at a time.
+SPOKEN_AT_ONCE = 16
 
 EXAMPLES = """\
 DIR is a run (its last finished stage is taken), a stage's folder, or one checkpoint.
@@ -38,6 +40,7 @@ benchmarks that are read from --data FOLDER:
   aishell1     the folder data_aishell: character error rate
   query_noise  folders query and noise with sounds: which of them the model takes to be meant for it
   copies       any folder of sounds, copied through the codec: mel distance, STOI, PESQ, and --mos
+  speech       manifest.jsonl with texts that are said and read back, for models without a run's data; real-time factors
 benchmarks of lmms-eval, which has an environment of its own (launch/setup.sh --eval), read from where that looks:
   mme mmbench mmbench_cn mmstar mmmu mathvista hallusionbench ai2d ocrbench mmvet scienceqa vqav2 textvqa okvqa vizwiz
   coco_captions flickr30k video_mme video_mme_subtitles mvbench tempcompass librispeech_{dev,test}_{clean,other}
@@ -99,6 +102,7 @@ def make_parser() -> ArgumentParser:
 def evaluate(arguments: argparse.Namespace) -> int:
     """Finds out what is to be measured, and has it done."""
     # Imported here so that --help and a mistyped argument answer at once.
+    from vita_jax.evaluation.benchmarks.speech import SPEECH
     from vita_jax.evaluation.library import COPIES, find_set
     from vita_jax.evaluation.sets import SETS
 
@@ -120,6 +124,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
         return evaluate_set(arguments)
     if arguments.benchmark == COPIES:
         return evaluate_copies(arguments)
+    if arguments.benchmark == SPEECH.name and arguments.data is not None:
+        return evaluate_spoken_texts(arguments)
     if arguments.mesh:
         raise UserError("--mesh is for questions, and for benchmarks that are no part of a run; leave it out")
     return evaluate_run(arguments)
@@ -286,6 +292,31 @@ def evaluate_copies(arguments: argparse.Namespace) -> int:
     result = {"benchmark": arguments.benchmark, "model": arguments.checkpoint, **result, **provenance(subject.config)}
     print(format_copies(result))
     print(f"\nwritten: {', '.join(map(str, write_measured(stem, result, lines, None)))}")
+    return 0
+
+
+def evaluate_spoken_texts(arguments: argparse.Namespace) -> int:
+    """Measures what a model says of texts in a folder, and how long everything that sounds takes."""
+    from vita_jax.evaluation.asking import KeptAnswers, answers_file
+    from vita_jax.evaluation.measured import write_measured
+    from vita_jax.evaluation.spoken_texts import NAME, format_spoken_texts, measure_spoken_texts
+
+    for name in ("groups", "shots", "choice"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name} is not for texts of a folder (--data)")
+    if arguments.int8 or arguments.mesh:
+        raise UserError("texts of a folder (--data) are said on one device and in floats; leave out --int8 and --mesh")
+    folder = on_disk(arguments.data, "the folder of --data")
+    arguments.benchmark = NAME
+    stem = _stem(arguments)
+    kept = KeptAnswers(answers_file(stem), arguments.checkpoint)
+    subject, options = _open(arguments, SPOKEN_AT_ONCE, MAX_NEW_TOKENS)
+    sounds = stem.with_name(stem.name + ".sounds")
+    progress = progress_line("said")
+    result, lines = measure_spoken_texts(subject, folder, sounds, kept, options, arguments.limit, progress)
+    result = {"benchmark": NAME, **result, "limit": arguments.limit}
+    print(format_spoken_texts(result))
+    print(f"\nwritten: {', '.join(map(str, [*write_measured(stem, result, lines, None), sounds]))}")
     return 0
 
 

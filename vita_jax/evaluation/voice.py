@@ -140,7 +140,7 @@ def voice_figures(
                 training = subject.config.model.codec_training.losses
                 more["mel_distance"] = float(np.mean(mel_distances(recordings, waves, rate, training)))
             else:
-                waves = _speak(speakers, subject, [(text.text, text.language) for text in texts])
+                waves = speak_texts(speakers, subject, [(text.text, text.language) for text in texts])
             said[name] = _read_back(texts, waves, recogniser, rate)
             figures[name] = _figures(by_name[name], said[name], **more)
     if "voice_answers" in names:
@@ -170,7 +170,9 @@ def _speakers(subject: Subject) -> dict[str, Speaker]:
     return {name: Speaker(subject.config.model, subject.params, voice) for name, voice in found.items()}
 
 
-def _speak(speakers: Mapping[str, Speaker], subject: Subject, texts: Sequence[tuple[str, str]]) -> list[np.ndarray]:
+def speak_texts(
+    speakers: Mapping[str, Speaker], subject: Subject, texts: Sequence[tuple[str, str]]
+) -> list[np.ndarray]:
     """(text, language) -> (n,) samples, each in the voice of its language; another voice where there is none for it."""
     fallback = next(iter(speakers))
     waves: list[np.ndarray] = [np.zeros((0,), np.float32)] * len(texts)
@@ -217,7 +219,7 @@ def _answers(
         except UserError:  # a number beyond those that are ever said
             texts.append(None)
     spoken = [(text or "", item.language) for text, item in zip(texts, items, strict=True)]
-    waves = _speak(speakers, subject, spoken)
+    waves = speak_texts(speakers, subject, spoken)
     heard = recogniser.hear(waves, rate)
     return [
         _Said(_outcome(item, text or "", read, bool(text) and len(wave) > 0), text or given[item.id], read, wave, item)

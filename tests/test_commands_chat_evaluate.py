@@ -15,6 +15,7 @@ from PIL import Image
 from tests.bucket import folder_as_bucket
 from tests.evaluation.benchmark_run import make_run
 from vita_jax import chat, evaluate
+from vita_jax.evaluation import asking
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def error_line(capsys) -> str:
     return err
 
 
-def test_evaluate_run(run_dir, tmp_path, capsys):
+def test_evaluate_run(run_dir, tmp_path, capsys, monkeypatch):
     output = tmp_path / "result.json"
     assert evaluate.main(["--checkpoint", str(run_dir), "--output", str(output)]) == 0
     printed = capsys.readouterr().out
@@ -37,6 +38,21 @@ def test_evaluate_run(run_dir, tmp_path, capsys):
     result = json.loads(final.read_text())
     assert result == json.loads(output.read_text())
     assert result["config"]["run_dir"] == str(run_dir) and result["version"] and {"commit", "changed"} <= set(result)
+    # A line for every item, and the same command asks none of them again.
+    lines = [json.loads(line) for line in final.with_suffix(".jsonl").read_text().splitlines()]
+    assert lines == [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
+    assert [line["group"] for line in lines] == ["typed"] * 6 + ["video_order"] + ["text"] * 2
+    assert all(line["prompt"] and line["truth"] and line["text"] is not None for line in lines)
+    for name, group in result["groups"].items():
+        right = {line["question_id"]: bool(line["score"]) for line in lines if line["group"] == name}
+        assert right == {key: value for kind in group["outcomes"].values() for key, value in kind.items()}
+    with monkeypatch.context() as changed:
+        changed.setattr(asking, "answers_to", None)
+        assert evaluate.main(["--checkpoint", str(run_dir)]) == 0
+    again = json.loads(final.read_text())
+    assert again["groups"] == result["groups"] and again["examples"] == result["examples"]
+    assert len((run_dir / "evaluation" / "final.answers.jsonl").read_text().splitlines()) == len(lines) == 9
+    capsys.readouterr()
     final.unlink()
     checkpoint = run_dir / "stages" / "joint"
     (tmp_path / "bucket").mkdir()
@@ -44,6 +60,7 @@ def test_evaluate_run(run_dir, tmp_path, capsys):
         arguments = ["--checkpoint", str(checkpoint), "--limit", "1", "--output", "gs://bucket/result.json"]
         assert evaluate.main(arguments) == 0
     assert json.loads((tmp_path / "bucket" / "result.json").read_text())["limit"] == 1
+    assert sorted(path.name for path in (tmp_path / "bucket").iterdir()) == ["result.json", "result.jsonl"]
     assert not final.exists()
 
 
@@ -55,6 +72,7 @@ def test_evaluate_run(run_dir, tmp_path, capsys):
         (["--checkpoint", "{run}", "--benchmark", "quikstart"], "nearest is 'quickstart'"),
         (["--checkpoint", "{run}", "--limit", "0"], "--limit 0"),
         (["--checkpoint", "{run}", "--limit", "many"], "many"),
+        (["--checkpoint", "{run}", "--output", "a.txt"], "--output a.txt: its name must end with .json"),
         (["--checkpoint", "{run}", "--chekpoint", "x"], "--chekpoint"),
     ],
 )

@@ -110,6 +110,12 @@ def test_evaluate_the_speech_benchmark(config, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "sound that is not for the model" in printed and "seconds of computing per second of sound" in printed
     assert "is \\ taken for" in printed and "without any error: " in printed
+    lines = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
+    assert {name: sum(line["group"] == name for line in lines) for name in sizes} == sizes
+    for line in lines:
+        assert line["score"] == groups[line["group"]]["outcomes"][line["kind"]][line["question_id"]], line
+    assert all(line["truth"] and line["errors"][1] for line in lines if line["group"] in ("voice_copy", "transcribe"))
+    assert len((Path(config.run_dir) / "evaluation" / "final.speech.answers.jsonl").read_text().splitlines()) == 6
     assert read_evaluation(config.run_dir, "final") is None
     assert read_evaluation(config.run_dir, "final", "speech") == result
     assert "recognition_chunked" in format_stages(config.run_dir, config)

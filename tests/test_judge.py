@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.data.stub_teacher import stub_teacher
 from tests.data.test_scienceqa import write_scienceqa
 from vita_jax.data.scienceqa import read_problems
@@ -61,8 +63,21 @@ def test_llava_bench(tmp_path, capsys):
             "[Context]\nTwo.\n\ncat: [0.1, 0.2, 0.3, 0.4]\n\n[Question]\nHow many?\n\n[Assistant 1]\nReference 2."
             in said
         )
+        line += ["--output", str(tmp_path / "bench.json"), "--published", "wild"]
         assert main(line) == 0 and len(stub.asked) == 3  # all replies were kept
         assert "1 of 3 reviews have no two numbers" in capsys.readouterr().out
+        figures = json.loads((tmp_path / "bench.json").read_text())["figures"]
+        assert (figures["all"]["value"], figures["all"]["low"], figures["all"]["n"]) == (75.0, None, 3)
+        assert (figures["detail"]["value"], figures["detail"]["low"], figures["detail"]["high"]) == (
+            100.0,
+            100.0,
+            100.0,
+        )
+        told = (tmp_path / "bench.md").read_text()
+        assert "# LLaVA-Bench (in the wild), all" in told and "| LLaVA |  | 67.3 |  |\n" in told
+        assert "| **answers** |  | **75.0** |  |" in told and "Graded by m;" in told
+        rows = [json.loads(one) for one in (tmp_path / "bench.jsonl").read_text().splitlines()]
+        assert [row["scores"] for row in rows] == [[8, 4], [9, 9], [-1, -1]] and rows[0]["reference"] == "Reference 0."
         write_lines(tmp_path / "answers.jsonl", *({"question_id": n, "text": f"Answer 0. {n}"} for n in range(3)))
         assert main(line) == 0 and len(stub.asked) == 6  # of other answers
 
@@ -93,7 +108,12 @@ def test_scienceqa_by_class(tmp_path, capsys):
         {"question_id": 1, "text": "Hm. The answer is A."},
         {"question_id": "20", "text": "A cat, I think."},
     )
-    assert main(["scienceqa", "--problems", str(folder), "--answers", answers]) == 0
+    command = ["scienceqa", "--problems", str(folder), "--answers", answers, "--output", str(tmp_path / "mine.json")]
+    assert main(command) == 0
+    result = json.loads((tmp_path / "mine.json").read_text())
+    assert result["value"] == pytest.approx(100 / 3) and (result["low"], result["high"]) == (0, 100)
+    assert "| **mine** |  | **33.3** | 0.0 .. 100.0 |" in (tmp_path / "mine.md").read_text()
+    assert (tmp_path / "mine.png").read_bytes()[:4] == b"\x89PNG"
     said = capsys.readouterr().out
     assert said.splitlines()[1].split() == "answers 0.00 0.00 100.00 50.00 0.00 0.00 0.00 50.00 33.33".split()
     assert "answers: 1 of 3 settle on no option" in said

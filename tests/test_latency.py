@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 
 from vita_jax import latency
 from vita_jax.inference.exchange import EVENTS, STAGES, ExchangeOptions, format_timelines
-from vita_jax.inference.timings import Timeline
+from vita_jax.inference.timings import FIRST_SAMPLE, Timeline
+from vita_jax.models.vita import vita_small_with_voice
 
 WEIGHTS = Path(__file__).parents[1] / "experiments/quickstart/weights"
 SHORT = ["--seconds", "1", "--before", "20", "--reply", "3", "--piece", "2", "--repeat", "1"]
@@ -47,9 +49,24 @@ def test_stages_that_a_model_does_not_have_are_dashes():
     assert "250.0 ms" in lines[3]
 
 
+def test_the_first_sound_stands_among_the_published_ones(tmp_path):
+    """Medians of 0.5, 0.3 and 0.4 s: between Moshi's 200 ms and LLaMA-Omni2's 583."""
+    timelines = [Timeline(marks={"end of speech": 1.0, FIRST_SAMPLE: 1.0 + wait}) for wait in (0.5, 0.3, 0.4)]
+    how = {"model": "mine", "device": "some machine"}
+    json_file, table, picture = latency.write_timelines(tmp_path / "l.json", timelines, how, vita_small_with_voice())
+    result = json.loads(json_file.read_text())
+    assert result["milliseconds"][FIRST_SAMPLE] == pytest.approx([500, 300, 400]) and result["commit"] is not False
+    rows = [line.split(" |")[0].strip("|* ") for line in table.read_text().splitlines() if line.startswith("| ")]
+    assert rows[rows.index("mine") - 1 :][:3] == ["LLaMA-Omni", "mine", "LLaMA-Omni2"]
+    assert "Median of 3, from 300.0 to 500.0 ms, on some machine." in table.read_text() and picture.is_file()
+    silent = [Timeline(marks={"end of speech": 1.0})]
+    assert latency.write_timelines(tmp_path / "s.json", silent, how, vita_small_with_voice()) == [tmp_path / "s.json"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--random", "small", "--output", "a.txt"], "its name must end with .json"),
         ([], "--checkpoint --random is required"),
         (["--random", "huge"], "invalid choice: 'huge'"),
         (["--random", "small", "--repeat", "0"], "--repeat 0"),

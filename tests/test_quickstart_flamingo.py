@@ -144,7 +144,7 @@ def test_commands(run_dir, tmp_path):
     options = ("--shots", "0", "4", "--limit", "2", "--choice", "similar", "--output", tmp_path / "few.json")
     output = command("vita_jax.evaluate", "--checkpoint", run_dir, *options)
     assert "labelling_ranked" in output and "4 shots" in output
-    assert {"few_shot", "version", "commit", "changed", "config"} == set(
+    assert {"few_shot", "limit", "version", "commit", "changed", "config"} == set(
         json.loads((tmp_path / "few.json").read_text())
     )
     output = command("vita_jax.evaluate", "--checkpoint", run_dir, "--benchmark", "speech", status=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vita_jax.command_line import ArgumentParser, add_int8, run_command
@@ -15,12 +16,15 @@ if TYPE_CHECKING:
     import numpy as np
 
     from vita_jax.inference.scene import Source
+    from vita_jax.inference.scene_score import Scores
+    from vita_jax.inference.session import Session
 
 EXAMPLES = """\
 A scene is a JSON file that says which sounds are heard when, and which of them are meant for the model; times may also
 be counted from what happens, such as the first sound of an answer (docs/talking.md). Sounds are WAV files ("wav"),
 spoken by espeak-ng ("say", with "voice" and "rate_wpm") or made up ("noise": hum, white, pink, brown, chords, arpeggio,
-babble, with "seconds"). It prints who spoke when, what happened, and the scores.
+babble, with "seconds"). It prints who spoke when, what happened, and the scores; of several scenes --output has the
+figures of all together, with intervals.
 
 Time is that of the sound. A round of the model's work takes 20 ms of it, so that the course is the same everywhere;
 --measured has it take as long as it takes here.
@@ -29,6 +33,7 @@ examples:
   python -m vita_jax.duplex --script experiments/quickstart/scene.json --checkpoint experiments/quickstart/weights
   python -m vita_jax.duplex --script scene.json --picture scene.html
   python -m vita_jax.duplex --script scene.json --measured --voice espeak
+  python -m vita_jax.duplex --script scenes/*.json --checkpoint runs/mine --output runs/mine/evaluation/duplex.json
 """
 
 SAID_LEVEL = 0.07  # root mean square of what is spoken or made up
@@ -42,7 +47,8 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m vita_jax.duplex", description="Plays a scene to a duplex conversation.", epilog=EXAMPLES
     )
-    parser.add_argument("--script", metavar="FILE.json", required=True, help="the scene")
+    parser.add_argument("--script", metavar="FILE.json", nargs="+", required=True, help="the scene, or several")
+    parser.add_argument("--output", metavar="FILE.json", help="write scores, and a line for every sound beside it")
     parser.add_argument(
         "--checkpoint", metavar="DIR", default="runs/quickstart", help="a run or a checkpoint; default runs/quickstart"
     )
@@ -73,12 +79,18 @@ def duplex(arguments: argparse.Namespace) -> int:
     from vita_jax.inference.scene_score import format_scores, score
     from vita_jax.inference.session import Session
     from vita_jax.parallel.process import prepare_process
+    from vita_jax.storage import on_disk
 
     if arguments.picture is not None:
         check_picture(arguments.picture)
+        if len(arguments.script) > 1:
+            raise UserError(f"--picture {arguments.picture} is of one scene; --script has {len(arguments.script)}")
+    output = None if arguments.output is None else on_disk(arguments.output, "the scores of scenes")
+    if output is not None and output.suffix != ".json":
+        raise UserError(f"--output {output}: its name must end with .json; other files go beside it")
     options = DuplexOptions(decide=arguments.decide, devices=arguments.devices)
     run = RunOptions(round_seconds=None if arguments.measured else arguments.round_ms / 1000)
-    scene = read_scene(arguments.script, sources())
+    scenes = {script: read_scene(script, sources()) for script in arguments.script}
     prepare_process()
     session = Session.load(arguments.checkpoint, num_rows=2, quantization=int8_parts(arguments.int8))
     if arguments.int8:
@@ -86,16 +98,50 @@ def duplex(arguments: argparse.Namespace) -> int:
     if arguments.voice == "espeak":
         session.external = espeak_voice
     speak = arguments.voice != "none"
-    if arguments.measured:  # everything is compiled in a run that is not counted
-        run_scene(scene, lambda clock: Duplex.of(session, options, speak=speak, clock=clock), run)
+    scores = {}
+    for number, (script, scene) in enumerate(scenes.items()):
+        if arguments.measured:  # everything is compiled in a run that is not counted
+            run_scene(scene, lambda clock: Duplex.of(session, options, speak=speak, clock=clock), run)
+            session.reset()
+        course = run_scene(scene, lambda clock: Duplex.of(session, options, speak=speak, clock=clock), run)
         session.reset()
-    course = run_scene(scene, lambda clock: Duplex.of(session, options, speak=speak, clock=clock), run)
-    scores = format_scores(score(course))
-    print(draw_text(course), format_happenings(course), scores, sep="\n\n")
-    if arguments.picture is not None:
-        draw(course, arguments.picture, scores)
-        print(f"\npicture: {arguments.picture}")
+        scores[script] = score(course)
+        told = format_scores(scores[script])
+        if len(scenes) > 1:
+            print(f"{script}:\n" if number == 0 else f"\n{script}:\n")
+        print(draw_text(course), format_happenings(course), told, sep="\n\n")
+        if arguments.picture is not None:
+            draw(course, arguments.picture, told)
+            print(f"\npicture: {arguments.picture}")
+    if output is not None:
+        print(f"\nwritten: {', '.join(map(str, write_scores(output, scores, session, arguments)))}")
     return 0
+
+
+def write_scores(
+    output: Path, scores: Mapping[str, Scores], session: Session, arguments: argparse.Namespace
+) -> list[Path]:
+    """Writes the scores of scenes, by their files, as the result of an evaluation. Returns what was written."""
+    from vita_jax.evaluation.interruptions import interruption_figures, scene_lines
+    from vita_jax.evaluation.measured import write_measured
+    from vita_jax.evaluation.results import provenance
+
+    how = {name: getattr(arguments, name) for name in ("voice", "decide", "devices", "measured")}
+    lines = scene_lines(scores)
+    result = {
+        "benchmark": "duplex",
+        "title": "scenes in which both may speak at any time",
+        "model": arguments.checkpoint,
+        "num_items": len(lines),
+        "scenes": list(scores),
+        "figures": interruption_figures(list(scores.values())),
+        "undecided": sum(found.undecided for found in scores.values()),
+        **how,
+        "round_ms": None if arguments.measured else arguments.round_ms,
+        "int8": sorted(arguments.int8),
+        **provenance(session.config),
+    }
+    return write_measured(output.with_suffix(""), result, lines, None)
 
 
 def sources() -> dict[str, Source]:

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vita_jax.command_line import ArgumentParser, add_int8, progress_line, run_command
 from vita_jax.errors import UserError
@@ -17,13 +17,16 @@ from vita_jax.storage import is_remote, on_disk, place
 
 if TYPE_CHECKING:
     from vita_jax.evaluation.answer_lines import Question, Scoring
-    from vita_jax.evaluation.asking import AskOptions
+    from vita_jax.evaluation.asking import AskOptions, KeptAnswers
     from vita_jax.evaluation.library import LmmsSet
     from vita_jax.evaluation.subject import Subject
+    from vita_jax.training.checkpoint import LoadedModel
     from vita_jax.training.experiment import ExperimentConfig
 
 # Of an answer to a question of a file.
 MAX_NEW_TOKENS = 256
+# Sounds that a model writes down at a time.
+SPOKEN_AT_ONCE = 16
 
 EXAMPLES = """\
 DIR is a run (its last finished stage is taken), a stage's folder, or one checkpoint.
@@ -37,10 +40,11 @@ benchmarks that are read from --data FOLDER:
   aishell1     the folder data_aishell: character error rate
   query_noise  folders query and noise with sounds: which of them the model takes to be meant for it
   copies       any folder of sounds, copied through the codec: mel distance, STOI, PESQ, and --mos
-benchmarks of lmms-eval, which has an environment of its own (launch/setup.sh --eval); --data has tasks of your own:
+  speech       manifest.jsonl with texts that are said and read back, for models without a run's data; real-time factors
+benchmarks of lmms-eval, which has an environment of its own (launch/setup.sh --eval), read from where that looks:
   mme mmbench mmbench_cn mmstar mmmu mathvista hallusionbench ai2d ocrbench mmvet scienceqa vqav2 textvqa okvqa vizwiz
   coco_captions flickr30k video_mme video_mme_subtitles mvbench tempcompass librispeech_{dev,test}_{clean,other}
-  wenetspeech_{net,meeting} mmlu gsm8k, and lmms:TASK for any other task
+  wenetspeech_{net,meeting} mmlu gsm8k, and lmms:TASK for any other task, also of your own in the folder --data
 Answers to questions of a file or a folder and of lmms-eval are kept as they are made: the same command goes on after a
 stop. docs/evaluation.md explains every number.
 
@@ -98,11 +102,14 @@ def make_parser() -> ArgumentParser:
 def evaluate(arguments: argparse.Namespace) -> int:
     """Finds out what is to be measured, and has it done."""
     # Imported here so that --help and a mistyped argument answer at once.
+    from vita_jax.evaluation.benchmarks.speech import SPEECH
     from vita_jax.evaluation.library import COPIES, find_set
     from vita_jax.evaluation.sets import SETS
 
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit {arguments.limit} must be at least 1")
+    if arguments.output is not None and not arguments.output.endswith(".json"):
+        raise UserError(f"--output {arguments.output}: its name must end with .json; other files go beside it")
     if arguments.questions is not None or arguments.answers is not None:
         return answer_questions(arguments)
     for name in ("root", "scoring", "max_new_tokens"):
@@ -117,6 +124,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
         return evaluate_set(arguments)
     if arguments.benchmark == COPIES:
         return evaluate_copies(arguments)
+    if arguments.benchmark == SPEECH.name and arguments.data is not None:
+        return evaluate_spoken_texts(arguments)
     if arguments.mesh:
         raise UserError("--mesh is for questions, and for benchmarks that are no part of a run; leave it out")
     return evaluate_run(arguments)
@@ -128,14 +137,16 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
 
     from vita_jax.data.tokenizer import load_tokenizer
     from vita_jax.evaluation.comparison import changes_again
+    from vita_jax.evaluation.opening import identity
     from vita_jax.evaluation.results import (
         FINAL,
         FIRST,
+        evaluation_path,
         format_result,
         format_stages,
         provenance,
-        save_result,
         save_stage_evaluation,
+        save_with_lines,
     )
     from vita_jax.evaluation.runner import evaluate_params
     from vita_jax.inference.quantization import int8_parts
@@ -157,11 +168,12 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
             raise UserError(
                 f"--benchmark {arguments.benchmark}: a Flamingo is measured by its few-shot tasks; leave it out"
             )
-        return evaluate_by_shots(arguments, config, loaded.params, is_run, output)
+        return evaluate_by_shots(arguments, config, loaded, is_run, output)
     for name in ("shots", "choice", "data"):
         if getattr(arguments, name) is not None:
             raise UserError(f"--{name} is for a Flamingo; this is a {family_of(config.model).title}")
     is_kept = is_run and arguments.limit is None and arguments.groups is None and not arguments.int8
+    home = evaluation_path(loaded.run_dir, FINAL, arguments.benchmark or FIRST) if is_kept else output
     result = evaluate_params(
         config,
         loaded.params,
@@ -172,6 +184,8 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
         progress=progress_line("answered"),
         keep_sounds=is_kept,
         cache_dtype=int8.cache_dtype,
+        kept=_kept_beside(home, config.name),
+        identity=identity(loaded, arguments.int8),
     )
     result |= provenance(config)
     if arguments.int8:
@@ -186,9 +200,26 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
     if written is not None:
         print(f"\nwritten: {written}")
     if output is not None:
-        save_result(result, output)
+        save_with_lines(result, output)
         print(f"written: {output}")
     return 0
+
+
+def _kept_beside(result: Path | None, model_name: str) -> KeptAnswers | None:
+    """The answers that are kept beside a result; None where nothing is written, or in a bucket, where no file grows.
+
+    Args:
+      result: its file.
+      model_name: whose; of a run that of its config, which it keeps wherever it is moved.
+
+    Raises:
+      UserError: as `KeptAnswers`.
+    """
+    from vita_jax.evaluation.asking import KeptAnswers, answers_file
+
+    return (
+        None if result is None or is_remote(result) else KeptAnswers(answers_file(result.with_suffix("")), model_name)
+    )
 
 
 def answer_questions(arguments: argparse.Namespace) -> int:
@@ -242,6 +273,7 @@ def evaluate_set(arguments: argparse.Namespace) -> int:
 
 def evaluate_copies(arguments: argparse.Namespace) -> int:
     """Measures the copies that a model's codec makes of a folder of sounds."""
+    from vita_jax.evaluation.asking import KeptAnswers, answers_file
     from vita_jax.evaluation.copies import format_copies, load_mos, measure_copies
     from vita_jax.evaluation.measured import write_measured
     from vita_jax.evaluation.results import provenance
@@ -253,22 +285,59 @@ def evaluate_copies(arguments: argparse.Namespace) -> int:
         raise UserError("--benchmark copies reads a folder, on one device and in floats: --data FOLDER and no more")
     stem, mos = _stem(arguments), None if arguments.mos is None else load_mos(arguments.mos)
     folder = on_disk(arguments.data, "the folder of --data")
-    subject, _ = _open(arguments, 1, 1)
-    result, lines = measure_copies(subject, folder, mos)
+    kept = KeptAnswers(answers_file(stem), arguments.checkpoint)
+    subject, options = _open(arguments, 1, 1)
+    identity = f"{options.identity} {arguments.mos}"
+    result, lines = measure_copies(subject, folder, kept, identity, mos, progress_line("copied"))
     result = {"benchmark": arguments.benchmark, "model": arguments.checkpoint, **result, **provenance(subject.config)}
     print(format_copies(result))
     print(f"\nwritten: {', '.join(map(str, write_measured(stem, result, lines, None)))}")
     return 0
 
 
+def evaluate_spoken_texts(arguments: argparse.Namespace) -> int:
+    """Measures what a model says of texts in a folder, and how long everything that sounds takes."""
+    from vita_jax.evaluation.asking import KeptAnswers, answers_file
+    from vita_jax.evaluation.measured import write_measured
+    from vita_jax.evaluation.spoken_texts import NAME, format_spoken_texts, measure_spoken_texts
+
+    for name in ("groups", "shots", "choice"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name} is not for texts of a folder (--data)")
+    if arguments.int8 or arguments.mesh:
+        raise UserError("texts of a folder (--data) are said on one device and in floats; leave out --int8 and --mesh")
+    folder = on_disk(arguments.data, "the folder of --data")
+    arguments.benchmark = NAME
+    stem = _stem(arguments)
+    kept = KeptAnswers(answers_file(stem), arguments.checkpoint)
+    subject, options = _open(arguments, SPOKEN_AT_ONCE, MAX_NEW_TOKENS)
+    sounds = stem.with_name(stem.name + ".sounds")
+    progress = progress_line("said")
+    result, lines = measure_spoken_texts(subject, folder, sounds, kept, options, arguments.limit, progress)
+    result = {"benchmark": NAME, **result, "limit": arguments.limit}
+    print(format_spoken_texts(result))
+    print(f"\nwritten: {', '.join(map(str, [*write_measured(stem, result, lines, None), sounds]))}")
+    return 0
+
+
 def evaluate_with_lmms_eval(arguments: argparse.Namespace, chosen: LmmsSet) -> int:
     """Measures a set that lmms-eval has, by its command line."""
+    from vita_jax.evaluation.library import ANY_TASK
     from vita_jax.evaluation.lmms.command import format_lmms, run_lmms_eval
     from vita_jax.evaluation.measured import write_measured
 
     for name in ("groups", "shots", "choice"):
         if getattr(arguments, name) is not None:
             raise UserError(f"--{name} is not for benchmarks of lmms-eval")
+    if arguments.data is not None:
+        if not arguments.benchmark.startswith(ANY_TASK):
+            raise UserError(
+                f"--data {arguments.data}: {arguments.benchmark} is read from where lmms-eval looks for it (HF_HOME), "
+                f"not from a folder; for a copy of yours put a task file there that includes lmms-eval's with another "
+                f"dataset_path (docs/evaluation.md), and give {ANY_TASK}TASK as the benchmark"
+            )
+        if not on_disk(arguments.data, "a folder with tasks").is_dir():
+            raise UserError(f"--data {arguments.data} is no folder; it has the task files of {arguments.benchmark}")
     stem = _stem(arguments)
     result, lines = run_lmms_eval(
         chosen,
@@ -292,10 +361,7 @@ def _stem(arguments: argparse.Namespace) -> Path:
     from vita_jax.training.checkpoint import CONFIG
 
     if arguments.output is not None:
-        output = on_disk(arguments.output, "the result of this benchmark")
-        if output.suffix != ".json":
-            raise UserError(f"--output {output}: its name must end with .json; other files go beside it")
-        return output.with_suffix("")
+        return on_disk(arguments.output, "the result of this benchmark").with_suffix("")
     if not (place(arguments.checkpoint) / CONFIG).is_file():
         raise UserError(f"{arguments.checkpoint} is no run that keeps its results; say where by --output FILE.json")
     if is_remote(arguments.checkpoint):
@@ -360,44 +426,39 @@ def _says_states(subject: Subject) -> bool:
 
 
 def evaluate_by_shots(
-    arguments: argparse.Namespace, config: ExperimentConfig, params: Any, is_run: bool, output: Path | None
+    arguments: argparse.Namespace, config: ExperimentConfig, loaded: LoadedModel, is_run: bool, output: Path | None
 ) -> int:
     """Measures a Flamingo, prints, saves."""
     import dataclasses
 
-    from vita_jax.data.json_lines import write_json_lines
     from vita_jax.data.tokenizer import load_tokenizer
-    from vita_jax.evaluation.few_shot import (
-        LINES,
-        RESULT,
-        evaluate_few_shot,
-        format_few_shot,
-        subject_of,
-    )
-    from vita_jax.evaluation.results import provenance, save_result
+    from vita_jax.evaluation.few_shot import RESULT, evaluate_few_shot, format_few_shot, subject_of
+    from vita_jax.evaluation.measured import few_shot_figures, write_pictures
+    from vita_jax.evaluation.opening import identity
+    from vita_jax.evaluation.results import provenance, save_with_lines
 
     changes = {"shots": tuple(arguments.shots)} if arguments.shots else {}
     changes |= {"choice": arguments.choice} if arguments.choice else {}
     folder = None if arguments.data is None else on_disk(arguments.data, "the folder of --data")
     tokenizer = load_tokenizer(place(config.run_dir) / "tokenizer")
+    is_kept = is_run and folder is None and arguments.limit is None and arguments.groups is None
+    home = place(config.run_dir) / "evaluation" / RESULT if is_kept else output
     result, lines = evaluate_few_shot(
-        subject_of(config, params, tokenizer, folder),
+        subject_of(config, loaded.params, tokenizer, folder),
         dataclasses.replace(config.few_shot, **changes),
         tasks=arguments.groups,
         limit=arguments.limit,
         progress=progress_line("answered"),
+        kept=_kept_beside(home, config.name),
+        identity=identity(loaded, ()),
     )
-    result |= provenance(config)
+    result |= {**provenance(config), "limit": arguments.limit, "lines": lines}
     print(format_few_shot(result))
-    if is_run and folder is None and arguments.limit is None and arguments.groups is None:
-        kept = place(config.run_dir) / "evaluation"
-        save_result(result, kept / RESULT)
-        write_json_lines(kept / LINES, lines)
-        print(f"\nwritten: {kept / RESULT}, {kept / LINES}")
-    if output is not None:
-        save_result(result, output)
-        write_json_lines(output.with_suffix(".jsonl"), lines)
-        print(f"written: {output}")
+    own = few_shot_figures(result, config.name)
+    for file in dict.fromkeys(path for path in (home, output) if path is not None):
+        save_with_lines(result, file)
+        pictures = write_pictures(file.with_suffix(""), {"title": "few-shot tasks", **result}, own)
+        print(f"written: {', '.join(map(str, (file, file.with_suffix('.jsonl'), *pictures)))}")
     return 0
 
 

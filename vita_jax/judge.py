@@ -18,16 +18,21 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 Answers are made by `python -m vita_jax.evaluate --questions FILE --answers FILE`. The judge is any server that speaks
 OpenAI's chat completions; its key, if it needs one, is read from the environment variable VITA_JAX_TEACHER_KEY. What it
-says is kept line by line in --replies, so that the same command goes on after a stop and asks nothing twice.
+says is kept line by line in --replies, so that the same command goes on after a stop and asks nothing twice. --output
+keeps the figures with their intervals, a line for every question, and a table and a picture with the published figures.
 
 examples:
   python -m vita_jax.judge llava-bench --questions questions.jsonl --context context.jsonl \\
       --references answers_gpt4.jsonl --answers answers.jsonl \\
-      --teacher http://localhost:8000/v1 --model my-model --replies reviews.jsonl
-  python -m vita_jax.judge scienceqa --problems ScienceQA --answers answers.jsonl
+      --teacher http://localhost:8000/v1 --model my-model --replies reviews.jsonl --output bench.json --published wild
+  python -m vita_jax.judge scienceqa --problems ScienceQA --answers answers.jsonl --output scienceqa.json
   python -m vita_jax.judge scienceqa --problems ScienceQA --answers answers.jsonl \\
       --teacher http://localhost:8000/v1 --model my-model --replies replies.jsonl
 """
+
+
+# Sets of LLaVA-Bench with published figures: its questions in the wild, and those about pictures of COCO.
+PUBLISHED = ("wild", "coco")
 
 
 def make_parser() -> ArgumentParser:
@@ -40,6 +45,9 @@ def make_parser() -> ArgumentParser:
     bench_parser.add_argument("--questions", required=True, metavar="FILE", help="question_id, image, text, category")
     bench_parser.add_argument("--context", required=True, metavar="FILE", help="image, and caption or captions")
     bench_parser.add_argument("--references", required=True, metavar="FILE", help="question_id, text")
+    bench_parser.add_argument(
+        "--published", choices=PUBLISHED, help="of --output: which set it is; without, nothing is compared"
+    )
     bench_parser.set_defaults(run=llava_bench)
 
     science = "ScienceQA: accuracies; with --teacher, also of a text-only model, and of both together."
@@ -49,6 +57,7 @@ def make_parser() -> ArgumentParser:
     science_parser.set_defaults(run=scienceqa)
     for one, needed in ((bench_parser, True), (science_parser, False)):
         one.add_argument("--answers", required=True, metavar="FILE", help="question_id, text")
+        one.add_argument("--output", metavar="FILE.json", help="keeps the figures; other files go beside it")
         one.add_argument("--teacher", required=needed, metavar="URL", help="where its API begins, http://HOST:PORT/v1")
         one.add_argument("--model", required=needed, metavar="NAME", help="the teacher's name of the model")
         one.add_argument("--replies", required=needed, metavar="FILE", help="keeps what it says")
@@ -82,6 +91,8 @@ def llava_bench(arguments: argparse.Namespace) -> int:
         summarise,
     )
 
+    if arguments.published is not None and arguments.output is None:
+        raise UserError(f"--published {arguments.published} is about --output FILE.json, where the comparison goes")
     questions = read_lines(arguments.questions, "text", "category", "image")
     references, answers = (read_lines(path, "text") for path in (arguments.references, arguments.answers))
     asked = judge_messages(questions, read_descriptions(arguments.context), references, answers)
@@ -94,6 +105,14 @@ def llava_bench(arguments: argparse.Namespace) -> int:
     unparsed = sum(pair == UNPARSED for pair in scores.values())
     if unparsed:
         print(f"{unparsed} of {len(scores)} reviews have no two numbers in their first line; they count as -1 and -1")
+    if arguments.output is not None:
+        from vita_jax.evaluation.judged import write_llava_bench
+
+        asker = {"judge": arguments.model, "temperature": arguments.temperature}
+        written = write_llava_bench(
+            Path(arguments.output), arguments.published, questions, references, answers, reviews, asker
+        )
+        print(f"written: {', '.join(map(str, written))}")
     return 0
 
 
@@ -112,6 +131,11 @@ def scienceqa(arguments: argparse.Namespace) -> int:
     if given:
         chosen |= _with_a_reader(arguments, problems, texts, chosen["answers"])
     _print_accuracies(problems, chosen)
+    if arguments.output is not None:
+        from vita_jax.evaluation.judged import write_scienceqa
+
+        written = write_scienceqa(Path(arguments.output), problems, texts, chosen, arguments.model)
+        print(f"written: {', '.join(map(str, written))}")
     return 0
 
 
@@ -163,6 +187,8 @@ def judge(arguments: argparse.Namespace) -> int:
     """Runs the chosen action. Raises UserError for a place of the replies that does not exist."""
     if arguments.replies is not None and not Path(arguments.replies).absolute().parent.is_dir():
         raise UserError(f"--replies {arguments.replies}: its folder does not exist")
+    if arguments.output is not None and not arguments.output.endswith(".json"):
+        raise UserError(f"--output {arguments.output}: its name must end with .json; other files go beside it")
     return arguments.run(arguments)
 
 

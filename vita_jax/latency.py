@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vita_jax.command_line import ArgumentParser, add_int8, run_command
@@ -14,7 +17,8 @@ from vita_jax.parallel.huge_pages import restart_with_huge_pages
 if TYPE_CHECKING:
     from vita_jax.inference.quantization import QuantizationConfig
     from vita_jax.inference.speak import Speaker
-    from vita_jax.models.vita import Vita
+    from vita_jax.inference.timings import Timeline
+    from vita_jax.models.vita import Vita, VitaConfig
 
 EXAMPLES = """\
 A question is spoken into the model block by block, an answer is written and spoken; the table says when each stage has
@@ -28,6 +32,8 @@ examples:
   python -m vita_jax.latency --random full --dtype bfloat16
   python -m vita_jax.latency --random full --dtype bfloat16 --int8 weights cache
   python -m vita_jax.latency --random small --streaming full --seconds 8
+  python -m vita_jax.latency --checkpoint runs/mine --output runs/mine/evaluation/latency.json
+      keeps every exchange, and puts the first sound among what is published of other models (.md, .png)
 """
 
 SIZES = ("small", "full")
@@ -53,6 +59,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--piece", type=int, default=8, help="tokens that are spoken together (default 8)")
     parser.add_argument("--repeat", type=int, default=3, help="exchanges that are measured (default 3)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of random weights (default float32)")
+    parser.add_argument("--output", metavar="FILE.json", help="keeps the figures; other files go beside it")
     add_int8(parser)
     return parser
 
@@ -75,6 +82,8 @@ def latency(arguments: argparse.Namespace) -> int:
     listening = ListenOptions(arguments.streaming)
     if arguments.repeat < 1:
         raise UserError(f"--repeat {arguments.repeat} must be at least 1")
+    if arguments.output is not None and not arguments.output.endswith(".json"):
+        raise UserError(f"--output {arguments.output}: its name must end with .json; other files go beside it")
     int8 = int8_parts(arguments.int8)
     prepare_process()
     model, params, speaker, name = _checkpoint(arguments, int8) if arguments.checkpoint else _random(arguments, int8)
@@ -96,7 +105,41 @@ def latency(arguments: argparse.Namespace) -> int:
         f"question {options.seconds:g} s after {options.before} positions, reply {options.reply} tokens in pieces of "
         f"{options.piece}; median of {arguments.repeat}\n\n{format_timelines(timelines)}"
     )
+    if arguments.output is not None:
+        how = {"model": name, "device": f"{device.device_kind} ({device.platform})", "int8": sorted(arguments.int8)}
+        how |= {"exchange": dataclasses.asdict(options), "streaming": arguments.streaming}
+        written = write_timelines(Path(arguments.output), timelines, how, model.config)
+        print(f"\nwritten: {', '.join(map(str, written))}")
     return 0
+
+
+def write_timelines(
+    output: Path, timelines: Sequence[Timeline], how: Mapping[str, Any], config: VitaConfig
+) -> list[Path]:
+    """Writes what was measured as JSON, and the first sound among the published figures. Returns the files.
+
+    Args:
+      output: FILE.json; FILE.md and FILE.png go beside it where the model speaks.
+      how: what was measured and on what; becomes part of the result.
+    """
+    from vita_jax.evaluation.measured import write_pictures
+    from vita_jax.evaluation.published import Own
+    from vita_jax.evaluation.results import provenance, save_result
+    from vita_jax.inference.timings import EVENTS, FIRST_SAMPLE, STAGES
+
+    def milliseconds(event: str) -> list[float]:
+        return [1000 * seconds for one in timelines if (seconds := one.since(event)) is not None]
+
+    events = {event: milliseconds(event) for event in EVENTS[1:]}
+    factors = {stage: [one.real_time_factor(stage) for one in timelines] for stage in STAGES}
+    result = {"benchmark": "latency", "title": "a spoken exchange", **how, "milliseconds": events}
+    save_result({**result, "real_time_factors": factors, **provenance(config)}, output)
+    heard = events[FIRST_SAMPLE]
+    if not heard:
+        return [output]
+    note = f"Median of {len(heard)}, from {min(heard):.1f} to {max(heard):.1f} ms, on {how['device']}."
+    own = {"first_audio_ms": Own(str(how["model"]), statistics.median(heard), note=note)}
+    return [output, *write_pictures(output.with_suffix(""), result, own)]
 
 
 def _checkpoint(arguments: argparse.Namespace, int8: QuantizationConfig) -> tuple[Vita, Any, Speaker | None, str]:

@@ -59,7 +59,7 @@ def test_means_are_over_the_sounds_that_have_a_figure():
     assert found["pesq"] == {"value": 2.0, "low": 2.0, "high": 2.0, "n": 1} and "mos" not in found
 
 
-def test_the_command_measures_a_folder(tmp_path, capsys):
+def test_the_command_measures_a_folder(tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     random_run(run, hears=False, codec=CODEC, codec_training=training())
     (tmp_path / "sounds" / "deep").mkdir(parents=True)
@@ -73,6 +73,15 @@ def test_the_command_measures_a_folder(tmp_path, capsys):
     assert [(one["file"], one["seconds"]) for one in said] == [("a.wav", 1.0), ("deep/b.wav", 1.5)]
     assert all(one["mel_distance"] > 0 and one["mos"] >= CODEC.sampling_rate for one in said)
     assert result["figures"]["mel_distance"]["n"] == 2 and result["config"]["name"] == "tiny"
+    # The same command again measures only what is new.
+    real, read = copies.read_audio, []
+    monkeypatch.setattr(
+        copies, "read_audio", lambda path, *rest, **more: read.append(path.name) or real(path, *rest, **more)
+    )
+    wavfile.write(tmp_path / "sounds" / "bb.wav", RATE, voice_like(1.0))
+    assert evaluate.main([*line, "--mos", "tests.evaluation.test_copies:loudness"]) == 0 and read == ["bb.wav"]
+    again = [json.loads(one) for one in (run / "evaluation" / "final.copies.jsonl").read_text().splitlines()]
+    assert [one["file"] for one in again] == ["a.wav", "bb.wav", "deep/b.wav"] and again[::2] == said
     wavfile.write(tmp_path / "sounds" / "c.wav", RATE, voice_like(0.3))
     assert evaluate.main(line) == 2 and "c.wav: 0.30 s of sound; at least 0.5 s" in capsys.readouterr().err
 

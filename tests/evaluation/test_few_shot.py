@@ -21,6 +21,8 @@ from vita_jax.data.tokenizer import train_sentencepiece
 from vita_jax.data.video import write_video
 from vita_jax.data.vocabulary import enlarge
 from vita_jax.errors import UserError
+from vita_jax.evaluation import few_shot
+from vita_jax.evaluation.asking import KeptAnswers
 from vita_jax.evaluation.few_shot import (
     FewShotSubject,
     clean_answer,
@@ -167,6 +169,36 @@ def test_batches_do_not_matter(subject, evaluated):
         return {(line["id"], line["shots"]): (line["answer"], line.get("ranked")) for line in lines}
 
     assert known(lines) == known(evaluated[1])
+
+
+def test_a_stopped_evaluation_goes_on(subject, evaluated, tmp_path, monkeypatch):
+    """Killed in its third batch; the lines are those of a whole one, and nothing is asked twice."""
+    real, asked = few_shot.answer_batch, []
+
+    def noted(subject, queries, prompts):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append([query.id for query in queries])
+        return real(subject, queries, prompts)
+
+    file, shown = tmp_path / "kept.jsonl", []
+    monkeypatch.setattr(few_shot, "answer_batch", noted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_few_shot(subject, OPTIONS, kept=KeptAnswers(file, "m"), identity="a")
+    assert sum(map(len, asked)) == len(file.read_text().splitlines()) == 4
+    monkeypatch.setattr(few_shot, "answer_batch", lambda *batch: asked.append([]) or real(*batch))
+    kept = {"kept": KeptAnswers(file, "m"), "identity": "a", "progress": lambda *done: shown.append(done)}
+    result, lines = evaluate_few_shot(subject, OPTIONS, **kept)
+    assert len(file.read_text().splitlines()) == len(lines) == 12 and (shown[0], shown[-1]) == ((4, 12), (12, 12))
+    own = [{name: value for name, value in one.items() if name not in ("model_id", "asked")} for one in lines]
+    assert own == evaluated[1] and result == evaluated[0]
+    before, colours = len(asked), [one for one in lines if one["id"] == "colour1"]
+    assert evaluate_few_shot(subject, OPTIONS, **kept)[1] == lines and len(asked) == before
+    assert colours[0]["prompt"] == f"{IMAGE}Output:"
+    assert colours[1]["prompt"].count(f"{END_OF_CHUNK}{IMAGE}Output:") == 2
+    # Of other weights.
+    evaluate_few_shot(subject, OPTIONS, tasks=["clips"], kept=KeptAnswers(file, "m"), identity="b")
+    assert len(asked) == before + 1 and len(file.read_text().splitlines()) == 14
 
 
 def line(number: int, kind: str, shots: int, right: bool, ranked: bool | None = None) -> dict:

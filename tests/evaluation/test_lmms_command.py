@@ -75,6 +75,16 @@ def test_evaluate_by_lmms_eval(run, stand_in, tmp_path, capsys):
     assert "lmms-eval ended with status 0 and without results" in capsys.readouterr().err
 
 
+def test_a_folder_that_would_not_be_read_is_refused(run, tmp_path, capsys):
+    line = ["--checkpoint", str(run), "--data", str(tmp_path / "MME"), "--benchmark"]
+    assert evaluate.main([*line, "mme"]) == 2
+    told = capsys.readouterr().err
+    assert "MME: mme is read from where lmms-eval looks for it (HF_HOME), not from a folder" in told
+    assert "give lmms:TASK as the benchmark" in told
+    assert evaluate.main([*line, "lmms:my_mme"]) == 2
+    assert "MME is no folder; it has the task files of lmms:my_mme" in capsys.readouterr().err
+
+
 def test_arguments_of_the_command_line(run, tmp_path):
     line = command_line(
         "py", LMMS_SETS["mmlu"], str(run), tmp_path / "a", "tasks", None, ["weights", "cache"], ["fsdp=4"]

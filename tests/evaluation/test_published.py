@@ -7,6 +7,8 @@ from PIL import Image
 
 from vita_jax.errors import UserError
 from vita_jax.evaluation.library import LMMS_SETS, figure_of, find_set
+from vita_jax.evaluation.measured import few_shot_figures
+from vita_jax.evaluation.plots import plot_of
 from vita_jax.evaluation.published import Own, format_comparison, ranked, table_of, tables, write_comparison
 from vita_jax.evaluation.sets import SETS
 
@@ -35,11 +37,54 @@ def test_the_own_row_stands_where_it_belongs(tmp_path):
     told = format_comparison("aishell1_cer", own).splitlines()
     assert told[0] == "# AISHELL-1, CER" and told[2].startswith("Lower is better.")
     assert told[7] == "| **my run** |  | **2.5** | 2.3 .. 2.7 |" and told[-1] == "Only 10 questions were asked."
-    table, picture = write_comparison("aishell1_cer", own, tmp_path / "new" / "final.aishell1")
+    table, picture = write_comparison({"aishell1_cer": own}, tmp_path / "new" / "final.aishell1")
     assert table.read_text().splitlines() == told
     assert Image.open(picture).size[0] == 960
+    # Several figures, a panel each.
+    both = {"aishell1_cer": own, "first_audio_ms": Own("my run", 90.0)}
+    table, picture = write_comparison(both, tmp_path / "both")
+    assert (
+        table.read_text().count("| **my run** |") == 2 and "| VITA-Audio (first chunk) |  | 53.0 |" in table.read_text()
+    )
+    assert Image.open(picture).size[1] > Image.open(tmp_path / "new" / "final.aishell1.png").size[1]
     # Higher is better, without an interval.
     assert ranked("mme", Own("m", 2500.0))[0][0] == "m"
+
+
+def test_few_shot_figures_go_to_the_columns_of_their_name():
+    """Flamingo-9B has 49.3 on OK-VQA with 4 shots; 8 shots and tasks of one's own are not published."""
+    found = {"accuracy": 0.5, "low": 0.4, "high": 0.6}
+    result = {
+        "few_shot": {"okvqa": {"shots": {"4": found, "8": found}}, "digits": {"shots": {"0": found}}},
+        "limit": None,
+    }
+    figures = few_shot_figures(result, "mine")
+    assert list(figures) == ["okvqa_4_shots"] and (figures["okvqa_4_shots"].low, figures["okvqa_4_shots"].high) == (
+        40,
+        60,
+    )
+    assert [row[0] for row in ranked("okvqa_4_shots", figures["okvqa_4_shots"])][:3] == [
+        "Flamingo-80B", "mine", "Flamingo-9B"
+    ]  # fmt: skip
+
+
+def test_what_is_not_published_is_drawn_alone():
+    """Bars are as long as the figures and their black lines span the intervals; a matrix shows every count."""
+    part = {"value": 0.25, "low": 0.0, "high": 0.5, "n": 4}
+    result = {"title": "mine", "scoring": "exact", **part, "by_category": {"x": part, "y": {**part, "value": 0.5}}}
+    (axes,) = plot_of(result).axes
+    assert [bar.get_width() for bar in axes.patches] == [0.25, 0.25, 0.5] and axes.get_xlabel() == "accuracy"
+    assert [tuple(line.get_segments()[0][:, 0]) for line in axes.collections] == [(0.0, 0.5)] * 3
+    confusion = {
+        "classes": ["query", "noise"],
+        "taken_for": ["query", "noise", "none"],
+        "counts": [[3, 0, 1], [0, 5, 0]],
+    }
+    (axes,) = plot_of({**result, "confusion": confusion}).axes
+    assert [text.get_text() for text in axes.texts] == ["3", "0", "1", "0", "5", "0"]
+    panels = plot_of({"benchmark": "copies", "figures": {"stoi": part, "pesq": {**part, "value": 2.0}}}).axes
+    assert [(axes.get_xlabel(), axes.patches[0].get_width()) for axes in panels] == [("stoi", 0.25), ("pesq", 2.0)]
+    assert plot_of({"benchmark": "vqav2", "value": None}) is None
 
 
 def test_a_figure_is_made_of_the_metrics_that_papers_add_up():

@@ -55,7 +55,8 @@ def test_an_error_rate_is_of_all_texts_together():
     found = figures("wer", questions, scores)
     assert (found["value"], found["n"], found["better"]) == (0.25, 2, "lower")
     assert (found["low"], found["high"]) == (0.0, pytest.approx(2 / 3))
-    assert found["by_category"] == {"x": {"value": 2 / 3, "n": 1}, "y": {"value": 0.0, "n": 1}}
+    one = {"value": 2 / 3, "low": 2 / 3, "high": 2 / 3, "n": 1}
+    assert found["by_category"] == {"x": one, "y": {"value": 0.0, "low": 0.0, "high": 0.0, "n": 1}}
     assert found["errors"] == {"substitutions": 0, "deletions": 2, "insertions": 0, "units": 8}
 
 

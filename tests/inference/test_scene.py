@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from tests.data.media import write_wav
 from tests.inference.scripted import UNIT, Line, Loudness, ScriptedStreams, ScriptedVoice
+from tests.training.tiny import experiment
 from vita_jax import duplex as command
 from vita_jax.errors import UserError
 from vita_jax.inference.duplex import Duplex, DuplexOptions
@@ -74,6 +76,32 @@ def test_scores_of_an_interrupted_answer():
     assert first.status == "cancelled" and 0 <= heard / 0.3 - len(first.heard.split()) < 1 + 0.04 / 0.3
     text = format_scores(scores)
     assert "2 of 2 (100 %)" in text and "0 of 1 (0 %)" in text and "most 40 ms" in text and "wrong" not in text
+
+
+def test_scores_of_scenes_are_a_result(tmp_path):
+    """Two scenes: of three sounds that are meant two are answered, of the two others one."""
+    wrong = play({1: Line("noise"), 2: Line(text="yes.")}, sound(1, Moment(0.2)), sound(2, Moment(2.0), meant=False))
+    scores = {"a.json": score(interrupted()), "b.json": score(wrong)}
+    arguments = command.make_parser().parse_args(["--script", "a.json", "b.json", "--round-ms", "40"])
+    session = SimpleNamespace(config=experiment(tmp_path / "run"))
+    written = command.write_scores(tmp_path / "duplex.json", scores, session, arguments)
+    assert written[:2] == [tmp_path / "duplex.json", tmp_path / "duplex.jsonl"]
+    result = json.loads(written[0].read_text())
+    takeover, false = result["figures"]["takeover"], result["figures"]["false_takeover"]
+    assert (takeover["value"], takeover["n"], takeover["low"], takeover["high"]) == (pytest.approx(2 / 3), 3, 0, 1)
+    assert (false["value"], false["n"], false["low"], false["high"]) == (0.5, 2, 0, 1)
+    stop = result["figures"]["stop_latency"]
+    assert stop["n"] == 1 and all(stop[name] == pytest.approx(0.04, abs=1e-6) for name in ("value", "low", "most"))
+    assert (result["scenes"], result["round_ms"], result["num_items"]) == (["a.json", "b.json"], 40.0, 5)
+    assert {"commit", "changed", "version", "config"} <= set(result)
+    lines = [json.loads(line) for line in written[1].read_text().splitlines()]
+    assert [(line["scene"], line["text"], line["truth"], line["score"]) for line in lines] == [
+        ("a.json", "query", "query", 1),
+        ("a.json", "ignored: noise", "noise", 1),
+        ("a.json", "query", "query", 1),
+        ("b.json", "ignored: noise", "query", 0),
+        ("b.json", "query", "noise", 0),
+    ]
 
 
 def test_wrong_decisions_are_named():
@@ -200,6 +228,8 @@ def test_the_command_says_what_is_wrong_before_it_loads_anything(tmp_path, capsy
         ([], "--script"),
         (["--script", str(tmp_path / "none.json")], "none.json cannot be read"),
         (["--script", str(path), "--picture", "a.gif"], ".png or .html"),
+        (["--script", str(path), str(path), "--picture", "a.png"], "is of one scene; --script has 2"),
+        (["--script", str(path), "--output", "a.txt"], "its name must end with .json"),
         (["--script", str(path), "--round-ms", "0"], "must take some time"),
         (["--script", str(path), "--checkpoint", str(tmp_path / "none")], "does not exist"),
     ):

@@ -148,6 +148,11 @@ def split_state_symbol(text: str, template: Template) -> tuple[str | None, str]:
     return None, text
 
 
+def join_state_symbol(state: str | None, text: str, template: Template) -> str:
+    """The inverse of `split_state_symbol`."""
+    return text if state is None else _symbols(template)[state] + text
+
+
 def state_symbol_ids(tokenizer: Tokenizer, template: Template) -> dict[int, str]:
     """Token id of each state symbol -> "audio", "noise" or "text". Raises UserError if one is not a single token."""
     return {_single_id(tokenizer, symbol): state for state, symbol in _symbols(template).items()}

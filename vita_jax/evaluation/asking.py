@@ -198,4 +198,9 @@ def _mark(question: Question, root: Path, options: AskOptions) -> str:
     files = [(kind, name, (root / name).stat().st_size) for kind, name in question.media]
     asked = [question.question, files, options.max_new_tokens, str(options.sampler), options.seed]
     asked += [str(options.cache_dtype), options.identity]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+    return mark(asked)
+
+
+def mark(depends_on: Any) -> str:
+    """A short text that is another for other JSON values: "asked" of a kept line."""
+    return hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]

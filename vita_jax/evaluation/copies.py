@@ -18,6 +18,9 @@ import numpy as np
 
 from vita_jax.data.audio import AudioConfig, read_audio
 from vita_jax.errors import UserError
+from vita_jax.evaluation.answer_lines import ID
+from vita_jax.evaluation.answering import Progress
+from vita_jax.evaluation.asking import KeptAnswers, mark
 from vita_jax.evaluation.bootstrap import interval
 from vita_jax.evaluation.sets import SOUNDS
 from vita_jax.evaluation.subject import Subject
@@ -30,6 +33,8 @@ PESQ_RATE, PESQ_MODE = 16_000, "wb"
 SHORTEST_SECONDS = 0.5
 MEASURES = ("mel_distance", "stoi", "pesq", "mos")
 SEED = 0
+# Sounds between two writes of lines.
+AT_ONCE = 32
 
 Mos = Callable[[np.ndarray, int], float]
 
@@ -52,18 +57,27 @@ def missing_packages() -> list[str]:
 
 
 def measure_copies(
-    subject: Subject, folder: Path, mos: Mos | None = None
+    subject: Subject,
+    folder: Path,
+    kept: KeptAnswers,
+    identity: str = "",
+    mos: Mos | None = None,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Copies every sound of a folder through the model's codec, each in its own voice.
 
     Args:
       subject: a model with a codec.
       folder: sounds, at any depth.
+      kept: gets the lines as they are made; those of an earlier call are not measured again.
+      identity: what else a line depends on: the model, see `opening.identity`, and the judge by its name.
       mos: see the top of this file.
+      progress: called with (copied, total), first with those that were kept.
 
     Returns:
       {"num_items", "sampling_rate", "figures": {measure: {"value", "low", "high" (95 % bootstrap interval), "n"}}}: a
-      file of silence has no PESQ; and a line for every file: {"file", "seconds", and the measures}.
+      file of silence has no PESQ; and a line for every file: {"question_id" and "file" (its path), "seconds", the
+      measures, "model_id", "asked" (see `asking`)}.
 
     Raises:
       UserError: no codec, no sound, a sound that is too short or damaged, or a package is missing.
@@ -76,7 +90,29 @@ def measure_copies(
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SOUNDS)
     if not files:
         raise UserError(f"{folder} has no sound ({', '.join(sorted(SOUNDS))})")
-    rate = model.codec.sampling_rate
+    names = {path: path.relative_to(folder).as_posix() for path in files}
+    marks = {path: mark([name, path.stat().st_size, identity]) for path, name in names.items()}
+    known = {path: kept.find(name, marks[path]) for path, name in names.items()}
+    left = [path for path in files if known[path] is None]
+    for start in range(0, len(left), AT_ONCE):
+        if progress is not None:
+            progress(len(files) - len(left) + start, len(files))
+        part = left[start : start + AT_ONCE]
+        new = [
+            {ID: names[path], "file": names[path], **line, "model_id": kept.model_name, "asked": marks[path]}
+            for path, line in zip(part, _copied(subject, part, mos), strict=True)
+        ]
+        kept.add(new)
+        known |= dict(zip(part, new, strict=True))
+    if progress is not None:
+        progress(len(files), len(files))
+    lines = list(known.values())
+    return {"num_items": len(lines), "sampling_rate": model.codec.sampling_rate, "figures": figures(lines)}, lines
+
+
+def _copied(subject: Subject, files: Sequence[Path], mos: Mos | None) -> list[dict[str, Any]]:
+    """{"seconds", and the measures} of every file. Raises UserError for one that is too short or damaged."""
+    model, rate = subject.config.model, subject.config.model.codec.sampling_rate
     waves = [read_audio(path, AudioConfig(), sample_rate=rate) for path in files]
     for path, wave in zip(files, waves, strict=True):
         if len(wave) < SHORTEST_SECONDS * rate:
@@ -84,11 +120,11 @@ def measure_copies(
     copies = copy_waves(model, subject.params, waves)
     distances = mel_distances(waves, copies, rate, model.codec_training.losses)
     lines = []
-    for path, wave, copy, distance in zip(files, waves, copies, distances, strict=True):
-        line = {"file": path.relative_to(folder).as_posix(), "seconds": len(wave) / rate, "mel_distance": distance}
+    for wave, copy, distance in zip(waves, copies, distances, strict=True):
+        line = {"seconds": len(wave) / rate, "mel_distance": distance}
         line |= {"stoi": stoi(wave, copy, rate), "pesq": pesq(wave, copy, rate)}
         lines.append(line if mos is None else {**line, "mos": float(mos(copy, rate))})
-    return {"num_items": len(lines), "sampling_rate": rate, "figures": figures(lines)}, lines
+    return lines
 
 
 def figures(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

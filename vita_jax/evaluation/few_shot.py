@@ -1,8 +1,9 @@
 """Few-shot evaluation of a Flamingo: every query with 0, 4, 8, ... demonstrations, as lines and as figures.
 
-A line is {"id", "task", "kind", "shots", "choice", "demonstrations": [ids], "truth", "answer", "right"}, and where the
-query has choices "ranked", the likeliest of them, and "ranked_right". The figures are {"few_shot": {task: {"choice",
-"shots": {count: see `shot_figures`}, "changes": [see `comparison.compare_groups`, from each count to the next]}}}.
+A line is {"question_id", "id", "task", "kind", "shots", "choice", "demonstrations": [ids], "prompt", "truth", "answer",
+"right"}, and where the query has choices "ranked", the likeliest of them, and "ranked_right"; kept lines also have
+"model_id" and "asked" (see `asking`). The figures are {"few_shot": {task: {"choice", "shots": {count: see
+`shot_figures`}, "changes": [see `comparison.compare_groups`, from each count to the next]}}}.
 
 Answers are greedy (open_flamingo searches with three beams) and compared as `scoring` says; choices are ranked by their
 mean log-likelihood (`open_flamingo/eval/evaluate.py`).
@@ -36,6 +37,8 @@ from vita_jax.data.few_shot import (
 )
 from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UserError
+from vita_jax.evaluation.answer_lines import ID
+from vita_jax.evaluation.asking import KeptAnswers, mark
 from vita_jax.evaluation.bootstrap import interval
 from vita_jax.evaluation.comparison import compare_groups
 from vita_jax.evaluation.results import align, percent
@@ -103,13 +106,17 @@ def evaluate_few_shot(
     tasks: Sequence[str] | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
+    kept: KeptAnswers | None = None,
+    identity: str = "",
 ) -> tuple[dict[str, Any], list[Line]]:
     """Asks every query once for each number of shots.
 
     Args:
       tasks: names of those to measure; None = all.
       limit: at most so many queries of each kind of each task, the first ones.
-      progress: called with (answered, total).
+      progress: called with (answered, total), first with those that were kept.
+      kept: gets the lines of every batch, and has those of an earlier call; None = they are not kept.
+      identity: of the model, for `kept`; see `opening.identity`.
 
     Returns:
       The figures, and a line for every query and number of shots; see the top of this file.
@@ -133,11 +140,14 @@ def evaluate_few_shot(
     for shots in options.shots:
         asked = [query for query in queries if shots in counts[query.task]]
         chosen = [_demonstrations(query, pools, shots, options, embeddings) for query in asked]
-        for line in answer_queries(subject, asked, chosen, shots, options):
-            lines.append(line)
-            if progress is not None:
-                progress(len(lines), total)
+        shown = None if progress is None else _from(progress, len(lines), total)
+        lines += answer_queries(subject, asked, chosen, shots, options, kept, identity, shown)
     return {"few_shot": figures(lines, options)}, lines
+
+
+def _from(progress: Progress, before: int, total: int) -> Progress:
+    """The progress of one number of shots as that of all."""
+    return lambda done, _: progress(before + done, total)
 
 
 def _first(queries: Sequence[Shot], tasks: Sequence[str], limit: int | None) -> list[Shot]:
@@ -189,34 +199,68 @@ def answer_queries(
     demonstrations: Sequence[Sequence[Shot]],
     shots: int,
     options: FewShotOptions,
-) -> Iterator[Line]:
-    """The lines of queries with the same number of shots."""
-    context = subject.context
+    kept: KeptAnswers | None = None,
+    identity: str = "",
+    progress: Progress | None = None,
+) -> list[Line]:
+    """The lines of queries with the same number of shots, in their order; see `evaluate_few_shot`."""
     prompts = [
-        make_prompt(query, shown, shots, context, options.separator)
+        make_prompt(query, shown, shots, subject.context, options.separator)
         for query, shown in zip(queries, demonstrations, strict=True)
     ]
     check_room(subject, queries, prompts, shots)
-    stops = (context.end_of_chunk, context.eos)
-    for places in batches_of(queries, prompts, subject.batch_size):
-        batch = [prompts[place] for place in places]
-        images = batch_pictures(subject, batch)
-        inputs = batch_inputs([(p.ids, p.times) for p in batch], images, subject.batch_size, context.tokenizer.pad_id)
-        generated = generate_flamingo(
-            subject.model,
-            subject.params,
-            inputs,
-            max_new_tokens=subject.max_new_tokens,
-            stop_tokens=stops,
-            pad_token=context.tokenizer.pad_id,
-        )
-        tokens, lengths = jax.device_get((generated.tokens, generated.lengths))
-        ranked = rank_choices(subject, [queries[place] for place in places], batch, images)
-        for row, place in enumerate(places):
-            ids = [i for i in tokens[row, : lengths[row]].tolist() if i < context.tokenizer.vocab_size]
-            answer = clean_answer(context.tokenizer.decode(ids), bool(queries[place].question))
+    names = [f"{query.task} {query.id}, {shots} shots, {options.choice}" for query in queries]
+    marks = [_mark(subject, *pair, identity) for pair in zip(queries, prompts, strict=True)]
+    known = [kept and kept.find(*pair) for pair in zip(names, marks, strict=True)]  # None where it is to be asked
+    left = [place for place, line in enumerate(known) if line is None]
+    done = len(queries) - len(left)
+    if progress is not None:
+        progress(done, len(queries))
+    chosen = [queries[place] for place in left], [prompts[place] for place in left]
+    for places in batches_of(*chosen, subject.batch_size):
+        said = answer_batch(subject, *([part[place] for place in places] for part in chosen))
+        for place, (answer, ranked) in zip((left[place] for place in places), said, strict=True):
             shown = [one.id for one in demonstrations[place]]
-            yield line_of(queries[place], shots, options.choice, shown, answer, ranked[row])
+            line = {ID: names[place], **line_of(queries[place], shots, options.choice, shown, answer, ranked)}
+            whose = {} if kept is None else {"model_id": kept.model_name, "asked": marks[place]}
+            known[place] = {**line, "prompt": prompts[place].text, **whose}
+        if kept is not None:
+            kept.add([known[left[place]] for place in places])
+        done += len(places)
+        if progress is not None:
+            progress(done, len(queries))
+    return known
+
+
+def _mark(subject: FewShotSubject, query: Shot, prompt: Prompt, identity: str) -> str:
+    """Stands for everything that a line depends on."""
+    paths = [(kind, name, subject.folder / name) for kind, name in prompt.files]
+    files = [(kind, name, path.stat().st_size if path.is_file() else None) for kind, name, path in paths]
+    how = [subject.frames, subject.max_new_tokens, identity]
+    return mark([prompt.text, files, query.kind, query.answer, query.choices, *how])
+
+
+def answer_batch(
+    subject: FewShotSubject, queries: Sequence[Shot], prompts: Sequence[Prompt]
+) -> list[tuple[str, str | None]]:
+    """(answer, likeliest choice or None) of at most `batch_size` queries, whose prompts go together."""
+    context = subject.context
+    images = batch_pictures(subject, prompts)
+    inputs = batch_inputs([(p.ids, p.times) for p in prompts], images, subject.batch_size, context.tokenizer.pad_id)
+    generated = generate_flamingo(
+        subject.model,
+        subject.params,
+        inputs,
+        max_new_tokens=subject.max_new_tokens,
+        stop_tokens=(context.end_of_chunk, context.eos),
+        pad_token=context.tokenizer.pad_id,
+    )
+    tokens, lengths = jax.device_get((generated.tokens, generated.lengths))
+    answers = []
+    for row, query in enumerate(queries):
+        ids = [i for i in tokens[row, : lengths[row]].tolist() if i < context.tokenizer.vocab_size]
+        answers.append(clean_answer(context.tokenizer.decode(ids), bool(query.question)))
+    return list(zip(answers, rank_choices(subject, queries, prompts, images), strict=True))
 
 
 def check_room(subject: FewShotSubject, queries: Sequence[Shot], prompts: Sequence[Prompt], shots: int) -> None:

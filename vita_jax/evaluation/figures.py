@@ -4,6 +4,10 @@ A group of a result: {"title", "n", "accuracy" (mean over kinds), "by_kind", "by
 {"accuracy", "n"}), "prior", "floor", "goal", "floor_reached", "goal_reached" (the last four and the prior may be null),
 "outcomes": {kind: {item id: right or not}}}, and what its measure adds. The accuracy of a transcript is 1 minus its
 character error rate, and it is right without any error.
+
+A line, of every item of every group: {"question_id", "group", "kind", "language", "prompt", "text" (what was answered,
+heard or named), "truth", "score" (1 right, 0 wrong)}, and where there are such "state" (of the symbol in front of the
+answer) and "errors" (wrong characters, characters of the truth).
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vita_jax.data.prompts import split_state_symbol
 from vita_jax.data.templates import Template
+from vita_jax.evaluation.answer_lines import ID
 from vita_jax.evaluation.benchmarks import Benchmark, Group
 from vita_jax.evaluation.items import Item
 from vita_jax.evaluation.scoring import (
@@ -37,6 +43,8 @@ class Outcome:
       id, kind, language, num_digits: of the item.
       right: whether it was done right.
       errors: (wrong characters, characters of the truth), where characters are counted.
+      prompt, text, truth: what was asked, what came of it, and what should have; for the lines.
+      state: of the symbol in front of an answer.
     """
 
     id: str
@@ -45,6 +53,21 @@ class Outcome:
     right: bool
     num_digits: int = 0
     errors: tuple[int, int] | None = None
+    prompt: str = ""
+    text: str = ""
+    truth: str = ""
+    state: str | None = None
+
+
+def outcome_lines(group: Group, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """The lines of a group, see the top of this file."""
+    lines = []
+    for one in outcomes:
+        line = {ID: one.id, "group": group.name, "kind": one.kind, "language": one.language, "prompt": one.prompt}
+        line |= {"text": one.text, "truth": one.truth, "score": int(one.right)}
+        line |= {} if one.state is None else {"state": one.state}
+        lines.append(line if one.errors is None else {**line, "errors": list(one.errors)})
+    return lines
 
 
 def group_figures(group: Group, outcomes: Sequence[Outcome], prior: float | None = None, **more: Any) -> dict[str, Any]:
@@ -107,9 +130,9 @@ def score(
       template: whose state symbols the answers begin with; None = they have none.
 
     Returns:
-      {"benchmark", "title", "num_items", "groups", "examples"}.
+      {"benchmark", "title", "num_items", "groups", "examples", "lines"}.
     """
-    groups, examples = {}, []
+    groups, examples, lines = {}, [], []
     for group in benchmark.groups:
         indices = [index for index, item in enumerate(items) if item.group == group.items]
         if not indices or not group.is_answered:
@@ -120,6 +143,7 @@ def score(
         prior = answer_prior(chosen, template) if group.measure == "answer" else None
         refused = sum(is_refusal(answer, template) for answer in said) / len(said)
         groups[group.name] = group_figures(group, outcomes, prior, refused=refused)
+        lines += outcome_lines(group, outcomes)
         if group.measure != "acceptance":  # the same items as another group
             examples += _examples(group, chosen, said, outcomes, template)
     return {
@@ -128,6 +152,7 @@ def score(
         "num_items": len(items),
         "groups": groups,
         "examples": examples,
+        "lines": lines,
     }
 
 
@@ -140,7 +165,9 @@ def _judge(group: Group, item: Item, answer: str, template: Template | None) -> 
         right = errors[0] == 0
     else:
         right = is_right(item.kind, answer, item.answer, template)
-    return Outcome(item.id, item.kind, item.language, right, item.num_digits, errors)
+    state, text = (None, answer) if template is None else split_state_symbol(answer.strip(), template)
+    said = {"prompt": item.question, "text": text.strip(), "truth": item.answer, "state": state}
+    return Outcome(item.id, item.kind, item.language, right, item.num_digits, errors, **said)
 
 
 def _examples(

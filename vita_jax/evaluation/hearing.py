@@ -13,7 +13,7 @@ import numpy as np
 from vita_jax.data.audio import read_audio
 from vita_jax.evaluation.answering import question_batches
 from vita_jax.evaluation.benchmarks import Group
-from vita_jax.evaluation.figures import Outcome, group_figures
+from vita_jax.evaluation.figures import Outcome, group_figures, outcome_lines
 from vita_jax.evaluation.items import ITEMS, Item, read_items, stratified
 from vita_jax.evaluation.recognition import Recogniser
 from vita_jax.evaluation.scoring import character_errors
@@ -47,7 +47,10 @@ def why_no_input_head(subject: Subject) -> str | None:
     return None
 
 
-def input_head_figures(subject: Subject, group: Group, items: Sequence[Item]) -> dict[str, Any]:
+Lines = list[dict[str, Any]]
+
+
+def input_head_figures(subject: Subject, group: Group, items: Sequence[Item]) -> tuple[dict[str, Any], Lines]:
     """How often the head names the class of the input, right before the answer would begin.
 
     Args:
@@ -55,7 +58,7 @@ def input_head_figures(subject: Subject, group: Group, items: Sequence[Item]) ->
 
     Returns:
       The group's figures, kinds being the classes, with "confusion": {"classes", "counts": rows are what it was,
-      columns what it was taken for}.
+      columns what it was taken for}; and its lines.
     """
     parts = {
         "speech": [item for item in items if item.group == SPEECH_GROUP],
@@ -68,10 +71,11 @@ def input_head_figures(subject: Subject, group: Group, items: Sequence[Item]) ->
     asked += [("text", item) for item in texts]
     counts = confusion([name for name, _ in asked], taken_for)
     outcomes = [
-        Outcome(item.id, name, item.language, name == taken)
+        Outcome(item.id, name, item.language, name == taken, prompt=item.question, text=taken, truth=name)
         for (name, item), taken in zip(asked, taken_for, strict=True)
     ]
-    return group_figures(group, outcomes, confusion={"classes": list(INPUT_CLASSES), "counts": counts})
+    figures = group_figures(group, outcomes, confusion={"classes": list(INPUT_CLASSES), "counts": counts})
+    return figures, outcome_lines(group, outcomes)
 
 
 def _written_questions(subject: Subject, wanted: int) -> list[Item]:
@@ -120,8 +124,8 @@ def confusion(truths: Sequence[str], taken_for: Sequence[str]) -> list[list[int]
 
 def recogniser_figures(
     subject: Subject, groups: Sequence[Group], items: Sequence[Item], recogniser: Recogniser
-) -> dict[str, dict[str, Any]]:
-    """Character error rates of the recogniser, over whole clips or in chunks, as each group's name says.
+) -> tuple[dict[str, dict[str, Any]], Lines]:
+    """Character error rates of the recogniser, over whole clips or in chunks, as each group's name says; and the lines.
 
     Args:
       groups: of the measure "recogniser"; all are made of `items`.
@@ -129,18 +133,21 @@ def recogniser_figures(
     """
     items = [item for item in items if item.audio is not None]
     waves = [read_audio(subject.root / item.audio, subject.config.audio) for item in items]
-    figures = {}
+    figures, lines = {}, []
     for group in groups:
         # A model may be configured to stream; "full" is then still the whole clip.
         chunk, left = (CHUNK, LEFT_CHUNKS) if group.name.endswith("_chunked") else (-1, -1)
         heard = recogniser.in_chunks(chunk, left).hear(waves, subject.config.audio.sample_rate)
-        figures[group.name] = group_figures(group, _read_back(items, heard))
-    return figures
+        outcomes = _read_back(items, heard)
+        figures[group.name] = group_figures(group, outcomes)
+        lines += outcome_lines(group, outcomes)
+    return figures, lines
 
 
 def _read_back(items: Sequence[Item], heard: Sequence[str]) -> list[Outcome]:
     outcomes = []
     for item, text in zip(items, heard, strict=True):
         errors = character_errors(text, item.answer)
-        outcomes.append(Outcome(item.id, item.kind, item.language, errors[0] == 0, errors=errors))
+        heard_as = {"text": text, "truth": item.answer, "errors": errors}
+        outcomes.append(Outcome(item.id, item.kind, item.language, errors[0] == 0, **heard_as))
     return outcomes

@@ -4,7 +4,7 @@ STEM.json    {"benchmark", "title", "model", "num_items", "limit", "seconds", th
              or of lmms-eval, "version", "commit", "changed", "config"}
 STEM.jsonl   a line for every question: what was asked, said and scored
 STEM.answers.jsonl   every answer that was made, of this call and of earlier ones; see `asking`
-STEM.md, STEM.png    the figure among the published ones, where there are some
+STEM.md, STEM.png    the figure among the published ones; where there are none, the picture shows it with its interval
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from vita_jax.data.json_lines import write_json_lines
 from vita_jax.evaluation.answer_lines import Question, Scoring
 from vita_jax.evaluation.answering import Progress
 from vita_jax.evaluation.asking import AskOptions, KeptAnswers, Line, ask_questions
-from vita_jax.evaluation.published import Own, write_comparison
+from vita_jax.evaluation.plots import plot_of
+from vita_jax.evaluation.published import Own, columns_of, save_figure, write_comparison
 from vita_jax.evaluation.question_scores import ERROR_RATES, check_questions, figures, score_answer
 from vita_jax.evaluation.results import align, percent, provenance, save_result
 from vita_jax.evaluation.subject import Subject
@@ -80,9 +81,41 @@ def write_measured(stem: Path, result: Mapping[str, Any], lines: Sequence[Line],
     written = [stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".jsonl")]
     save_result(result, written[0])
     write_json_lines(written[1], lines)
-    if column is None or result.get("value") is None:
-        return written
-    return [*written, *write_comparison(column, own_figure(result), stem)]
+    known = column is not None and result.get("value") is not None
+    return [*written, *write_pictures(stem, result, {column: own_figure(result)} if known else {})]
+
+
+def write_pictures(stem: Path, result: Mapping[str, Any], figures: Mapping[str, Own]) -> list[Path]:
+    """Writes STEM.md and STEM.png with the published figures of some columns, or STEM.png with the result's own alone.
+
+    Args:
+      figures: own ones by column; {} where nothing is published.
+
+    Returns:
+      What was written; nothing where there is nothing to be drawn.
+    """
+    if figures:
+        return write_comparison(figures, stem)
+    plot = plot_of(result)
+    return [] if plot is None else [save_figure(plot, stem)]
+
+
+def few_shot_figures(result: Mapping[str, Any], model: str) -> dict[str, Own]:
+    """The figures of few-shot tasks that have the name of a published one, such as `okvqa`, by column.
+
+    Args:
+      result: see `few_shot`; with "limit".
+      model: whose.
+    """
+    note = "The own figure counts exact matches of a greedy answer; those of VQA compare with ten answers."
+    if result["limit"] is not None:
+        note += f" At most {result['limit']} of each kind were asked (--limit): it is no result of the task."
+    return {
+        column: Own(model, *(100 * found[name] for name in ("accuracy", "low", "high")), note)
+        for task, of_task in result["few_shot"].items()
+        for count, found in of_task["shots"].items()
+        if (column := f"{task}_{count}_shots") in columns_of("few_shot")
+    }
 
 
 def own_figure(result: Mapping[str, Any]) -> Own:

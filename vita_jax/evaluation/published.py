@@ -7,6 +7,7 @@ title}, "rows": [{"model", "llm", key: figure}]}]}, in per cent unless a title s
 from __future__ import annotations
 
 import functools
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from vita_jax.errors import UserError
+from vita_jax.storage import write_whole
 
 FILE = Path(__file__).with_name("published.json")
 WIDTH_INCHES, ROW_INCHES, DPI = 8.0, 0.3, 120
@@ -43,6 +45,11 @@ class Own:
 def tables() -> tuple[Mapping[str, Any], ...]:
     """The tables, as the top of this file describes them."""
     return tuple(json.loads(FILE.read_text(encoding="utf-8"))["tables"])
+
+
+def columns_of(name: str) -> Mapping[str, str]:
+    """Titles of the columns of a table, by its name."""
+    return next(table["columns"] for table in tables() if table["name"] == name)
 
 
 def table_of(column: str) -> Mapping[str, Any]:
@@ -82,33 +89,57 @@ def format_comparison(column: str, own: Own) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw_comparison(column: str, own: Own) -> Figure:
-    """The same as bars, the best on top."""
-    table, rows = table_of(column), ranked(column, own)[::-1]
-    figure = Figure(figsize=(WIDTH_INCHES, 1.2 + ROW_INCHES * len(rows)), layout="constrained")
-    axes = figure.add_subplot()
-    bars = axes.barh(
-        range(len(rows)), [row[2] for row in rows], color=[OWN_COLOUR if row[3] else OTHER_COLOUR for row in rows]
-    )
-    axes.bar_label(bars, fmt="%.1f", padding=4)
-    axes.set_yticks(range(len(rows)), [row[0] for row in rows])
-    if own.low is not None:
-        place = next(number for number, row in enumerate(rows) if row[3])
-        reach = [[max(own.value - own.low, 0.0)], [max(own.high - own.value, 0.0)]]
-        axes.errorbar([own.value], [place], xerr=reach, fmt="none", ecolor="black", capsize=3)
-    axes.margins(x=0.12)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(f"{table['columns'][column]} ({table['better']} is better)")
+def draw_comparison(figures: Mapping[str, Own]) -> Figure:
+    """The same as bars, the best on top, one panel below the other for every column."""
+    columns = {column: ranked(column, own)[::-1] for column, own in figures.items()}
+    heights = [1.2 + ROW_INCHES * len(rows) for rows in columns.values()]
+    figure = Figure(figsize=(WIDTH_INCHES, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (column, rows) in zip(panels, columns.items(), strict=True):
+        table, own = table_of(column), figures[column]
+        bars = axes.barh(
+            range(len(rows)), [row[2] for row in rows], color=[OWN_COLOUR if row[3] else OTHER_COLOUR for row in rows]
+        )
+        axes.bar_label(bars, fmt="%.1f", padding=4)
+        axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+        if own.low is not None:
+            place = next(number for number, row in enumerate(rows) if row[3])
+            reach = [[max(own.value - own.low, 0.0)], [max(own.high - own.value, 0.0)]]
+            axes.errorbar([own.value], [place], xerr=reach, fmt="none", ecolor="black", capsize=3)
+        axes.margins(x=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(f"{table['columns'][column]} ({table['better']} is better)")
     return figure
 
 
-def write_comparison(column: str, own: Own, stem: Path) -> list[Path]:
-    """Writes STEM.md and STEM.png, and returns them. Raises UserError if that cannot be done."""
-    table, picture = (stem.with_name(stem.name + suffix) for suffix in (".md", ".png"))
+def write_comparison(figures: Mapping[str, Own], stem: Path) -> list[Path]:
+    """Writes STEM.md and STEM.png, and returns them.
+
+    Args:
+      figures: a model's own, by the columns that they are compared with.
+
+    Raises:
+      UserError: a file cannot be written.
+    """
+    text = "\n".join(format_comparison(column, own) for column, own in figures.items())
+    return [save_text(text, stem), save_figure(draw_comparison(figures), stem)]
+
+
+def save_text(text: str, stem: Path) -> Path:
+    """Writes STEM.md. Raises UserError if that cannot be done."""
+    return _save(text, stem.with_name(stem.name + ".md"))
+
+
+def save_figure(figure: Figure, stem: Path) -> Path:
+    """Writes STEM.png. Raises UserError if that cannot be done."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=DPI)
+    return _save(content.getvalue(), stem.with_name(stem.name + ".png"))
+
+
+def _save(content: str | bytes, file: Path) -> Path:
     try:
-        table.parent.mkdir(parents=True, exist_ok=True)
-        table.write_text(format_comparison(column, own), encoding="utf-8")
-        draw_comparison(column, own).savefig(picture, dpi=DPI)
+        write_whole(file, content)
     except OSError as error:
-        raise UserError(f"{table} or {picture} cannot be written: {error.strerror}; choose another file") from error
-    return [table, picture]
+        raise UserError(f"{file} cannot be written: {error.strerror}; choose another file") from error
+    return file

@@ -112,9 +112,9 @@ def figures(scoring: Scoring, questions: Sequence[Question], scores: Sequence[Ma
 
     Returns:
       {"scoring", "normalisation", "value", "low", "high" (95 % bootstrap interval), "n", "better": "higher" or "lower",
-      "by_category": {name: {"value", "n"}}}; of error rates also "errors" (sums), of states "confusion" ({"classes",
-      "taken_for": the same and "none", "counts": rows are what it was, columns what it was taken for}), "recall" and
-      "precision" of both.
+      "by_category": {name: {"value", "low", "high", "n"}}}; of error rates also "errors" (sums), of states "confusion"
+      ({"classes", "taken_for": the same and "none", "counts": rows are what it was, columns what it was taken for}),
+      "recall" and "precision" of both.
     """
     by_category: dict[str, list[Mapping[str, Any]]] = {}
     for question, score in zip(questions, scores, strict=True):
@@ -129,7 +129,8 @@ def figures(scoring: Scoring, questions: Sequence[Question], scores: Sequence[Ma
         "n": len(scores),
         "better": "lower" if scoring in ERROR_RATES else "higher",
         "by_category": {
-            name: {"value": _mean(scoring, part), "n": len(part)} for name, part in sorted(by_category.items())
+            name: dict(zip(("value", "low", "high"), _value(scoring, part), strict=True)) | {"n": len(part)}
+            for name, part in sorted(by_category.items())
         },
     }
     if scoring in ERROR_RATES:

@@ -2,7 +2,7 @@
 
 A result is JSON: {"benchmark", "title", "num_items", "limit", "seconds", "groups": {name: group, see `figures`},
 "examples": [...], "left_out": {group: why}}, and where there is something to it "sounds", "real_time" (see `voice`) and
-"changes" (see `comparison`).
+"changes" (see `comparison`). Beside it are its "lines": one for every item of every group, see `figures`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from vita_jax import __version__
 from vita_jax.config import to_dict
+from vita_jax.data.json_lines import write_json_lines
 from vita_jax.errors import UserError
 from vita_jax.evaluation.benchmarks import BENCHMARKS
 from vita_jax.storage import place, write_whole
@@ -44,14 +45,27 @@ def save_result(result: Mapping[str, Any], path: Path) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}; choose another file") from error
 
 
-def provenance(config: ExperimentConfig) -> dict[str, Any]:
-    """What a result came from: {"config": all of it, "version", "commit": of this package's checkout, or None where it
-    is none, "changed": whether files of the checkout differ from that commit}.
+def save_with_lines(result: Mapping[str, Any], path: Path) -> None:
+    """Writes a result as FILE.json, and its "lines" as FILE.jsonl. Raises UserError for another name."""
+    if path.suffix != ".json":
+        raise UserError(f"{path}: the name of a result must end with .json; its lines go beside it as .jsonl")
+    write_json_lines(path.with_suffix(".jsonl"), result["lines"])
+    save_result({name: value for name, value in result.items() if name != "lines"}, path)
+
+
+def provenance(config: Any) -> dict[str, Any]:
+    """What a result came from: {"config": all of it, and `code_version`}."""
+    return {**code_version(), "config": to_dict(config)}
+
+
+def code_version() -> dict[str, Any]:
+    """{"version", "commit": of this package's checkout, or None where it is none, "changed": whether files of the
+    checkout differ from that commit}.
     """
     checkout = Path(__file__).parents[2]
     commit = _git(checkout, "rev-parse", "HEAD") if (checkout / ".git").exists() else None
     changed = bool(commit and _git(checkout, "status", "--porcelain", "--untracked-files=no"))
-    return {"version": __version__, "commit": commit, "changed": changed, "config": to_dict(config)}
+    return {"version": __version__, "commit": commit, "changed": changed}
 
 
 def _git(checkout: Path, *arguments: str) -> str | None:
@@ -64,9 +78,9 @@ def _git(checkout: Path, *arguments: str) -> str | None:
 
 
 def save_stage_evaluation(config: ExperimentConfig, stage_name: str, result: Mapping[str, Any]) -> Path:
-    """Keeps the result reached after a stage ("final": at the end of the run). Returns its file."""
+    """Keeps the result reached after a stage ("final": at the end of the run), and its lines. Returns its file."""
     path = evaluation_path(config.run_dir, stage_name, result["benchmark"])
-    save_result(result, path)
+    save_with_lines(result, path)
     return path
 
 

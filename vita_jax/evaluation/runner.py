@@ -10,9 +10,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from vita_jax.data.conversations import sees_video
+from vita_jax.data.prompts import join_state_symbol
 from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.errors import UserError
+from vita_jax.evaluation.answer_lines import Question
 from vita_jax.evaluation.answering import Progress, answer_items
+from vita_jax.evaluation.asking import AskOptions, KeptAnswers, ask_questions
 from vita_jax.evaluation.benchmarks import Benchmark, Group, get_benchmark
 from vita_jax.evaluation.figures import score
 from vita_jax.evaluation.hearing import NOISE_GROUP, input_head_figures, recogniser_figures, why_no_input_head
@@ -23,6 +26,8 @@ from vita_jax.evaluation.voice import voice_figures, why_no_voice
 from vita_jax.evaluation.waves import real_time_factors
 from vita_jax.inference.generate import Params
 from vita_jax.training.experiment import ExperimentConfig
+
+Lines = list[dict[str, Any]]
 
 
 def evaluate_params(
@@ -38,6 +43,8 @@ def evaluate_params(
     progress: Progress | None = None,
     keep_sounds: bool = False,
     cache_dtype: jnp.dtype | None = None,
+    kept: KeptAnswers | None = None,
+    identity: str = "",
 ) -> dict[str, Any]:
     """Answers a benchmark and scores it, and measures whatever else belongs to it.
 
@@ -49,9 +56,11 @@ def evaluate_params(
       progress: called with (answered, total).
       keep_sounds: writes some of what was said to `<run_dir>/evaluation/audio`, listed under "sounds".
       cache_dtype: of keys and values while questions are answered, see `generate`.
+      kept: gets the answers as they are made, and has those of an earlier call; None = they are not kept.
+      identity: of the model, for `kept`; see `AskOptions`.
 
     Returns:
-      The result described in `results`.
+      The result described in `results`, with its lines as "lines".
 
     Raises:
       UserError: an unknown benchmark or group, no data, or a group asked for by name that cannot be measured.
@@ -65,24 +74,15 @@ def evaluate_params(
         items = stratified(items, limit)
     answering = {group.items for group in chosen if group.is_answered or group.name == "voice_answers"}
     asked = [item for item in items if item.group in answering]
-    answers = answer_items(
-        subject.model,
-        params,
-        subject.context,
-        asked,
-        subject.root,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        progress=progress,
-        cache_dtype=cache_dtype,
-    )
+    options = AskOptions(max_new_tokens, cache_dtype=cache_dtype, identity=identity)
+    answers = _answers(subject, asked, options, kept, progress)
     result = score(dataclasses.replace(bench, groups=tuple(chosen)), asked, answers, subject.context.template)
-    found, sounds = _measure(subject, chosen, items, list(zip(asked, answers, strict=True)))
+    found, lines, sounds = _measure(subject, chosen, items, list(zip(asked, answers, strict=True)))
     found |= result["groups"]
     for group in chosen:
         if group.name not in found:
             left_out[group.name] = "no spoken question was answered"
-    more: dict[str, Any] = {"sounds": sounds} if sounds else {}
+    more: dict[str, Any] = {"lines": result["lines"] + lines} | ({"sounds": sounds} if sounds else {})
     if groups is None and any(not group.is_answered for group in bench.groups):
         more["real_time"] = real_time_factors(config.model, params)
     return {
@@ -95,28 +95,44 @@ def evaluate_params(
     }
 
 
+def _answers(
+    subject: Subject, items: Sequence[Item], options: AskOptions, kept: KeptAnswers | None, progress: Progress | None
+) -> list[str]:
+    """What the model says to each item, with its state symbol in front; nothing that was kept is asked again."""
+    if kept is None:
+        how = {"batch_size": subject.batch_size, "max_new_tokens": options.max_new_tokens, "progress": progress}
+        how["cache_dtype"] = options.cache_dtype
+        return answer_items(subject.model, subject.params, subject.context, items, subject.root, **how)
+    questions = [Question(item.id, item.question, item.media) for item in items]
+    lines = ask_questions(subject, questions, subject.root, kept, options, progress)
+    return [join_state_symbol(line.get("state"), line["text"], subject.context.template) for line in lines]
+
+
 def _measure(
     subject: Subject, groups: Sequence[Group], items: Sequence[Item], answered: Sequence[tuple[Item, str]]
-) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """Figures of the groups that are not made of answers alone, and the sounds that were kept."""
+) -> tuple[dict[str, dict[str, Any]], Lines, list[dict[str, Any]]]:
+    """Figures and lines of the groups that are not made of answers alone, and the sounds that were kept."""
     figures: dict[str, dict[str, Any]] = {}
+    lines: Lines = []
     sounds: list[dict[str, Any]] = []
     by_measure: dict[str, list[Group]] = {}
     for group in groups:
         by_measure.setdefault(group.measure, []).append(group)
     for group in by_measure.get("input_head", ()):
-        figures[group.name] = input_head_figures(subject, group, items)
+        figures[group.name], named = input_head_figures(subject, group, items)
+        lines += named
     if "recogniser" in by_measure or "voice" in by_measure:
         recogniser = load_recogniser(subject.config, subject.params)
     if reading := by_measure.get("recogniser"):
         clips = [item for item in items if item.group == reading[0].items]
-        figures |= recogniser_figures(subject, reading, clips, recogniser)
+        more, heard = recogniser_figures(subject, reading, clips, recogniser)
+        figures, lines = figures | more, lines + heard
     if voices := by_measure.get("voice"):
         # Every voice is heard as a whole, however the model itself may be set up to listen.
         spoken = [(item, answer) for item, answer in answered if item.group in {group.items for group in voices}]
-        more, sounds = voice_figures(subject, voices, recogniser.in_chunks(-1, -1), spoken)
-        figures |= more
-    return figures, sounds
+        more, read, sounds = voice_figures(subject, voices, recogniser.in_chunks(-1, -1), spoken)
+        figures, lines = figures | more, lines + read
+    return figures, lines, sounds
 
 
 def _choose(

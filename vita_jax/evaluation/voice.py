@@ -22,7 +22,7 @@ from vita_jax.data.speech_pairs import read_wave
 from vita_jax.data.spoken_words import answer_aloud, language_of
 from vita_jax.errors import UserError
 from vita_jax.evaluation.benchmarks import Group
-from vita_jax.evaluation.figures import Outcome, group_figures
+from vita_jax.evaluation.figures import Outcome, group_figures, outcome_lines
 from vita_jax.evaluation.items import Item, stratified
 from vita_jax.evaluation.recognition import Recogniser
 from vita_jax.evaluation.scoring import character_errors, is_refusal, normalise
@@ -85,6 +85,9 @@ def why_no_voice(subject: Subject, name: str) -> str | None:
     return None
 
 
+Lines = list[dict[str, Any]]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Said:
     """One thing that was said, and what was heard; without a wave where it could not be said."""
@@ -104,7 +107,7 @@ def voice_figures(
     groups: Sequence[Group],
     recogniser: Recogniser,
     answered: Sequence[tuple[Item, str]],
-) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[dict[str, dict[str, Any]], Lines, list[dict[str, Any]]]:
     """How much of each voice is read back without an error.
 
     Args:
@@ -114,8 +117,8 @@ def voice_figures(
 
     Returns:
       Figures by group, with "character_error_rate" and for copies "mel_distance"; a voice that had nothing to say has
-      none. And the sounds that were kept: {"title", "text", "heard", "file" (below `<run_dir>/evaluation`), "item" (id
-      of the question, or None), "question" (its file, or None)}.
+      none. Their lines. And the sounds that were kept: {"title", "text", "heard", "file" (below
+      `<run_dir>/evaluation`), "item" (id of the question, or None), "question" (its file, or None)}.
     """
     names = [group.name for group in groups]
     by_name = {group.name: group for group in groups}
@@ -137,14 +140,15 @@ def voice_figures(
                 training = subject.config.model.codec_training.losses
                 more["mel_distance"] = float(np.mean(mel_distances(recordings, waves, rate, training)))
             else:
-                waves = _speak(speakers, subject, [(text.text, text.language) for text in texts])
+                waves = speak_texts(speakers, subject, [(text.text, text.language) for text in texts])
             said[name] = _read_back(texts, waves, recogniser, rate)
             figures[name] = _figures(by_name[name], said[name], **more)
     if "voice_answers" in names:
         said["voice_answers"] = _answers(subject, speakers, recogniser, answered, rate)
         if said["voice_answers"]:
             figures["voice_answers"] = _figures(by_name["voice_answers"], said["voice_answers"])
-    return figures, _keep_sounds(subject, said, rate) if subject.keep_sounds else []
+    lines = [line for name in said for line in outcome_lines(by_name[name], [one.outcome for one in said[name]])]
+    return figures, lines, _keep_sounds(subject, said, rate) if subject.keep_sounds else []
 
 
 def _sampling_rate(subject: Subject) -> int:
@@ -166,7 +170,9 @@ def _speakers(subject: Subject) -> dict[str, Speaker]:
     return {name: Speaker(subject.config.model, subject.params, voice) for name, voice in found.items()}
 
 
-def _speak(speakers: Mapping[str, Speaker], subject: Subject, texts: Sequence[tuple[str, str]]) -> list[np.ndarray]:
+def speak_texts(
+    speakers: Mapping[str, Speaker], subject: Subject, texts: Sequence[tuple[str, str]]
+) -> list[np.ndarray]:
     """(text, language) -> (n,) samples, each in the voice of its language; another voice where there is none for it."""
     fallback = next(iter(speakers))
     waves: list[np.ndarray] = [np.zeros((0,), np.float32)] * len(texts)
@@ -180,8 +186,8 @@ def _speak(speakers: Mapping[str, Speaker], subject: Subject, texts: Sequence[tu
 def _outcome(entry: HeldOutText | Item, text: str, heard: str, said: bool = True) -> Outcome:
     errors = character_errors(heard, text)
     right = said and normalise_transcript(heard) == normalise_transcript(text)
-    digits = entry.num_digits if isinstance(entry, Item) else 0
-    return Outcome(entry.id, entry.kind, entry.language, right, digits, errors)
+    digits, asked = (entry.num_digits, entry.question) if isinstance(entry, Item) else (0, "")
+    return Outcome(entry.id, entry.kind, entry.language, right, digits, errors, asked, text=heard, truth=text)
 
 
 def _read_back(
@@ -213,7 +219,7 @@ def _answers(
         except UserError:  # a number beyond those that are ever said
             texts.append(None)
     spoken = [(text or "", item.language) for text, item in zip(texts, items, strict=True)]
-    waves = _speak(speakers, subject, spoken)
+    waves = speak_texts(speakers, subject, spoken)
     heard = recogniser.hear(waves, rate)
     return [
         _Said(_outcome(item, text or "", read, bool(text) and len(wave) > 0), text or given[item.id], read, wave, item)

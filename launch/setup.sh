@@ -13,7 +13,8 @@ no network while requirements.txt and pyproject.toml stay the same.
 
   --eval                   creates .venv-eval instead, with the libraries of public benchmarks (extra eval, over a hundred
                            dependencies) and this package without what builds data: Beam and TensorFlow Datasets need
-                           other versions of the same libraries
+                           other versions of the same libraries; torch, which lmms-eval imports, is most of its size,
+                           and much smaller where pip is shown builds of torch and torchvision for the CPU, too
   --get-python             gets Python 3.12 with uv where there is none that is new enough; needs pip, not root
   PYTHON=/path/to/python   uses this Python to create .venv
 TEXT

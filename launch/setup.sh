@@ -12,8 +12,10 @@ Creates .venv in the repository with any Python >= 3.11 of this machine and inst
 no network while requirements.txt and pyproject.toml stay the same.
 
   --eval                   creates .venv-eval instead, with the libraries of public benchmarks (extra eval, over a hundred
-                           dependencies) and this package without what builds data: Beam and TensorFlow Datasets need
-                           other versions of the same libraries
+                           dependencies), the server (extra serve) and this package without what builds data: Beam and
+                           TensorFlow Datasets need other versions of the same libraries. torch, which lmms-eval
+                           imports, is most of its size; it and torchvision are much smaller where pip is shown their
+                           builds for the CPU, too
   --get-python             gets Python 3.12 with uv where there is none that is new enough; needs pip, not root
   PYTHON=/path/to/python   uses this Python to create .venv
 TEXT
@@ -99,7 +101,8 @@ install_eval() {
 import sys, tomllib
 
 with open(sys.argv[1], "rb") as file:
-    print(*tomllib.load(file)["project"]["optional-dependencies"]["eval"], sep="\n")
+    extras = tomllib.load(file)["project"]["optional-dependencies"]
+print(*extras["eval"], *extras["serve"], sep="\n")
 PYTHON
   } >"$list" && "${pip[@]}" --requirement "$list" && "${pip[@]}" --no-deps --editable "$root" || status=$?
   rm -f "$list"

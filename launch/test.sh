@@ -6,8 +6,9 @@ usage() {
   cat <<'TEXT'
 usage: launch/test.sh [--quick] [PYTEST ARGUMENT ...]
 
-Sets up .venv (see launch/setup.sh), runs ruff, then pytest; then, without arguments, the tests of public benchmarks in
-.venv-eval, where launch/setup.sh --eval has made one.
+Sets up .venv (see launch/setup.sh), runs ruff, then pytest; then sets up .venv-eval (launch/setup.sh --eval: a
+download of some GB the first time) and runs tests/eval_libraries there, the tests of public benchmarks, unless --quick
+or any argument but --durations is given.
 
   --quick   leaves out the tests marked slow
 
@@ -52,16 +53,12 @@ export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="${JAX_PERSISTENT_CACHE_MIN_ENT
 # ${arguments[@]+...}: an empty list is an error under `set -u` in the bash of macOS.
 .venv/bin/python -m pytest ${arguments[@]+"${arguments[@]}"}
 
-# What needs the libraries of public benchmarks; only with everything else.
+# What needs the libraries of public benchmarks, in their own environment; only with everything else.
 for argument in ${arguments[@]+"${arguments[@]}"}; do
   case "$argument" in
     --durations=*) ;;
     *) exit 0 ;;
   esac
 done
-if [ ! -x .venv-eval/bin/python ]; then
-  echo "not run: tests/eval_libraries, which need .venv-eval (launch/setup.sh --eval)"
-  exit 0
-fi
 bash launch/setup.sh --eval
-exec .venv-eval/bin/python -m pytest tests/eval_libraries
+exec .venv-eval/bin/python -m pytest ${arguments[@]+"${arguments[@]}"} tests/eval_libraries

@@ -351,6 +351,29 @@ def copied_quickstart(folder: Path) -> Path:
     return folder / "launch" / "quickstart.sh"
 
 
+@pytest.mark.parametrize(
+    "arguments, second",
+    {(): True, ("--durations=15",): True, ("--quick",): False, ("tests/models", "--durations=3"): False}.items(),
+)
+def test_tests_of_public_benchmarks_belong_to_all_tests(
+    tmp_path: Path, arguments: tuple[str, ...], second: bool
+) -> None:
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "test.sh").write_bytes((ROOT / "launch" / "test.sh").read_bytes())
+    (tmp_path / "launch" / "setup.sh").write_text('echo "setup $*"\n')
+    for name in (".venv", ".venv-eval"):
+        python = tmp_path / name / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text(f'#!/usr/bin/env bash\necho "{name} $*"\n')
+        python.chmod(0o755)
+    tested = run("bash", str(tmp_path / "launch" / "test.sh"), *arguments, PATH="/usr/bin:/bin")
+    given = " ".join(("-m not slow" if one == "--quick" else one) for one in arguments)
+    first = ["setup dev convert serve", ".venv -m ruff check .", f".venv -m pytest {given}".strip()]
+    more = ["setup --eval", f".venv-eval -m pytest {given} tests/eval_libraries".replace("  ", " ")]
+    assert (tested.returncode, tested.stderr) == (0, "")
+    assert tested.stdout.splitlines() == first + (more if second else [])
+
+
 def test_talking_without_kept_weights_says_how_to_get_some(tmp_path: Path) -> None:
     script = copied_quickstart(tmp_path)
     refused = run("bash", str(script), "--talk", "--text", "a")

@@ -12,14 +12,15 @@ import pytest
 from lmms_eval.tasks import TaskManager
 
 from tests.eval_libraries.local_tasks import write_tasks
+from tests.eval_libraries.published_data import SUBJECTS, write_ceval, write_gsm8k
 from tests.evaluation.random_run import random_run
 from vita_jax import evaluate
 from vita_jax.errors import UnsupportedOption, UserError
 from vita_jax.evaluation.answer_lines import Question
 from vita_jax.evaluation.asking import AskOptions, answers_to
-from vita_jax.evaluation.library import LMMS_SETS, LmmsSet
+from vita_jax.evaluation.library import LMMS_SETS, LmmsSet, figure_of
 from vita_jax.evaluation.likelihoods import likelihoods
-from vita_jax.evaluation.lmms.command import find_python, run_lmms_eval
+from vita_jax.evaluation.lmms.command import TASKS, find_python, run_lmms_eval
 from vita_jax.evaluation.lmms.models import VitaJaxChat, VitaJaxSimple
 from vita_jax.evaluation.opening import open_subject
 
@@ -50,14 +51,16 @@ def test_the_model_is_found_by_its_entry_point():
 
 
 def test_every_benchmark_is_a_task_there_with_its_metrics(monkeypatch):
-    """Their files are read, with the code beside them and what that imports."""
+    """Their files are read, with the code beside them and what that imports; those of this package are found, too."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    manager = TaskManager("ERROR")
+    manager = TaskManager("ERROR", include_path=str(TASKS))
     for name, chosen in LMMS_SETS.items():
         assert chosen.task in manager.all_tasks, name
         for config in _tasks_of(manager, chosen.task):
             metrics = {metric["metric"] for metric in config["metric_list"]}
             assert set(chosen.metrics) <= metrics, (name, config["task"], metrics)
+    subjects = [(config["task"], config["dataset_name"]) for config in _tasks_of(manager, "ceval")]
+    assert len(subjects) == 52 and sorted(subjects) == [(f"ceval_{name}", name) for name in SUBJECTS]
 
 
 def _tasks_of(manager: TaskManager, name: str) -> Iterator[dict]:
@@ -131,6 +134,33 @@ def test_options_are_ranked_by_their_likelihood(run, tasks, tmp_path):
     kept = [json.loads(line) for line in (tmp_path / "out.answers.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in kept] == pytest.approx([*losses, *losses], rel=1e-5)
     assert [line["text"].strip() for line in kept] == [*choices, *choices]
+
+
+def test_chinese_options_and_examples_of_sums(run, tmp_path, monkeypatch):
+    """C-Eval and GSM8K, whose tasks are of this package, with five examples in front of the question."""
+    monkeypatch.chdir(tmp_path)
+    write_ceval(tmp_path)
+    text = write_gsm8k(tmp_path)
+    both = LmmsSet("both", "ceval,gsm8k_five_shot", likelihoods=True)
+    result, lines = run_lmms_eval(both, str(run), tmp_path / "out")
+    subject, _ = open_subject(run, batch_size=4)
+    # Every subject asks the same, behind a first line of its own; right is B, in law D.
+    law = "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n\n"
+    asked = [f"数{n}？\nA. {n}\nB. {n + 1}\nC. {n + 2}\nD. {n + 3}\n答案：" for n in (0, 1, 2, 3, 4, 7)]
+    law += "\n\n".join(one + answer for one, answer in zip(asked, ("A", "B", "C", "D", "A", ""), strict=True))
+    losses = [one.loss for one in likelihoods(subject, [Question(0, law)] * 4, [*"ABCD"], tmp_path)]
+    kept = [json.loads(line) for line in (tmp_path / "out.answers.jsonl").read_text().splitlines()]
+    assert len(kept) == 52 * 4 + 1
+    mine = [line for line in kept if line["question_id"].startswith("ceval_law:")]
+    assert [line["text"] for line in mine] == [*"ABCD"]
+    assert [line["loss"] for line in mine] == pytest.approx(losses, rel=1e-5)
+    score = {line["task"]: line["acc"] for line in lines if line["task"].startswith("ceval_")}
+    assert score["ceval_law"] == (losses.index(min(losses)) == 3)
+    assert figure_of(LMMS_SETS["ceval"], result["tasks"]) == pytest.approx(100 * sum(score.values()) / 52)
+    [sums] = [line for line in lines if line["task"] == "gsm8k_five_shot"]
+    [(_, answer)] = answers_to(subject, [Question(0, text)], tmp_path, AskOptions(max_new_tokens=512))
+    assert sums["prompt"] == text and sums["text"] == answer.partition("Question:")[0]
+    assert figure_of(LMMS_SETS["gsm8k"], result["tasks"]) == 0.0
 
 
 def test_a_missing_clip_ends_the_evaluation(run, tasks, tmp_path, capfd):

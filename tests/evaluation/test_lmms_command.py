@@ -14,7 +14,7 @@ from vita_jax import evaluate
 from vita_jax.errors import UserError
 from vita_jax.evaluation.library import LMMS_SETS
 from vita_jax.evaluation.lmms import command
-from vita_jax.evaluation.lmms.command import command_line, find_python, sample_interval
+from vita_jax.evaluation.lmms.command import TASKS, command_line, find_python, sample_interval
 
 STAND_IN = """
 import json, sys
@@ -95,6 +95,9 @@ def test_arguments_of_the_command_line(run, tmp_path):
     with folder_as_bucket(tmp_path):
         line = command_line("py", LMMS_SETS["mme"], "gs://bucket/run", tmp_path / "a", None, 3, [], [])
     assert line[6].startswith("checkpoint=gs://bucket/run,answers=") and line[-2:] == ["--limit", "3"]
+    assert line[line.index("--include_path") + 1] == str(TASKS)
+    with pytest.raises(UserError, match="--data tasks: ceval has its tasks in this package"):
+        command_line("py", LMMS_SETS["ceval"], str(run), tmp_path / "a", "tasks", None, [], [])
     with pytest.raises(UserError, match="gs://b/tasks: a folder with tasks has to be on a disk"):
         command_line("py", LMMS_SETS["mme"], str(run), tmp_path / "a", "gs://b/tasks", None, [], [])
     with pytest.raises(UserError, match="checkpoint .*a,b: lmms-eval's arguments cannot hold this name"):

@@ -33,6 +33,7 @@ class LmmsSet:
       scale: what the figure is multiplied by to be in the units of `column`.
       column: of the published figures, see `published`; None = there are none.
       likelihoods: whether options are ranked by their likelihood, which lmms-eval asks of "simple" models only.
+      shipped: whether the task is not lmms-eval's but lies in `lmms/tasks` of this package.
       note: what has to be known about the figure.
     """
 
@@ -43,6 +44,7 @@ class LmmsSet:
     scale: float = 1.0
     column: str | None = None
     likelihoods: bool = False
+    shipped: bool = False
     note: str = ""
 
 
@@ -102,7 +104,8 @@ LMMS_SETS: Mapping[str, LmmsSet] = MappingProxyType(
         "wenetspeech_meeting": _mer("test_meeting", "wenetspeech_meeting_cer"),
         # text
         "mmlu": LmmsSet("MMLU", "mmlu", ("acc",), scale=100, likelihoods=True),
-        "gsm8k": LmmsSet("GSM8K", "gsm8k", ("exact_match",), scale=100),
+        "ceval": LmmsSet("C-Eval, val, five-shot", "ceval", ("acc",), scale=100, likelihoods=True, shipped=True),
+        "gsm8k": LmmsSet("GSM8K, five-shot", "gsm8k_five_shot", ("exact_match",), scale=100, shipped=True),
     }
 )
 

@@ -31,6 +31,8 @@ from vita_jax.training.checkpoint import load_config
 
 LIBRARY, MODEL = "lmms_eval", "vita_jax"
 ENVIRONMENT = Path(__file__).parents[3] / ".venv-eval"
+# Of sets that lmms-eval does not have, or cannot ask.
+TASKS = Path(__file__).parent / "tasks"
 # Of what lmms-eval writes: `<time>_results.json` and `<time>_samples_<task>.jsonl`.
 RESULTS, SAMPLES = "_results.json", "_samples_"
 # Digits to which a mean of samples must be lmms-eval's own figure for its interval to be the figure's.
@@ -61,7 +63,14 @@ def command_line(
     int8: Sequence[str],
     mesh: Sequence[str],
 ) -> list[str]:
-    """What is run. Raises UserError for a path that lmms-eval's arguments cannot hold, or for tasks in a bucket."""
+    """What is run.
+
+    Raises:
+      UserError: a path that lmms-eval's arguments cannot hold, tasks in a bucket, or tasks beside a set that is shipped
+        (lmms-eval reads one folder).
+    """
+    if chosen.shipped and include_path is not None:
+        raise UserError(f"--data {include_path}: {chosen.task} has its tasks in this package; leave --data out")
     model = {"checkpoint": str(absolute(place(checkpoint))), "answers": str(answers_file(stem).absolute())}
     model["int8"] = "+".join(sorted(int8))
     model["mesh"] = "+".join(size.replace("=", ":") for size in mesh)
@@ -73,8 +82,8 @@ def command_line(
     arguments = ",".join(f"{name}={value}" for name, value in model.items() if value)
     line = [python, "-m", LIBRARY, "--model", MODEL, "--model_args", arguments, "--tasks", chosen.task]
     line += ["--batch_size", str(BATCH_SIZE), "--log_samples", "--output_path", str(output_folder(stem))]
-    if include_path is not None:
-        line += ["--include_path", str(on_disk(include_path, "a folder with tasks").absolute())]
+    tasks = TASKS if include_path is None else on_disk(include_path, "a folder with tasks").absolute()
+    line += ["--include_path", str(tasks)]
     line += ["--limit", str(limit)] if limit is not None else []
     return [*line, *(("--force_simple",) if chosen.likelihoods else ())]
 
@@ -100,7 +109,7 @@ def run_lmms_eval(
       chosen: what is measured.
       checkpoint: see `load_params`.
       stem: of the files of the result, see `measured`; answers are kept in STEM.answers.jsonl.
-      include_path: a folder with tasks of the user's own.
+      include_path: a folder with tasks of the user's own; None = that of this package.
       limit: asks only the first so many of each task.
       int8, mesh: as on the command line of `evaluate`.
 

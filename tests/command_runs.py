@@ -106,7 +106,9 @@ def fails(call: ast.Call, parents: dict[ast.AST, ast.AST]) -> bool:
 def module_of(call: ast.Call, known: dict[str, str]) -> str | None:
     """The command that a call runs in this process or another one."""
     function = call.func
-    if isinstance(function, ast.Attribute) and function.attr == "main" and isinstance(function.value, ast.Name):
+    # A study's `main` checks its arguments and calls `study` with them.
+    mains = ("main", "study")
+    if isinstance(function, ast.Attribute) and function.attr in mains and isinstance(function.value, ast.Name):
         return known.get(function.value.id, "").removesuffix(".__main__") or None
     if isinstance(function, ast.Name) and known.get(function.id, "").endswith(".main"):
         return known[function.id].removesuffix(".main")

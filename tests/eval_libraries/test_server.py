@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
-from lmms_eval.__main__ import cli_evaluate
 from PIL import Image
-from qwen_vl_utils import fetch_video
 
 from tests.eval_libraries.local_tasks import write_tasks
-from tests.eval_libraries.published_data import write_gsm8k
 from tests.evaluation.random_run import random_run
 from tests.serving.server import MODEL, serving
-from vita_jax.evaluation.lmms.command import RESULTS, TASKS, read_samples
+from vita_jax.evaluation.lmms.command import RESULTS, read_samples
 from vita_jax.inference.session import Session
 
 FAILED = "[LMMS_EVAL_REQUEST_FAILED"
 FRAMES = 4
+READ_CLIP = """
+import sys
+import numpy as np
+from qwen_vl_utils import fetch_video
+np.save(sys.argv[3], fetch_video({"type": "video", "video": sys.argv[1], "nframes": int(sys.argv[2])}).numpy())
+"""
 
 
 @pytest.fixture
@@ -34,21 +37,19 @@ def tasks(tmp_path, monkeypatch):
     folder = tmp_path / "tasks"
     folder.mkdir()
     write_tasks(folder)
-    shutil.copytree(TASKS / "gsm8k", folder / "gsm8k")
     return folder
 
 
-def test_answers_by_the_server_are_the_models(tasks, tmp_path, monkeypatch):
-    """Pictures, clips as their frames, and text with examples; sounds it cannot send, and says so in their answers."""
-    sums = write_gsm8k(tmp_path)
+def test_answers_by_the_server_are_the_models(tasks, tmp_path):
+    """Pictures, and clips as their frames; sounds it cannot send, and says so in their answers."""
     session = Session.load(random_run(tmp_path / "run").run_dir, num_rows=4)
-    names = ("gsm8k_five_shot", "tiny_clip", "tiny_librispeech", "tiny_mme", "tiny_pictures")
+    names = ("tiny_clip", "tiny_librispeech", "tiny_mme", "tiny_pictures")
     with serving(session) as served:
         model = f"model={MODEL},base_url={served.url}/v1,max_frames_num={FRAMES},num_concurrent=2,max_retries=1"
-        line = ["lmms_eval", "--model", "openai", "--model_args", model, "--tasks", ",".join(names)]
-        line += ["--include_path", str(tasks), "--log_samples", "--output_path", str(tmp_path / "out")]
-        monkeypatch.setattr(sys, "argv", line)
-        cli_evaluate()
+        line = [sys.executable, "-m", "lmms_eval", "--model", "openai", "--model_args", model]
+        line += ["--tasks", ",".join(names), "--include_path", str(tasks)]
+        line += ["--log_samples", "--output_path", str(tmp_path / "out")]
+        subprocess.run(line, check=True)  # decord finds no decoders in a process that has PyAV's libraries
 
     def say(length: int, text: str, *pictures: Path) -> str:
         return "".join(session.beside(max_new_tokens=length).ask(text, pictures))
@@ -56,7 +57,6 @@ def test_answers_by_the_server_are_the_models(tasks, tmp_path, monkeypatch):
     shown, frames = _pictures(tasks), _frames(tasks)
     word = "\nAnswer the question using a single word or phrase."
     expected = {
-        "gsm8k_five_shot": [say(512, sums)],
         "tiny_clip": [say(4, text, *frames) for text in ("colour?", "number?")],
         "tiny_mme": [say(16, f"Is it {colour}?{word}", shown[0]) for colour in ("red", "blue")],
         "tiny_pictures": [say(4, "First \nsecond \ncolour?", shown[0], other) for other in shown[1:]],
@@ -76,9 +76,11 @@ def _pictures(folder: Path) -> list[Path]:
 
 def _frames(folder: Path) -> list[Path]:
     """Of the clip, as they are sent."""
-    clip = fetch_video({"type": "video", "video": str(folder / "clip.mp4"), "nframes": FRAMES})
-    assert len(clip) == FRAMES
-    return _saved(folder, "frame", [Image.fromarray(f.permute(1, 2, 0).numpy().astype(np.uint8)) for f in clip])
+    clip = folder / "clip.npy"
+    subprocess.run([sys.executable, "-c", READ_CLIP, folder / "clip.mp4", str(FRAMES), clip], check=True)
+    frames = np.load(clip)
+    assert len(frames) == FRAMES
+    return _saved(folder, "frame", [Image.fromarray(frame.transpose(1, 2, 0).astype(np.uint8)) for frame in frames])
 
 
 def _saved(folder: Path, name: str, pictures: list[Image.Image]) -> list[Path]:

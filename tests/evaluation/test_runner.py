@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
@@ -56,7 +57,9 @@ def test_result_and_files(run_config, session, tmp_path):
     assert limited["num_items"] == 3 and limited["limit"] == 1
     config = dataclasses.replace(run_config, run_dir=str(tmp_path))
     assert save_stage_evaluation(config, "joint", result) == tmp_path / "evaluation" / "joint.json"
-    assert read_evaluation(tmp_path, "joint") == result
+    kept = (tmp_path / "evaluation" / "joint.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in kept] == result["lines"] and len(kept) == result["num_items"] == 9
+    assert read_evaluation(tmp_path, "joint") == {name: part for name, part in result.items() if name != "lines"}
     assert read_evaluation(tmp_path, "naming") is None
     assert "stage joint" in format_stages(tmp_path, config)
     text = format_result(result)

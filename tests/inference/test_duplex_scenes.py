@@ -189,8 +189,12 @@ print(here.json.dumps([[e.status, e.text, e.heard] for e in course.of(here.Respo
 
 def test_the_command_prints_a_scene_and_its_scores(tmp_path, capsys):
     arguments = ["--script", str(ROOT / "experiments/quickstart/scene.json"), "--checkpoint", str(WEIGHTS)]
+    arguments += ["--output", str(tmp_path / "duplex.json")]
     assert command.main([*arguments, "--picture", str(tmp_path / "scene.html")]) == 0
-    printed = capsys.readouterr().out
+    printed, written = capsys.readouterr().out.split("\n\nwritten: ")
+    printed, picture = printed.split("\n\npicture: ")
+    assert written.startswith(str(tmp_path / "duplex.json"))
+    assert json.loads((tmp_path / "duplex.json").read_text())["figures"]["takeover"]["n"] == 3
     assert printed.splitlines()[0].startswith("seconds") and "stream 1" in printed
     scores = {line[:18].strip(): line[18:] for line in printed.splitlines()[-7:]}
     assert scores["takeover"].startswith("3 of 3") and scores["false takeover"].startswith("0 of 2")

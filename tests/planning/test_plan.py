@@ -238,7 +238,7 @@ print(json.dumps({
     ("file", "name"),
     [
         ("experiments/vita_1_5/stage_1_3.py", "v5e:8x8"),
-        ("experiments/vita_1_0/stage_3.py", "v5p:4x4x8"),
+        ("experiments/vita_1_0/stage_3.py", "v6e:16x16"),
         ("experiments/flamingo/pretrain.py", "v5e:4x8"),
     ],
 )

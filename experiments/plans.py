@@ -86,8 +86,10 @@ def plan_line(planned: Planned, slice: str) -> str:
             cwd=ROOT,
         )
         if done.returncode not in (0, 1) or not table.is_file():
-            said = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1].removeprefix("error: ")
-            raise UserError(f"{planned.path.name} on {slice}: {said}")
+            lines = done.stderr.strip().splitlines() or ["it said nothing"]
+            # The compiler's library logs to the same place, also behind the command's own words.
+            said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
+            raise UserError(f"{planned.path.name} on {slice}: status {done.returncode}: {said.removeprefix('error: ')}")
         head, rule, line = table.read_text(encoding="utf-8").splitlines()
     return line
 

@@ -54,8 +54,8 @@ def test_a_stage_that_cannot_be_planned_is_named_and_the_others_go_on(monkeypatc
 
 
 def test_what_a_failed_plan_said_last_is_the_error(monkeypatch):
-    said = plans.subprocess.CompletedProcess([], 2, stdout="", stderr="some\nerror: no such slice\n")
+    said = plans.subprocess.CompletedProcess([], 2, stdout="", stderr="some\nerror: no such slice\nlog of a library\n")
     monkeypatch.setattr(plans.subprocess, "run", lambda *_, **__: said)
     entry = next(iter(plans.stage_files()))
-    with pytest.raises(UserError, match="stage_1_1.py on v5e:8x8: no such slice"):
+    with pytest.raises(UserError, match="stage_1_1.py on v5e:8x8: status 2: no such slice"):
         plans.plan_line(entry, "v5e:8x8")

@@ -72,7 +72,7 @@ def test_evaluate_run(run_dir, tmp_path, capsys, monkeypatch):
         (["--checkpoint", "{run}", "--benchmark", "quikstart"], "nearest is 'quickstart'"),
         (["--checkpoint", "{run}", "--limit", "0"], "--limit 0"),
         (["--checkpoint", "{run}", "--limit", "many"], "many"),
-        (["--checkpoint", "{run}", "--output", "a.txt"], "--output a.txt: its name must end with .json"),
+        (["--checkpoint", "{run}", "--output", "a.txt"], "argument --output: a.txt: its name must end with .json"),
         (["--checkpoint", "{run}", "--chekpoint", "x"], "--chekpoint"),
     ],
 )

@@ -35,6 +35,13 @@ def add_int8(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def json_file(text: str) -> str:
+    """The type of an argument that names a result, whose lines, table and picture go beside it by other endings."""
+    if not text.endswith(".json"):
+        raise argparse.ArgumentTypeError(f"{text}: its name must end with .json; other files go beside it")
+    return text
+
+
 class ProgressLine:
     """Done, total and the time that is left, on one line of a terminal that is rewritten in place."""
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vita_jax.command_line import ArgumentParser, add_int8, run_command
+from vita_jax.command_line import ArgumentParser, add_int8, json_file, run_command
 from vita_jax.errors import UserError
 from vita_jax.parallel.huge_pages import restart_with_huge_pages
 
@@ -48,7 +48,9 @@ def make_parser() -> ArgumentParser:
         prog="python -m vita_jax.duplex", description="Plays a scene to a duplex conversation.", epilog=EXAMPLES
     )
     parser.add_argument("--script", metavar="FILE.json", nargs="+", required=True, help="the scene, or several")
-    parser.add_argument("--output", metavar="FILE.json", help="write scores, and a line for every sound beside it")
+    parser.add_argument(
+        "--output", type=json_file, metavar="FILE.json", help="write scores, and a line for every sound beside it"
+    )
     parser.add_argument(
         "--checkpoint", metavar="DIR", default="runs/quickstart", help="a run or a checkpoint; default runs/quickstart"
     )
@@ -86,8 +88,6 @@ def duplex(arguments: argparse.Namespace) -> int:
         if len(arguments.script) > 1:
             raise UserError(f"--picture {arguments.picture} is of one scene; --script has {len(arguments.script)}")
     output = None if arguments.output is None else on_disk(arguments.output, "the scores of scenes")
-    if output is not None and output.suffix != ".json":
-        raise UserError(f"--output {output}: its name must end with .json; other files go beside it")
     options = DuplexOptions(decide=arguments.decide, devices=arguments.devices)
     run = RunOptions(round_seconds=None if arguments.measured else arguments.round_ms / 1000)
     scenes = {script: read_scene(script, sources()) for script in arguments.script}

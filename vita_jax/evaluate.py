@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vita_jax.command_line import ArgumentParser, add_int8, progress_line, run_command
+from vita_jax.command_line import ArgumentParser, add_int8, json_file, progress_line, run_command
 from vita_jax.errors import UserError
 from vita_jax.evaluation.answer_lines import SCORINGS
 from vita_jax.parallel.huge_pages import restart_with_huge_pages
@@ -44,9 +44,8 @@ benchmarks that are read from --data FOLDER:
 benchmarks of lmms-eval, which has an environment of its own (launch/setup.sh --eval), read from where that looks:
   mme mmbench mmbench_cn mmstar mmmu mathvista hallusionbench ai2d ocrbench mmvet scienceqa vqav2 textvqa okvqa vizwiz
   coco_captions flickr30k video_mme video_mme_subtitles mvbench tempcompass librispeech_{dev,test}_{clean,other}
-  wenetspeech_{net,meeting} mmlu gsm8k, and lmms:TASK for any other task, also of your own in the folder --data
-Answers to questions of a file or a folder and of lmms-eval are kept as they are made: the same command goes on after a
-stop. docs/evaluation.md explains every number.
+  wenetspeech_{net,meeting} mmlu gsm8k ceval, and lmms:TASK for any other, also of your own in the folder --data
+Answers are kept as they are made: the same command goes on after a stop. docs/evaluation.md explains every number.
 
 examples:
   python -m vita_jax.evaluate --checkpoint runs/quickstart
@@ -81,7 +80,9 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--data", metavar="DIR", help="what a benchmark is read from, see above")
     parser.add_argument("--groups", metavar="NAME", nargs="+", help="measure only these groups of it; not kept")
     parser.add_argument("--limit", metavar="N", type=int, help="ask at most N questions of each kind of each group")
-    parser.add_argument("--output", metavar="FILE", help="write the result as JSON to this file, too")
+    parser.add_argument(
+        "--output", type=json_file, metavar="FILE.json", help="write the result as JSON to this file, too"
+    )
     parser.add_argument("--questions", metavar="FILE", help="ask these in place of a benchmark, a JSON object a line")
     parser.add_argument("--root", metavar="FOLDER", help="where the files of --questions start (default its folder)")
     parser.add_argument("--answers", metavar="FILE", help="gets the answers to --questions, a JSON object a line")
@@ -108,8 +109,6 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit {arguments.limit} must be at least 1")
-    if arguments.output is not None and not arguments.output.endswith(".json"):
-        raise UserError(f"--output {arguments.output}: its name must end with .json; other files go beside it")
     if arguments.questions is not None or arguments.answers is not None:
         return answer_questions(arguments)
     for name in ("root", "scoring", "max_new_tokens"):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vita_jax.command_line import ArgumentParser, progress_line, run_command
+from vita_jax.command_line import ArgumentParser, json_file, progress_line, run_command
 from vita_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,7 +57,9 @@ def make_parser() -> ArgumentParser:
     science_parser.set_defaults(run=scienceqa)
     for one, needed in ((bench_parser, True), (science_parser, False)):
         one.add_argument("--answers", required=True, metavar="FILE", help="question_id, text")
-        one.add_argument("--output", metavar="FILE.json", help="keeps the figures; other files go beside it")
+        one.add_argument(
+            "--output", type=json_file, metavar="FILE.json", help="keeps the figures; other files go beside it"
+        )
         one.add_argument("--teacher", required=needed, metavar="URL", help="where its API begins, http://HOST:PORT/v1")
         one.add_argument("--model", required=needed, metavar="NAME", help="the teacher's name of the model")
         one.add_argument("--replies", required=needed, metavar="FILE", help="keeps what it says")
@@ -187,8 +189,6 @@ def judge(arguments: argparse.Namespace) -> int:
     """Runs the chosen action. Raises UserError for a place of the replies that does not exist."""
     if arguments.replies is not None and not Path(arguments.replies).absolute().parent.is_dir():
         raise UserError(f"--replies {arguments.replies}: its folder does not exist")
-    if arguments.output is not None and not arguments.output.endswith(".json"):
-        raise UserError(f"--output {arguments.output}: its name must end with .json; other files go beside it")
     return arguments.run(arguments)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vita_jax.command_line import ArgumentParser, add_int8, run_command
+from vita_jax.command_line import ArgumentParser, add_int8, json_file, run_command
 from vita_jax.errors import UserError
 from vita_jax.parallel.huge_pages import restart_with_huge_pages
 
@@ -59,7 +59,9 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--piece", type=int, default=8, help="tokens that are spoken together (default 8)")
     parser.add_argument("--repeat", type=int, default=3, help="exchanges that are measured (default 3)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of random weights (default float32)")
-    parser.add_argument("--output", metavar="FILE.json", help="keeps the figures; other files go beside it")
+    parser.add_argument(
+        "--output", type=json_file, metavar="FILE.json", help="keeps the figures; other files go beside it"
+    )
     add_int8(parser)
     return parser
 
@@ -82,8 +84,6 @@ def latency(arguments: argparse.Namespace) -> int:
     listening = ListenOptions(arguments.streaming)
     if arguments.repeat < 1:
         raise UserError(f"--repeat {arguments.repeat} must be at least 1")
-    if arguments.output is not None and not arguments.output.endswith(".json"):
-        raise UserError(f"--output {arguments.output}: its name must end with .json; other files go beside it")
     int8 = int8_parts(arguments.int8)
     prepare_process()
     model, params, speaker, name = _checkpoint(arguments, int8) if arguments.checkpoint else _random(arguments, int8)

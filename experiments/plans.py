@@ -121,7 +121,12 @@ def plan_all(arguments: object) -> int:
     output = Path(arguments.output)
     lines = read_lines(output)
     failed = False
-    chosen = [planned for planned in stage_files() if not arguments.stages or planned.path.stem in arguments.stages]
+    known = list(stage_files())
+    names = list(dict.fromkeys(planned.path.stem for planned in known))
+    for name in arguments.stages:
+        if name not in names:
+            raise UserError(f"there is no stage {name!r}; stages: {', '.join(names)}")
+    chosen = [planned for planned in known if not arguments.stages or planned.path.stem in arguments.stages]
     for planned in chosen:
         for slice in planned.slices:
             if arguments.missing and key_of(planned, slice) in lines:

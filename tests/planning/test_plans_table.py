@@ -59,3 +59,8 @@ def test_what_a_failed_plan_said_last_is_the_error(monkeypatch):
     entry = next(iter(plans.stage_files()))
     with pytest.raises(UserError, match="stage_1_1.py on v5e:8x8: status 2: no such slice"):
         plans.plan_line(entry, "v5e:8x8")
+
+
+def test_an_unknown_stage_is_named(planned, tmp_path, capsys):
+    assert plans.main(["stage_1_1", "stage_9", f"--output={tmp_path / 'plans.md'}"]) == 2
+    assert "error: there is no stage 'stage_9'; stages: stage_1_1, " in capsys.readouterr().err and not planned

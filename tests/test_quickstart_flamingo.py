@@ -24,7 +24,7 @@ from vita_jax.training.experiment import clip_frames, validate
 from vita_jax.training.stages import flatten
 
 FILE = "experiments/flamingo/quickstart.py"
-STAGES = ("language", "tower", "seeing")
+STAGES = ("lists", "language", "tower", "seeing")
 ABLATIONS = get_args(Ablation)
 
 
@@ -48,7 +48,8 @@ def test_every_ablation_changes_one_thing(ablation):
 
 
 def test_the_two_parts_are_trained_before_and_frozen():
-    language, tower, seeing = load_config_file(FILE, {}).stages
+    lists, language, tower, seeing = load_config_file(FILE, {}).stages
+    assert lists.trainable == language.trainable and language.start_from == "lists"
     assert language.trainable == ("^language/",) and [data.kind for data in language.sets] == ["text"]
     assert "^vision/" in tower.trainable and seeing.start_from == ("language", "tower")
     assert {data.name: (data.kind, data.frames) for data in seeing.sets} == {

@@ -1,7 +1,7 @@
 """Builds what the small Flamingo reads: texts for its language model, and documents, captions and clips of digit scans.
 
     DIR/raw/<set>/documents.json, media   the public document format; raw/cells/records.json that of conversations
-    DIR/<set>/                            ArrayRecord files: texts, pages, captions, clips; cells, for the tower
+    DIR/<set>/                            ArrayRecord files: lists, texts, pages, captions, clips; cells, for the tower
     DIR/few_shot/                         held-out queries.jsonl, support.jsonl and their media
     DIR/tokenizer_text.txt                what the tokenizer is trained on
 
@@ -9,6 +9,9 @@ A page is a chain of pictures, each with a question or a caption, or with a name
 have names that are drawn for this page, so that only its earlier pictures tell them. Names come from two lists,
 one for training, one for the test. A text is such a page with every picture written out in characters, from which the
 language model learns both before it sees anything.
+
+To find the name of a digit again is the hard part: from pages alone the language model had not learnt it after 3,000
+steps. `lists` are what it begins with: digits with their names side by side, among labelling pages.
 """
 
 from __future__ import annotations
@@ -36,16 +39,20 @@ from vita_jax.data.flamingo_prompts import caption_prompt, question_prompt
 from vita_jax.data.interleaved import IMAGE
 from vita_jax.data.video import write_video
 
-SETS = ("texts", "pages", "captions", "clips")
+SETS = ("lists", "texts", "pages", "captions", "clips")
+WRITTEN = ("lists", "texts")  # sets without pictures
 LANGUAGE = "en"
 CELLS = CELLS_PER_TILE_SIDE**2
-# Shares of the pages, and of the texts: labelling, else questions; of the texts also clips.
-LABELLING, CLIPS = 0.4, 0.15
+# Shares of the pages, and of the texts: labelling, else questions; of the texts also clips, and before both lists; of
+# the set `lists` lists, else labelling pages.
+LABELLING, CLIPS, LISTS, LISTS_FIRST = 0.4, 0.15, 0.25, 0.6
 MOST_PICTURES = 9  # of a page: eight demonstrations and a query
 SUPPORT_PICTURES = 16  # of a labelling episode
 MIN_CLASSES, MAX_CLASSES = 2, 4
-# Names are two syllables; every fifth is kept for the test.
-CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
+# Of a list: most digits, most entries, and the share with a digit and its name side by side, which is learnt first.
+LISTED_DIGITS, LISTED, SIDE_BY_SIDE = 10, 40, 2 / 3
+# Names are two of 12 syllables that no question has, each a token of its own; every fifth name is kept for the test.
+CONSONANTS, VOWELS = "knvz", "aio"
 HELD_OUT_NAMES = 5
 
 Progress = Callable[[str], None]
@@ -56,16 +63,17 @@ class DocumentCounts:
     """How much is built.
 
     Attributes:
-      texts, pages, captions, clips: documents of the sets; cells: pictures with the names of their cells.
+      lists, texts, pages, captions, clips: documents of the sets; cells: pictures with the names of their cells.
       typed: held-out questions of each kind; labelling: episodes; video_order: held-out clips.
       support: pictures with questions that demonstrations for the typed questions are taken from.
     """
 
+    lists: int = 24_000
     texts: int = 30_000
     pages: int = 12_000
     captions: int = 6_000
     clips: int = 5_000
-    cells: int = 8_000
+    cells: int = 32_000
     typed: int = 84
     labelling: int = 400
     video_order: int = 400
@@ -76,10 +84,15 @@ class DocumentCounts:
 
 
 @functools.lru_cache
+def syllables() -> tuple[str, ...]:
+    """What names are made of."""
+    return tuple(consonant + vowel for consonant in CONSONANTS for vowel in VOWELS)
+
+
+@functools.lru_cache
 def names(held_out: bool) -> tuple[str, ...]:
     """All names of either list."""
-    syllables = [consonant + vowel for consonant in CONSONANTS for vowel in VOWELS]
-    every = [first + second for first in syllables for second in syllables if first != second]
+    every = [first + second for first in syllables() for second in syllables() if first != second]
     return tuple(name for i, name in enumerate(every) if (i % HELD_OUT_NAMES == 0) == held_out)
 
 
@@ -138,7 +151,7 @@ class Labels:
 
 
 def draw_labels(rng: np.random.Generator, held_out: bool) -> Labels:
-    """Two to four digits with names of either list."""
+    """Two to four digits with names for training or held-out ones."""
     count = int(rng.integers(MIN_CLASSES, MAX_CLASSES + 1))
     digits, words = rng.choice(10, count, replace=False), rng.choice(names(held_out), count, replace=False)
     return Labels({int(digit): str(word) for digit, word in zip(digits, words, strict=True)})
@@ -156,14 +169,35 @@ def page(rng: np.random.Generator) -> list[Shown]:
     return labelling_page(rng) if rng.random() < LABELLING else question_page(rng)
 
 
+def name_list(rng: np.random.Generator) -> str:
+    """Two to ten digits, each with its name whenever it comes: 3kazi7nova3kazi, or 3:kazi 7:nova 3:kazi."""
+    count = int(rng.integers(MIN_CLASSES, LISTED_DIGITS + 1))
+    digits, words = rng.choice(10, count, replace=False), rng.choice(names(held_out=False), count, replace=False)
+    entries = rng.integers(0, count, int(rng.integers(2 * count, LISTED + 1)))
+    between, behind = ("", "") if rng.random() < SIDE_BY_SIDE else (":", " ")
+    return behind.join(f"{digits[entry]}{between}{words[entry]}" for entry in entries)
+
+
+def list_document(rng: np.random.Generator) -> list[str]:
+    """A list, or a labelling page."""
+    return [name_list(rng)] if rng.random() < LISTS_FIRST else written(labelling_page(rng))
+
+
+def written(page: list[Shown]) -> list[str]:
+    """A page with its pictures written out."""
+    return [written_scene(shown.scene, LANGUAGE) + shown.text for shown in page]
+
+
 def text_document(rng: np.random.Generator) -> list[str]:
-    """A page, or a clip with its question, with what is shown written out; every text is a chunk."""
+    """A list, a page, or a clip with its question, with what is shown written out; every text is a chunk."""
+    if rng.random() < LISTS:
+        return [name_list(rng)]
     if rng.random() < CLIPS:
         clip = sample_clip(rng)
         question, answer = asked(clip.scene, "order", rng)
-        written = written_scene(clip.scene, LANGUAGE, clip_transcript(clip, CLIP_FPS))
-        return [written + _chunk(question_prompt(question)) + answer]
-    return [written_scene(shown.scene, LANGUAGE) + shown.text for shown in page(rng)]
+        frames = written_scene(clip.scene, LANGUAGE, clip_transcript(clip, CLIP_FPS))
+        return [frames + _chunk(question_prompt(question)) + answer]
+    return written(page(rng))
 
 
 # ---- the sets -------------------------------------------------------------------------------------------------------
@@ -218,8 +252,8 @@ class DocumentWriter:
 
 def _write_set(name: str, writer: DocumentWriter, count: int) -> None:
     for _ in range(count):
-        if name == "texts":
-            writer.add(list(text_document(writer.rng)))
+        if name in WRITTEN:
+            writer.add(list((list_document if name == "lists" else text_document)(writer.rng)))
         elif name == "pages":
             writer.add_page(page(writer.rng))
         elif name == "captions":

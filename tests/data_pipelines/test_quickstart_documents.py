@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 from data_pipelines.quickstart.documents import (
+    LISTED,
     MOST_PICTURES,
     SETS,
     SUPPORT_PICTURES,
+    WRITTEN,
     DocumentCounts,
     build_documents,
     draw_labels,
     labelling_page,
+    name_list,
     names,
     page,
     question_page,
     square_scene,
+    syllables,
     text_document,
 )
 from data_pipelines.quickstart.questions import KINDS
@@ -29,7 +34,7 @@ from vita_jax.data.loader import RecordSource, SourceConfig
 from vita_jax.data.records import decode_record
 from vita_jax.data.tokenizer import train_sentencepiece
 
-COUNTS = DocumentCounts(20, 16, 4, 2, 6, 2, 3, 2, 7)
+COUNTS = DocumentCounts(30, 20, 16, 4, 2, 6, 2, 3, 2, 7)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +50,10 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 def test_names_of_the_test_are_never_read():
     known, held_out = names(held_out=False), names(held_out=True)
-    assert not set(known) & set(held_out) and len(set(known)) == len(known) > 3000 and len(held_out) > 800
-    assert all(len(name) == 4 and name.isalpha() for name in known + held_out)
+    assert not set(known) & set(held_out) and len(set(known)) == len(known) == 105 and len(held_out) == 27
+    assert all(re.fullmatch("[knvz][aio][knvz][aio]", name) for name in known + held_out)
+    # Every syllable is known, in either place; only the pair is new.
+    assert {name[k : k + 2] for name in held_out for k in (0, 2)} <= {name[:2] for name in known}
     drawn = {name for seed in range(200) for name in draw_labels(rng(seed), held_out=True).of.values()}
     assert drawn <= set(held_out)
 
@@ -70,10 +77,29 @@ def test_pages_and_texts():
     assert 0.4 < shares < 0.6  # labelling, and one caption of six
     questions = [one.text for seed in range(100) for one in question_page(rng(seed))]
     assert all("Short answer:" in text or text.startswith("Output:") for text in questions)
-    texts = [text for seed in range(100) for text in text_document(rng(seed))]
+    documents = [text_document(rng(seed)) for seed in range(400)]
+    lists = [document for document in documents if document[0][0].isdigit()]
+    assert 0.19 < len(lists) / len(documents) < 0.31
+    texts = [text for document in documents if document not in lists for text in document]
     assert all("/" in text and (BLANK in text or any(c.isdigit() for c in text)) for text in texts)
     scene = square_scene(rng(), [3, 1])
     assert (scene.columns, scene.rows, scene.num_tiles, scene.digits) == (2, 2, 1, (3, 1))
+
+
+def test_a_list_names_every_digit_alike():
+    styles = set()
+    for seed in range(100):
+        text = name_list(rng(seed))
+        entries = re.findall("([0-9])(:?)([a-z]{4})( ?)", text)
+        assert "".join(map("".join, entries)) == text and 4 <= len(entries) <= LISTED
+        assert len({entry[1] for entry in entries}) == 1 and all(
+            bool(entry[1]) == bool(entry[3]) for entry in entries[:-1]
+        )
+        of = {digit: name for digit, _, name, _ in entries}
+        assert all(of[digit] == name for digit, _, name, _ in entries) and len(set(of.values())) == len(of)
+        assert set(of.values()) <= set(names(held_out=False))
+        styles.add(entries[0][1])
+    assert styles == {"", ":"}
 
 
 def test_sets(folder):
@@ -83,10 +109,10 @@ def test_sets(folder):
         documents = [decode_document(source[i][1]) for i in range(len(source))]
         counts[name] = len(documents)
         kinds = {media.kind for document in documents for media in document.media}
-        assert kinds == {"texts": set(), "clips": {"video"}}.get(name, {"image"})
-        if name != "texts":
+        assert kinds == {"lists": set(), "texts": set(), "clips": {"video"}}.get(name, {"image"})
+        if name not in WRITTEN:
             assert all(len(document.texts) == len(document.media) for document in documents)
-    assert counts == {"texts": 20, "pages": 16, "captions": 4, "clips": 2}
+    assert counts == {"lists": 30, "texts": 20, "pages": 16, "captions": 4, "clips": 2}
     cells = RecordSource(SourceConfig(str(folder / "cells")), 0, 0)
     record = decode_record(cells[0][1])
     assert len(cells) == 6 and record.conversations[1]["value"].count(" | ") == 3
@@ -112,7 +138,8 @@ def test_tasks(folder):
 def test_the_tokenizer_cuts_where_prompts_end(folder):
     """An answer is spelt alike behind its prompt and by itself, also one with a name that was never read."""
     lines = (folder / "tokenizer_text.txt").read_text(encoding="utf-8").splitlines()
-    tokenizer = train_sentencepiece([json.loads(line) for line in lines], 600, None, at_most=True)
+    tokenizer = train_sentencepiece([json.loads(line) for line in lines], 600, None, at_most=True, symbols=syllables())
+    assert all(len(tokenizer.encode(name)) == 2 for known in (False, True) for name in names(known))
     for prompt in ("Output:", "Question:Count the digits. Short answer:"):
         for answer in (*names(held_out=True)[:40], "3", "red", "3+4=7"):
             assert tokenizer.encode(prompt + answer) == tokenizer.encode(prompt) + tokenizer.encode(answer)

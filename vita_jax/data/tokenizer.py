@@ -304,7 +304,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def train_sentencepiece(
-    texts: Iterable[str], vocab_size: int, folder: str | Path | None, *, at_most: bool = False
+    texts: Iterable[str],
+    vocab_size: int,
+    folder: str | Path | None,
+    *,
+    at_most: bool = False,
+    symbols: Sequence[str] = (),
 ) -> SentencePieceTokenizer:
     """Train a byte-pair model on `texts`, write `folder/tokenizer.model` (None: no file) and return its tokenizer.
 
@@ -314,13 +319,15 @@ def train_sentencepiece(
 
     vocab_size: number of pieces, 264 of them fixed (bytes, chat symbols, newline, unknown).
     at_most: take `vocab_size` as an upper bound instead of an error when the texts do not have that many pieces.
+    symbols: further single pieces, wherever they occur: neither cut nor merged with what is beside them.
     Raises UserError when vocab_size is too small, or too large for the texts (the message says the maximum).
     """
     lines, characters = _training_lines(texts, vocab_size)
-    smallest = FIXED_PIECES + characters
+    fixed = FIXED_PIECES + len(symbols)
+    smallest = fixed + characters
     if vocab_size < smallest:
         raise UserError(
-            f"vocab_size {vocab_size} is too small: {FIXED_PIECES} pieces are fixed and at least "
+            f"vocab_size {vocab_size} is too small: {fixed} pieces are fixed and at least "
             f"{characters} are needed for characters; use {smallest} or more"
         )
     model = io.BytesIO()
@@ -337,7 +344,7 @@ def train_sentencepiece(
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            user_defined_symbols=[*CHAT_SYMBOLS, NEWLINE],
+            user_defined_symbols=[*CHAT_SYMBOLS, NEWLINE, *symbols],
             unk_id=0,
             bos_id=-1,
             eos_id=-1,

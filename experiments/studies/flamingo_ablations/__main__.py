@@ -3,7 +3,7 @@
     python -m experiments.studies.flamingo_ablations --run_dir runs/flamingo_ablations
     python -m experiments.studies.flamingo_ablations --run_dir /tmp/ablations --size smoke
 
-Trains the stages `language` and `tower` of `experiments/flamingo/quickstart.py` once, then from these its stage
+Trains the stages `lists`, `language` and `tower` of `experiments/flamingo/quickstart.py` once, then from these its stage
 `seeing` for every arm: as it is, and with one thing changed. Data, their order, steps, optimiser and rate are the same;
 parameters are not, and are given. Each arm is asked the same queries with the same demonstrations. The same command
 goes on where it was stopped; arms that are finished are not trained again.
@@ -78,7 +78,7 @@ RESULTS = Path(__file__).parent / "results"
 def shared_config(size: str, run_dir: str) -> ExperimentConfig:
     """The run of the small Flamingo up to its last stage."""
     config = flamingo.get_config(size)
-    stages = tuple(config.stage(stage) for stage in PARTS.values())
+    stages = config.stages[:-1]
     return dataclasses.replace(config, name="flamingo_ablations", run_dir=str(Path(run_dir) / SHARED), stages=stages)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
@@ -113,6 +114,16 @@ def test_strided_convolution_equals_the_direct_one(taps, stride, padding, groups
 
     assert ours(x, kernel).shape[1] == convolution.output_length(length, taps, stride, padding)
     same_with_gradients(ours, direct, x, kernel)
+
+
+def test_what_accelerators_compute_equals_what_cpus_do() -> None:
+    """A grouped convolution as one, and one of a single channel as a product."""
+    x, kernel = random(0, 2, 31, 8), random(1, 7, 2, 12)
+    grouped = functools.partial(convolution._direct, stride=3, padding=2, dilation=1, groups=4)
+    same_with_gradients(grouped, functools.partial(convolution.conv1d, stride=3, padding=2, groups=4), x, kernel)
+    x, kernel = random(0, 2, 31, 1), random(1, 7, 1, 12)
+    product = functools.partial(convolution._single_channel, padding=3)
+    same_with_gradients(product, functools.partial(convolution.conv1d, padding=3), x, kernel)
 
 
 @pytest.mark.parametrize(("taps", "stride", "padding"), [(16, 8, 4), (11, 5, 3), (7, 3, 2), (8, 3, 2), (3, 4, 0)])

@@ -1,14 +1,18 @@
 """Convolutions over time without input dilation in either direction of differentiation.
 
 A strided convolution is written as space-to-depth and a convolution of stride 1, a transposed one as a matrix product
-and depth-to-space (the sub-pixel form), a grouped one as one convolution per group. All equal the direct forms number
-by number; but in the direct ones, XLA dilates the input with zeros, forwards or backwards, or falls back to slow
-kernels, and takes up to ten times as long on CPU. Kernels keep the layout of the published weights, axes transposed.
+and depth-to-space (the sub-pixel form), on CPUs a grouped one as one convolution per group. All equal the direct forms
+number by number; but in the direct ones, XLA dilates the input with zeros, forwards or backwards, or falls back to slow
+kernels, and takes up to ten times as long on CPU. On accelerators a grouped one is direct, since convolutions per group
+take XLA's TPU compiler minutes and gigabytes, and one of a single channel, whose kernel's gradient does the same to it,
+is a product with the taps as channels. Kernels keep the layout of the published weights, axes transposed.
 
 Axes: b batch, t time, c input channels, o output channels, k taps.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -57,26 +61,51 @@ def conv1d(
     if length < 1:
         needed = dilation * (taps - 1) + 1 - 2 * padding
         raise UserError(f"a convolution of {taps} taps needs at least {needed} samples, got {x.shape[1]}; give more")
+    if stride > 1 and dilation > 1:
+        raise UserError(f"a convolution cannot have stride {stride} and dilation {dilation}; one must be 1")
     if groups > 1:
-        # One convolution per group: XLA's backward pass of a grouped one is several times slower on CPU.
-        pairs = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
-        parts = [conv1d(a, b, stride=stride, padding=padding, dilation=dilation) for a, b in pairs]
-        y = jnp.concatenate(parts, axis=-1)
+
+        def per_group(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            pairs = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
+            parts = [conv1d(a, b, stride=stride, padding=padding, dilation=dilation) for a, b in pairs]
+            return jnp.concatenate(parts, axis=-1)
+
+        direct = functools.partial(_direct, stride=stride, padding=padding, dilation=dilation, groups=groups)
+        y = jax.lax.platform_dependent(x, kernel, cpu=per_group, default=direct)
         return y if bias is None else y + bias
     if stride > 1:
-        if dilation > 1:
-            raise UserError(f"a convolution cannot have stride {stride} and dilation {dilation}; one must be 1")
         x, kernel = _space_to_depth(x, kernel, length, stride, padding)
         padding = 0
-    y = jax.lax.conv_general_dilated(
+    direct = functools.partial(_direct, padding=padding, dilation=dilation)
+    if x.shape[-1] == 1 and dilation == 1:
+        product = functools.partial(_single_channel, padding=padding)
+        y = jax.lax.platform_dependent(x, kernel, cpu=direct, default=product)
+    else:
+        y = direct(x, kernel)
+    return y if bias is None else y + bias
+
+
+def _direct(
+    x: jax.Array, kernel: jax.Array, *, padding: int, dilation: int, stride: int = 1, groups: int = 1
+) -> jax.Array:
+    return jax.lax.conv_general_dilated(
         x,
         kernel,
-        window_strides=(1,),
+        window_strides=(stride,),
         padding=[(padding, padding)],
         rhs_dilation=(dilation,),
         dimension_numbers=DIMENSIONS,
+        feature_group_count=groups,
     )
-    return y if bias is None else y + bias
+
+
+def _single_channel(x: jax.Array, kernel: jax.Array, *, padding: int) -> jax.Array:
+    """A convolution of stride 1 of (b t 1) by (k 1 o): the k neighbours of every sample become its channels."""
+    taps = kernel.shape[0]
+    x = jnp.pad(x, ((0, 0), (padding, padding), (0, 0)))
+    length = x.shape[1] - taps + 1
+    neighbours = jnp.concatenate([x[:, j : j + length] for j in range(taps)], axis=-1)
+    return jnp.einsum("btk,ko->bto", neighbours, kernel[:, 0])
 
 
 def _space_to_depth(

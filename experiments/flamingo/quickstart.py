@@ -92,7 +92,7 @@ class Size:
 
 
 SMALL = Size(
-    plan={"lists": (900, 3e-3), "language": (1400, 2e-3), "tower": (3000, 1.5e-3), "seeing": (4000, 1.5e-3)},
+    plan={"lists": (1500, 3e-3), "language": (1800, 2.5e-3), "tower": (3000, 1.5e-3), "seeing": (4000, 1.5e-3)},
     width=192,
     num_layers=4,
     tower_width=96,

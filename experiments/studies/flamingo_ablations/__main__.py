@@ -3,10 +3,10 @@
     python -m experiments.studies.flamingo_ablations --run_dir runs/flamingo_ablations
     python -m experiments.studies.flamingo_ablations --run_dir /tmp/ablations --size smoke
 
-Trains the stages `lists`, `language` and `tower` of `experiments/flamingo/quickstart.py` once, then from these its stage
-`seeing` for every arm: as it is, and with one thing changed. Data, their order, steps, optimiser and rate are the same;
-parameters are not, and are given. Each arm is asked the same queries with the same demonstrations. The same command
-goes on where it was stopped; arms that are finished are not trained again.
+Trains the stages `lists`, `language` and `tower` of `experiments/flamingo/quickstart.py` once, then from these its
+stage `seeing` for every arm: as it is, and with one thing changed. Data, their order, steps, optimiser and rate are the
+same; parameters are not, and are given. Each arm is asked the same queries with the same demonstrations. The same
+command goes on where it was stopped; arms that are finished are not trained again.
 
     none                a gated block before every layer, a Perceiver, the language model frozen but for two new tokens
     no_gate             no tanh gates

@@ -11,7 +11,8 @@ one for training, one for the test. A text is such a page with every picture wri
 language model learns both before it sees anything.
 
 To find the name of a digit again is the hard part: from pages alone the language model had not learnt it after 3,000
-steps. `lists` are what it begins with: digits with their names side by side, among labelling pages.
+steps. `lists` are what it begins with: digits with their names side by side, among labelling pages. A quarter of the
+texts are lists, too.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ from vita_jax.data.interleaved import IMAGE
 from vita_jax.data.video import write_video
 
 SETS = ("lists", "texts", "pages", "captions", "clips")
-WRITTEN = ("lists", "texts")  # sets without pictures
 LANGUAGE = "en"
 CELLS = CELLS_PER_TILE_SIDE**2
 # Shares of the pages, and of the texts: labelling, else questions; of the texts also clips, and before both lists; of
@@ -150,9 +150,9 @@ class Labels:
         return square_scene(rng, [digit]), self.of[digit]
 
 
-def draw_labels(rng: np.random.Generator, held_out: bool) -> Labels:
-    """Two to four digits with names for training or held-out ones."""
-    count = int(rng.integers(MIN_CLASSES, MAX_CLASSES + 1))
+def draw_labels(rng: np.random.Generator, held_out: bool, most: int = MAX_CLASSES) -> Labels:
+    """Two to `most` digits with names for training or held-out ones."""
+    count = int(rng.integers(MIN_CLASSES, most + 1))
     digits, words = rng.choice(10, count, replace=False), rng.choice(names(held_out), count, replace=False)
     return Labels({int(digit): str(word) for digit, word in zip(digits, words, strict=True)})
 
@@ -171,11 +171,10 @@ def page(rng: np.random.Generator) -> list[Shown]:
 
 def name_list(rng: np.random.Generator) -> str:
     """Two to ten digits, each with its name whenever it comes: 3kazi7nova3kazi, or 3:kazi 7:nova 3:kazi."""
-    count = int(rng.integers(MIN_CLASSES, LISTED_DIGITS + 1))
-    digits, words = rng.choice(10, count, replace=False), rng.choice(names(held_out=False), count, replace=False)
-    entries = rng.integers(0, count, int(rng.integers(2 * count, LISTED + 1)))
+    pairs = list(draw_labels(rng, held_out=False, most=LISTED_DIGITS).of.items())
+    entries = rng.integers(0, len(pairs), int(rng.integers(2 * len(pairs), LISTED + 1)))
     between, behind = ("", "") if rng.random() < SIDE_BY_SIDE else (":", " ")
-    return behind.join(f"{digits[entry]}{between}{words[entry]}" for entry in entries)
+    return behind.join(between.join((str(digit), name)) for digit, name in (pairs[entry] for entry in entries))
 
 
 def list_document(rng: np.random.Generator) -> list[str]:
@@ -252,8 +251,10 @@ class DocumentWriter:
 
 def _write_set(name: str, writer: DocumentWriter, count: int) -> None:
     for _ in range(count):
-        if name in WRITTEN:
-            writer.add(list((list_document if name == "lists" else text_document)(writer.rng)))
+        if name == "lists":
+            writer.add(list_document(writer.rng))
+        elif name == "texts":
+            writer.add(text_document(writer.rng))
         elif name == "pages":
             writer.add_page(page(writer.rng))
         elif name == "captions":

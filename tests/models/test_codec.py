@@ -120,7 +120,11 @@ def test_what_accelerators_compute_equals_what_cpus_do() -> None:
     """A grouped convolution as one, and one of a single channel as a product."""
     x, kernel = random(0, 2, 31, 8), random(1, 7, 2, 12)
     grouped = functools.partial(convolution._direct, stride=3, padding=2, dilation=1, groups=4)
-    same_with_gradients(grouped, functools.partial(convolution.conv1d, stride=3, padding=2, groups=4), x, kernel)
+    ours = functools.partial(convolution.conv1d, stride=3, padding=2, groups=4)
+    same_with_gradients(grouped, ours, x, kernel)
+    for platform, convolutions in (("cpu", 4), ("tpu", 1)):
+        lowered = jax.jit(ours).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+        assert lowered.count("stablehlo.convolution") == convolutions, platform
     x, kernel = random(0, 2, 31, 1), random(1, 7, 1, 12)
     product = functools.partial(convolution._single_channel, padding=3)
     same_with_gradients(product, functools.partial(convolution.conv1d, padding=3), x, kernel)

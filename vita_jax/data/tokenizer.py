@@ -322,7 +322,7 @@ def train_sentencepiece(
     symbols: further single pieces, wherever they occur: neither cut nor merged with what is beside them.
     Raises UserError when vocab_size is too small, or too large for the texts (the message says the maximum).
     """
-    lines, characters = _training_lines(texts, vocab_size)
+    lines, characters = _training_lines(texts, vocab_size - len(symbols))
     fixed = FIXED_PIECES + len(symbols)
     smallest = fixed + characters
     if vocab_size < smallest:
